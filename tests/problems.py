@@ -1,0 +1,128 @@
+"""Nonlinear problems with time-varying parameters, grids, and their independent reference: a fine continuous adjoint."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """x' = f(x, θ(t)) on [0, horizon] in two dimensions, with θ(t) in two dimensions.
+
+    `f`, `theta` and the products with its Jacobians are written once, for numpy arrays; `torch_f` is f for tensors.
+    """
+
+    name: str
+    horizon: float
+    x0: tuple[float, float]
+    target: tuple[float, float]
+    torch_f: Callable[[Tensor, Tensor], Tensor]
+    theta: Callable[[np.ndarray], np.ndarray]
+    f: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    state_vjp: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    theta_vjp: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+PENDULUM = Problem(
+    name="pendulum",
+    horizon=2.0,
+    x0=(1.0, 0.5),
+    target=(0.3, -0.2),
+    torch_f=lambda x, th: torch.stack([x[1] * th[0], -torch.sin(x[0]) * th[1] - 0.3 * x[1]]),
+    theta=lambda t: np.stack([1 + 0.5 * np.sin(3 * t), 1.5 + t]),
+    f=lambda x, th: np.stack([x[1] * th[0], -np.sin(x[0]) * th[1] - 0.3 * x[1]]),
+    state_vjp=lambda x, th, p: np.stack([-np.cos(x[0]) * th[1] * p[1], th[0] * p[0] - 0.3 * p[1]]),
+    theta_vjp=lambda x, th, p: np.stack([x[1] * p[0], -np.sin(x[0]) * p[1]]),
+)
+
+LOTKA_VOLTERRA = Problem(
+    name="lotka-volterra",
+    horizon=3.0,
+    x0=(1.2, 0.8),
+    target=(0.9, 0.6),
+    torch_f=lambda x, th: torch.stack([th[0] * x[0] - x[0] * x[1], x[0] * x[1] - th[1] * x[1]]),
+    theta=lambda t: np.stack([1 + 0.3 * np.cos(2 * t), 0.8 + 0.2 * t]),
+    f=lambda x, th: np.stack([th[0] * x[0] - x[0] * x[1], x[0] * x[1] - th[1] * x[1]]),
+    state_vjp=lambda x, th, p: np.stack([(th[0] - x[1]) * p[0] + x[1] * p[1], -x[0] * p[0] + (x[0] - th[1]) * p[1]]),
+    theta_vjp=lambda x, th, p: np.stack([x[0] * p[0], -x[1] * p[1]]),
+)
+
+PROBLEMS = (PENDULUM, LOTKA_VOLTERRA)
+
+
+class Reference:
+    """The flow and its continuous adjoint for E = Σ_j ½ |x(t_j) - target|², by SciPy's DOP853 at tight tolerances.
+
+    Args:
+        problem: the problem.
+        observed: the observation times t_j, increasing, the last one the end of the solve.
+    """
+
+    def __init__(self, problem: Problem, observed: list[float]) -> None:
+        self.problem = problem
+        self.observed = observed
+        tight = {"method": "DOP853", "rtol": 1e-12, "atol": 1e-13, "dense_output": True}
+        flow = solve_ivp(lambda t, x: problem.f(x, problem.theta(t)), (0.0, observed[-1]), problem.x0, **tight)
+        self._flow = flow.sol
+        self._pieces = []
+        p = np.zeros(2)
+        for start, end in zip([0.0, *observed[:-1]][::-1], observed[::-1], strict=True):
+            p = p + self.state(end) - np.array(problem.target)
+            if start == end:
+                continue
+            piece = solve_ivp(
+                lambda t, p: -problem.state_vjp(self.state(t), problem.theta(t), p), (end, start), p, **tight
+            )
+            self._pieces.append((start, end, piece.sol))
+            p = piece.y[:, -1]
+        self.x0_gradient = p
+
+    def state(self, t: float) -> np.ndarray:
+        return self._flow(t)
+
+    def costate(self, t: float) -> np.ndarray:
+        """p(t); at an observation inside the interval the mean of its one-sided limits."""
+        inside = [sol(t) for start, end, sol in self._pieces if min(start, end) - 1e-9 <= t <= max(start, end) + 1e-9]
+        return np.mean(inside, axis=0)
+
+    def density(self, t: Tensor) -> Tensor:
+        """The functional gradient (∂f/∂θ)ᵀ p at the times `t`, of shape (n, 2)."""
+        values = [
+            self.problem.theta_vjp(self.state(s), self.problem.theta(s), self.costate(s)) for s in t.tolist()
+        ]
+        return torch.tensor(np.array(values), dtype=torch.float64)
+
+
+def _random(steps: int, horizon: float) -> Tensor:
+    lengths = 1 + 0.4 * (torch.rand(steps, generator=torch.Generator().manual_seed(steps), dtype=torch.float64) - 0.5)
+    return _from_steps(lengths, horizon)
+
+
+def _from_steps(lengths: Tensor, horizon: float) -> Tensor:
+    nodes = torch.cat([torch.zeros(1, dtype=torch.float64), lengths.cumsum(0)])
+    nodes = nodes * (horizon / nodes[-1])
+    nodes[-1] = horizon
+    return nodes
+
+
+def _ones(steps: int) -> Tensor:
+    return torch.ones(steps, dtype=torch.float64)
+
+
+# From the number of steps and the horizon to nodes.
+GRIDS: dict[str, Callable[[int, float], Tensor]] = {
+    "uniform": lambda n, T: _from_steps(_ones(n), T),
+    "truncated": lambda n, T: _from_steps(torch.cat([_ones(n - 1), 0.3 * _ones(1)]), T),
+    "growing": lambda n, T: _from_steps(torch.exp(1.5 * torch.arange(n, dtype=torch.float64) / n), T),
+    "abrupt": lambda n, T: _from_steps(torch.cat([_ones(n // 2), 0.25 * _ones(n - n // 2)]), T),
+    "random": _random,
+}
+
+
+def orders(errors: list[float]) -> list[float]:
+    """The measured orders between errors for steps that halve."""
+    return [float(np.log2(a / b)) for a, b in zip(errors, errors[1:], strict=False)]

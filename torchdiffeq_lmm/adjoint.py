@@ -1,0 +1,69 @@
+"""The discrete adjoint of a multistep recurrence: what auto-differentiation computes, step by step backwards."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .combination import linear_combination
+from .methods import Row
+
+
+class AdjointStep(NamedTuple):
+    """The cotangents around the n-th evaluation of f.
+
+    Attributes:
+        n: the evaluation.
+        increment_cotangent: D_{n+1} = ∂E/∂d_{n+1}, of the increment x_{n+1} - x_n.
+        window: P_n = Σ_{j ≥ n} (J_jᵀ μ_j + g_j) = ∂E/∂x_n with the increments held fixed: the derivative with respect
+            to shifting the whole history at node n.
+        next_window: P_{n+1}.
+    """
+
+    n: int
+    increment_cotangent: Tensor
+    window: Tensor
+    next_window: Tensor
+
+
+def discrete_adjoint(
+    rows: Sequence[Row],
+    node_cotangents: Sequence[Tensor | None],
+    pull_back: Callable[[int, Tensor | None], Tensor | None],
+    zero: Tensor,
+) -> Iterator[AdjointStep]:
+    """Run the adjoint of ``d_{n+1} = Σ e[n, i] d_{n-i} + Σ b[n, i] f_{n-i}``, ``x_{n+1} = x_n + d_{n+1}`` backwards.
+
+        P_N = g_N,     D_{n+1} = P_{n+1} + Σ_i e[n+1+i, i] D_{n+2+i},     μ_n = Σ_i b[n+i, i] D_{n+1+i},
+        P_n = P_{n+1} + J_nᵀ μ_n + g_n.
+
+    ∂E/∂x_0 is the last step's `window`, P_0.
+
+    Args:
+        rows: the weights (e[n], b[n]) of the N steps, as numbers.
+        node_cotangents: g_0, ..., g_N, None for a node that E does not see.
+        pull_back: from n and μ_n (None at n = N, where the recurrence evaluates no f) to J_nᵀ times all that arrives
+            at the evaluations of f at node n, None for zero.
+        zero: a state of zeros.
+
+    Yields:
+        The steps n = N-1, ..., 0.
+    """
+    steps = len(rows)
+    window = _sum(zero, pull_back(steps, None), node_cotangents[steps])
+    increment_cotangents: list[Tensor] = []
+    for n in reversed(range(steps)):
+        weights = [1.0, *(rows[n + 1 + i][0][i] for i in range(min(len(rows[n][0]), len(increment_cotangents))))]
+        increment_cotangents.insert(0, linear_combination(weights, (window, *increment_cotangents)))
+        del increment_cotangents[len(rows[n][1]) :]
+        weights = [rows[n + i][1][i] for i in range(len(increment_cotangents))]
+        mu = linear_combination(weights, increment_cotangents)
+        next_window, window = window, _sum(window, pull_back(n, mu), node_cotangents[n])
+        yield AdjointStep(n, increment_cotangents[0], window, next_window)
+
+
+def _sum(total: Tensor, *terms: Tensor | None) -> Tensor:
+    for term in terms:
+        if term is not None:
+            total = total + term
+    return total

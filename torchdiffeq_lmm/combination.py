@@ -1,0 +1,34 @@
+"""Weighted sums of tensors, the one operation that every multistep formula is made of."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, add
+
+Weight = float | Tensor
+
+
+def linear_combination(weights: Iterable[Weight], tensors: Iterable[Tensor]) -> Tensor:
+    """Return ``Σ w_i v_i`` over the pairs that `weights` and `tensors` form, the shorter one deciding.
+
+    Args:
+        weights: real numbers, or 0-d real tensors where the weights carry a gradient. At least one of
+            those paired must differ from the number 0.
+        tensors: floating or complex tensors of one shape, dtype and device.
+
+    Returns:
+        A tensor of that shape, dtype and device; one of `tensors` itself where its weight is the number 1
+        and it stands alone.
+    """
+    total: Tensor | None = None
+    for weight, tensor in zip(weights, tensors, strict=False):
+        if isinstance(weight, Tensor):
+            # A 0-d state would otherwise be promoted to the dtype of the weight.
+            term = (weight * tensor).to(tensor.dtype)
+            total = term if total is None else total + term
+        elif weight != 0.0:
+            if total is None:
+                total = tensor if weight == 1.0 else tensor * weight
+            else:
+                total = add(total, tensor, alpha=weight)
+    assert total is not None, "linear_combination needs a weight that is not the number 0"
+    return total

@@ -1,0 +1,225 @@
+"""Where the steps are and where the outputs sit among them.
+
+From `t`, `step_size` and `grid_constructor` to nodes, steps and placements. All of it is worked out once, before the
+first step, in float64 on the CPU, in the solver's increasing time.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_STEPS = 10_000_000
+"""More steps than this are taken for a mistake in `step_size`."""
+
+_ULPS = 4
+"""Times that agree to so many units in the last place are the same time."""
+
+GridConstructor = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The nodes t_0 < ... < t_N of a solve.
+
+    Attributes:
+        nodes: of shape (N + 1,), float64, CPU; carries the gradient to `t` where `t` requires one.
+        steps: h, of shape (N,), float64, CPU: the differences of the nodes, made equal where they are equal up to
+            the rounding of the nodes.
+    """
+
+    nodes: Tensor
+    steps: Tensor
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the nodes carry a gradient to `t`."""
+        return self.nodes.requires_grad
+
+
+class Placement(NamedTuple):
+    """Where one output lies.
+
+    Attributes:
+        node: the last node at or before it.
+        fraction: how far it lies on the way to the next node, in (0, 1); None where it lies at the node. A 0-d
+            tensor where the grid or the output time carries a gradient.
+        shift: the output time minus that of its node, 0 in value; None where no gradient with respect to it is
+            needed.
+    """
+
+    node: int
+    fraction: float | Tensor | None = None
+    shift: Tensor | None = None
+
+
+def check_step_size(step_size: object) -> None:
+    """Raise unless `step_size` is a positive, finite number.
+
+    Raises:
+        TypeError: it is not a real number nor a tensor that holds one.
+        ValueError: it is not positive or not finite, or requires a gradient.
+    """
+    is_number = isinstance(step_size, Real) and not isinstance(step_size, bool)
+    is_scalar_tensor = (
+        isinstance(step_size, Tensor)
+        and step_size.numel() == 1
+        and not step_size.is_complex()
+        and step_size.dtype is not torch.bool
+    )
+    if not (is_number or is_scalar_tensor):
+        raise TypeError(f"step_size must be a positive real number, got {step_size!r}")
+    if isinstance(step_size, Tensor) and step_size.requires_grad:
+        raise ValueError("step_size must not require a gradient, got a tensor that does; use step_size.detach()")
+    value = float(step_size)  # type: ignore[arg-type]
+    if not (math.isfinite(value) and value > 0):
+        hint = "; it is a length and positive also where t is decreasing" if value < 0 else ""
+        raise ValueError(f"step_size must be positive and finite, got {value}{hint}")
+
+
+def check_times(t: Tensor) -> None:
+    """Raise a ValueError unless `t` holds at least one time and every one is finite."""
+    if len(t) == 0:
+        raise ValueError("t must hold at least one time, got an empty tensor")
+    if not bool(torch.isfinite(t).all()):
+        raise ValueError(f"t must be finite, got {t}")
+
+
+def uniform_grid(t: Tensor, step_size: float) -> Grid:
+    """Steps of `step_size` from t[0] on, the last one cut short at t[-1] where they do not fit.
+
+    Args:
+        t: increasing, of shape (n,), n ≥ 2.
+        step_size: in the unit of `t`.
+
+    Raises:
+        ValueError: that makes more than `MAX_STEPS` steps.
+    """
+    times = _exact(t)
+    length = float(times[-1] - times[0])
+    # A remainder of no more than rounding is no step of its own.
+    count = length / step_size
+    steps = max(1, math.ceil(count - min(_rounding(t) / step_size, 0.01))) if count <= MAX_STEPS else math.inf
+    if steps > MAX_STEPS:
+        raise ValueError(
+            f"step_size {step_size} makes {count:.3g} steps from t[0] to t[-1], over a length of {length}; at "
+            f"most {MAX_STEPS} are made. Use a larger step_size"
+        )
+    nodes = torch.cat([times[:1] + step_size * torch.arange(int(steps), dtype=torch.float64), times[-1:]])
+    return _grid(nodes, torch.finfo(torch.float64).eps)
+
+
+def grid_of_times(t: Tensor) -> Grid:
+    """A step from every time of `t` to the next."""
+    return _grid(_exact(t), torch.finfo(t.dtype).eps)
+
+
+def constructed_grid(grid_constructor: GridConstructor, func: Any, y0: Tensor, t: Tensor) -> Grid:
+    """The grid that the user's `grid_constructor(func, y0, t)` returns.
+
+    Raises:
+        TypeError: it is not a floating-point tensor.
+        ValueError: it is not one-dimensional, finite and strictly monotonic, or does not begin and end with `t`.
+    """
+    made = grid_constructor(func, y0, t)
+    if not isinstance(made, Tensor) or not made.is_floating_point():
+        got = f"a tensor of dtype {made.dtype}" if isinstance(made, Tensor) else type(made).__name__
+        raise TypeError(f"grid_constructor must return a floating-point tensor of times, it returned {got}")
+    if made.ndim != 1 or len(made) < 2:
+        raise ValueError(
+            f"grid_constructor must return a one-dimensional tensor of at least 2 times, it returned one of shape "
+            f"{tuple(made.shape)}"
+        )
+    nodes, times = _exact(made), _exact(t)
+    _check_monotonic(nodes)
+    tolerance = max(_rounding(made), _rounding(t))
+    for index in (0, -1):
+        if abs(float(nodes[index] - times[index])) > tolerance:
+            raise ValueError(
+                f"grid_constructor must return a grid that begins with t[0] and ends with t[-1]; in the solver's "
+                f"increasing time its entry {index} is {float(nodes[index])}, t[{index}] is {float(times[index])}"
+            )
+    # The ends are those of t, also for the gradient.
+    return _grid(torch.cat([times[:1], nodes[1:-1], times[-1:]]), torch.finfo(made.dtype).eps)
+
+
+def place(t: Tensor, grid: Grid) -> list[Placement]:
+    """Find every output time among the nodes.
+
+    Args:
+        t: increasing, of shape (n,), within the grid; t[0] and t[-1] are its ends.
+
+    Returns:
+        One placement per output.
+    """
+    times = _exact(t)
+    nodes = grid.nodes.detach()
+    after = torch.searchsorted(nodes, times.detach()).clamp(1, len(nodes) - 1)
+    before = after - 1
+    nearest = torch.where(nodes[after] - times.detach() < times.detach() - nodes[before], after, before)
+    # Never so much that an output inside a step is moved to its end.
+    tolerance = (0.01 * grid.steps.detach()[before]).clamp(max=_rounding(t))
+    at_node = (nodes[nearest] - times.detach()).abs() <= tolerance
+    at_node[0] = at_node[-1] = True
+    nearest[0], nearest[-1] = 0, len(nodes) - 1
+
+    if not (times.requires_grad or grid.requires_grad):
+        fractions = ((times - nodes[before]) / (nodes[after] - nodes[before])).tolist()
+        return [
+            Placement(near) if exact else Placement(left, fraction)
+            for near, left, exact, fraction in zip(
+                nearest.tolist(), before.tolist(), at_node.tolist(), fractions, strict=True
+            )
+        ]
+
+    starts, ends = grid.nodes[before], grid.nodes[after]
+    fractions_with_grad = ((times - starts) / (ends - starts)).unbind()
+    # At the ends of the grid, node and output time are the same variable.
+    shifts = (times - grid.nodes[nearest]).unbind()
+    last = len(nodes) - 1
+    return [
+        Placement(near, shift=shifts[i] if 0 < near < last else None)
+        if exact
+        else Placement(left, fractions_with_grad[i])
+        for i, (near, left, exact) in enumerate(zip(nearest.tolist(), before.tolist(), at_node.tolist(), strict=True))
+    ]
+
+
+def _exact(t: Tensor) -> Tensor:
+    return t.to("cpu", torch.float64)
+
+
+def _rounding(t: Tensor) -> float:
+    return _ULPS * torch.finfo(t.dtype).eps * float(t.detach().abs().max())
+
+
+def _check_monotonic(nodes: Tensor) -> None:
+    nodes = nodes.detach()
+    good = torch.isfinite(nodes)
+    good[1:] &= nodes[1:] > nodes[:-1]
+    if not bool(good.all()):
+        index = int((~good).nonzero()[0])
+        raise ValueError(
+            f"grid_constructor must return a grid of finite, strictly monotonic times that run from t[0] to t[-1]; in "
+            f"the solver's increasing time its entry {index} is {float(nodes[index])}"
+            + (f", after {float(nodes[index - 1])}" if index else "")
+        )
+
+
+def _grid(nodes: Tensor, eps: float) -> Grid:
+    steps = nodes.diff()
+    if nodes.requires_grad:
+        return Grid(nodes, steps)
+    # Equal steps, or equal ones and a last one, whose nodes have been rounded, are equal steps all the same.
+    tolerance = _ULPS * eps * float(nodes.abs().max())
+    for count in (len(steps), len(steps) - 1):
+        if count > 1:
+            equal = (nodes[count] - nodes[0]) / count
+            if bool(((nodes[: count + 1] - nodes[0] - equal * torch.arange(count + 1)).abs() <= tolerance).all()):
+                steps[:count] = equal
+                break
+    return Grid(nodes, steps)

@@ -1,0 +1,109 @@
+"""`odeint` with torchdiffeq's keywords and `grad_filter`."""
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torchdiffeq
+from torch import Tensor
+
+from .grad_filter import resolve_grad_filter
+
+State = Tensor | tuple[Tensor, ...]
+
+
+@overload
+def odeint(
+    func: Callable[[Tensor, Any], Any],
+    y0: Tensor,
+    t: Tensor,
+    *,
+    rtol: Any = ...,
+    atol: Any = ...,
+    method: str | None = ...,
+    options: dict[str, Any] | None = ...,
+    event_fn: None = ...,
+    grad_filter: object = ...,
+) -> Tensor: ...
+
+
+@overload
+def odeint(
+    func: Callable[[Tensor, Any], Any],
+    y0: tuple[Tensor, ...],
+    t: Tensor,
+    *,
+    rtol: Any = ...,
+    atol: Any = ...,
+    method: str | None = ...,
+    options: dict[str, Any] | None = ...,
+    event_fn: None = ...,
+    grad_filter: object = ...,
+) -> tuple[Tensor, ...]: ...
+
+
+@overload
+def odeint(
+    func: Callable[[Tensor, Any], Any],
+    y0: State,
+    t: Tensor,
+    *,
+    rtol: Any = ...,
+    atol: Any = ...,
+    method: str | None = ...,
+    options: dict[str, Any] | None = ...,
+    event_fn: Callable[[Tensor, Any], Tensor],
+    grad_filter: object = ...,
+) -> tuple[Tensor, State]: ...
+
+
+def odeint(
+    func: Callable[[Tensor, Any], Any],
+    y0: State,
+    t: Tensor,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: Callable[[Tensor, Any], Tensor] | None = None,
+    grad_filter: object = None,
+) -> State | tuple[Tensor, State]:
+    """`torchdiffeq.odeint` with a gradient filter.
+
+    Args:
+        func: ``func(t, y)`` returns dy/dt. Any callable; its parameters need not be listed.
+        y0: the state at t[0], a tensor of any shape, floating or complex, or a tuple of such.
+        t: the output times, of shape (n,), strictly increasing or decreasing.
+        rtol, atol, method, options, event_fn: as in `torchdiffeq.odeint`.
+        grad_filter: None for plain auto-differentiation; ``"leapfrog"`` or a `LeapfrogFilter`, with
+            ``method="leapfrog"``, for gradients of time-varying parameters that converge to those of the flow.
+            Gradients with respect to y0 and t stay those of auto-differentiation. Where all steps share their
+            parameters no filter is needed, and the default weights would do harm: see `LeapfrogFilter`.
+
+            With a filter, `callback_step` and `event_fn` are given states without a graph; hooks on tensors inside
+            func run twice in the backward pass, once for the states and once for the parameters; a backward pass with
+            ``create_graph=True`` raises a RuntimeError.
+
+    Returns:
+        As `torchdiffeq.odeint`: the states at `t`, of shape (n, *y0.shape), or a tuple of such; with `event_fn` the
+        time of the event and the states at t[0] and then.
+
+    Raises:
+        ValueError: `grad_filter` is unknown, is for another method, or is given here and in `options`.
+        TypeError: `grad_filter` is neither None, a name nor a filter.
+        Others as `torchdiffeq.odeint` and `MultistepSolver` raise them.
+
+    Source: Xu, Chen, Li, Wright, *Correcting auto-differentiation in neural-ODE training* (arXiv 2306.02192).
+    """
+    options = dict(options or {})
+    if grad_filter is not None and options.get("grad_filter") is not None:
+        raise ValueError(
+            f"grad_filter is given twice, as {grad_filter!r} and in options as {options['grad_filter']!r}; give it once"
+        )
+    chosen = options.pop("grad_filter", None) if grad_filter is None else grad_filter
+    if chosen is not None:
+        resolve_grad_filter(chosen, method or "dopri5")
+        options["grad_filter"] = chosen
+    return torchdiffeq.odeint(  # type: ignore[no-any-return]
+        func, y0, t, rtol=rtol, atol=atol, method=method, options=options or None, event_fn=event_fn
+    )

@@ -1,0 +1,300 @@
+"""A solve as one node of autograd, so that its backward can tell the parameter path from the state path.
+
+While the solver steps, every evaluation of f is recorded on detached copies of its arguments: a small graph of its own
+that leads to the parameters, whatever they are and wherever f finds them. Afterwards one node attaches the trajectory
+to autograd; its inputs are y0 and all values of f. Its backward runs the discrete adjoint for the states and returns
+the filtered cotangents for the values of f; autograd's engine carries those to the parameters.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from .adjoint import discrete_adjoint
+from .combination import linear_combination
+from .methods import Recurrence, Row
+from .vector_field import VectorField
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The states x_n and the values of f that the outputs of a solve are made of, by node.
+
+    Attributes:
+        states: x_n.
+        slopes: f_n of the recurrence.
+        end_slopes: f at the right end of a step where the recurrence has no value for it: at the last node, and with
+            `perturb` from the left.
+    """
+
+    states: dict[int, Tensor] = field(default_factory=dict)
+    slopes: dict[int, Tensor] = field(default_factory=dict)
+    end_slopes: dict[int, Tensor] = field(default_factory=dict)
+
+    def end_slope(self, node: int) -> Tensor:
+        """f at the right end of the step that ends at `node`."""
+        return self.end_slopes[node] if node in self.end_slopes else self.slopes[node]
+
+
+class Evaluation(NamedTuple):
+    """f at a node, on leaves of its own."""
+
+    node: int
+    time: Tensor
+    state: Tensor
+    slope: Tensor
+
+    def depends_on_more(self) -> bool:
+        """Whether the value of f depends on a tensor that requires a gradient besides its two arguments."""
+        arguments = (self.time, self.state)
+        if not self.slope.requires_grad:
+            return False
+        if self.slope.grad_fn is None:
+            return all(self.slope is not argument for argument in arguments)
+        pending, seen = [self.slope.grad_fn], {self.slope.grad_fn}
+        while pending:
+            node = pending.pop()
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and all(leaf is not argument for argument in arguments):
+                return True
+            parents = {parent for parent, _ in node.next_functions if parent is not None} - seen
+            seen |= parents
+            pending.extend(parents)
+        return False
+
+
+class Tape:
+    """Records the evaluations of f in one solve.
+
+    Args:
+        vector_field: f.
+        differentiate_times: whether gradients with respect to the times at which f is evaluated are needed.
+    """
+
+    def __init__(self, vector_field: VectorField, differentiate_times: bool) -> None:
+        self._vector_field = vector_field
+        self._differentiate_times = differentiate_times
+        self._evaluations: list[Evaluation] = []
+        self._end_evaluations: list[Evaluation] = []
+
+    def evaluate(self, node: int, user_time: Tensor, x: Tensor, end: bool = False) -> Tensor:
+        """Evaluate f, record it, and return its value without a graph.
+
+        Args:
+            node: n.
+            user_time: what func is given for t_n.
+            x: x_n.
+            end: whether it is evaluated for the end of a step alone, outside the recurrence.
+        """
+        time = user_time.detach().requires_grad_(self._differentiate_times)
+        state = x.detach().requires_grad_()
+        for leaf in (time, state):
+            # On its way to the parameters the engine leaves a gradient here that nobody asks for.
+            if leaf.requires_grad:
+                leaf.register_post_accumulate_grad_hook(_discard_grad)
+        slope = self._vector_field(time, state)
+        (self._end_evaluations if end else self._evaluations).append(Evaluation(node, time, state, slope))
+        return slope.detach()
+
+    def attach(
+        self, trajectory: Trajectory, user_times: Tensor, recurrence: Recurrence, window_weights: Tensor
+    ) -> Trajectory:
+        """Attach a recorded trajectory to autograd.
+
+        Args:
+            trajectory: what `evaluate` and the recurrence have led to; its x_0 with the graph of y0.
+            user_times: what func is given for t_0, ..., t_N, of shape (N + 1,), with its graph.
+            recurrence: the method's weights on the grid, with their graph.
+            window_weights: the filter, of shape (N, 2): see `GradFilter.window_weights`.
+
+        Returns:
+            The trajectory, with the graph that plain stepping would have given it but for the filter.
+        """
+        y0 = trajectory.states[0]
+        evaluations = self._evaluations + self._end_evaluations
+        if not (
+            y0.requires_grad
+            or user_times.requires_grad
+            or recurrence.requires_grad
+            or any(evaluation.depends_on_more() for evaluation in evaluations)
+        ):
+            return trajectory
+        nodes = [node for node in trajectory.states if node > 0]
+        solve = _Solve(
+            rows=recurrence.rows(),
+            window_weights=window_weights.tolist(),
+            end_nodes=[evaluation.node for evaluation in self._end_evaluations],
+            state_outputs=nodes,
+            slope_outputs=list(trajectory.slopes),
+            end_slope_outputs=list(trajectory.end_slopes),
+            edges=[
+                get_gradient_edge(evaluation.slope) if evaluation.slope.requires_grad else None
+                for evaluation in evaluations
+            ],
+            differentiate_times=self._differentiate_times,
+        )
+        values = [
+            *(trajectory.states[node] for node in nodes),
+            *trajectory.slopes.values(),
+            *trajectory.end_slopes.values(),
+        ]
+        outputs: Iterator[Tensor] = iter(
+            _AttachedSolve.apply(  # type: ignore[no-untyped-call]
+                solve,
+                evaluations,
+                values,
+                y0,
+                user_times,
+                recurrence.increment_weights,
+                recurrence.slope_weights,
+                *(evaluation.slope for evaluation in evaluations),
+            )
+        )
+        return Trajectory(
+            states={0: y0, **{node: next(outputs) for node in nodes}},
+            slopes={node: next(outputs) for node in trajectory.slopes},
+            end_slopes={node: next(outputs) for node in trajectory.end_slopes},
+        )
+
+
+def _discard_grad(leaf: Tensor) -> None:
+    leaf.grad = None
+
+
+@dataclass(frozen=True)
+class _Solve:
+    """What the node knows of its solve beside its inputs and outputs.
+
+    Attributes:
+        rows: the weights of the recurrence as numbers.
+        window_weights: those of the filter.
+        end_nodes: the nodes of the evaluations that follow those of the recurrence.
+        state_outputs, slope_outputs, end_slope_outputs: the nodes whose x_n, f_n and end slopes it returns.
+        edges: where the graph of each evaluation ends, None where its value depends on nothing.
+        differentiate_times: whether the evaluations have a gradient with respect to time.
+    """
+
+    rows: list[Row]
+    window_weights: list[list[float]]
+    end_nodes: list[int]
+    state_outputs: list[int]
+    slope_outputs: list[int]
+    end_slope_outputs: list[int]
+    edges: list[GradientEdge | None]
+    differentiate_times: bool
+
+
+class _AttachedSolve(torch.autograd.Function):
+    """(y0, times, e, b, f_0, f_1, ...) -> x_n, f_n at the nodes asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        solve: _Solve,
+        evaluations: list[Evaluation],
+        values: list[Tensor],
+        y0: Tensor,  # noqa: ARG004
+        user_times: Tensor,
+        increment_weights: Tensor,
+        slope_weights: Tensor,
+        *slopes: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.solve = solve
+        # The values of f are needed for the gradient of their weights alone.
+        ctx.weights_need_grad = increment_weights.requires_grad or slope_weights.requires_grad
+        ctx.times_shape = user_times.shape
+        ctx.save_for_backward(
+            *(evaluation.state for evaluation in evaluations),
+            *(evaluation.time for evaluation in evaluations),
+            *(slopes if ctx.weights_need_grad else ()),
+        )
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "grad_filter does not support create_graph=True: the filtered gradient is no derivative of the loss, "
+                "so it has no second derivative to give. Solve without grad_filter for second derivatives"
+            )
+        solve: _Solve = ctx.solve
+        count, total = len(solve.rows), len(solve.edges)
+        states, times = ctx.saved_tensors[:total], ctx.saved_tensors[total : 2 * total]
+        slopes = ctx.saved_tensors[2 * total :]
+
+        arrived = iter(cotangents)
+        node_cotangents: list[Tensor | None] = [None] * (count + 1)
+        direct: list[Tensor | None] = [None] * total
+        for node in solve.state_outputs:
+            node_cotangents[node] = next(arrived)
+        for node in solve.slope_outputs:
+            direct[node] = next(arrived)
+        end_evaluations = {node: count + i for i, node in enumerate(solve.end_nodes)}
+        for node in solve.end_slope_outputs:
+            direct[end_evaluations[node]] = next(arrived)
+
+        time_grads = times[0].new_zeros(ctx.times_shape) if solve.differentiate_times else None
+
+        def vector_jacobian(node: int, evaluation: int, cotangent: Tensor | None) -> Tensor | None:
+            edge = solve.edges[evaluation]
+            if edge is None or cotangent is None:
+                return None
+            leaves = (states[evaluation],) if time_grads is None else (states[evaluation], times[evaluation])
+            grads = torch.autograd.grad(edge, leaves, cotangent, retain_graph=True, allow_unused=True)
+            if time_grads is not None and grads[1] is not None:
+                time_grads[node] += grads[1]
+            return grads[0]
+
+        def pull_back(node: int, mu: Tensor | None) -> Tensor | None:
+            pulled = None if mu is None else vector_jacobian(node, node, _add(mu, direct[node]))
+            if node in end_evaluations:
+                evaluation = end_evaluations[node]
+                pulled = _add(pulled, vector_jacobian(node, evaluation, direct[evaluation]))
+            return pulled
+
+        slope_cotangents = direct.copy()
+        increment_grads: list[list[Tensor]] = []
+        slope_grads: list[list[Tensor]] = []
+        window = torch.zeros_like(states[0])
+        for step in discrete_adjoint(solve.rows, node_cotangents, pull_back, window):
+            n, window = step.n, step.window
+            filtered = linear_combination(solve.window_weights[n], (window, step.next_window))
+            slope_cotangents[n] = _add(filtered, direct[n])
+            if ctx.weights_need_grad:
+                history = range(n, max(n - len(solve.rows[n][1]), -1), -1)
+                cotangent = step.increment_cotangent
+                slope_grads.append([_inner(cotangent, slopes[i]) for i in history])
+                increment_grads.append([_inner(cotangent, states[i] - states[i - 1]) for i in history if i > 0])
+
+        return (
+            None,
+            None,
+            None,
+            window,
+            time_grads,
+            _matrix(increment_grads, len(solve.rows[0][0])) if ctx.weights_need_grad else None,
+            _matrix(slope_grads, len(solve.rows[0][1])) if ctx.weights_need_grad else None,
+            *slope_cotangents,
+        )
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a.conj() * b).sum().real
+
+
+def _matrix(reversed_rows: list[list[Tensor]], width: int) -> Tensor:
+    """Gradients with respect to the weights of the recurrence, from rows in reversed order, short ones padded by 0."""
+    columns = []
+    for i in range(width):
+        zero = torch.zeros((), dtype=torch.float64)
+        columns.append(torch.stack([row[i].to(zero) if i < len(row) else zero for row in reversed(reversed_rows)]))
+    return torch.stack(columns, dim=1)

@@ -1,0 +1,112 @@
+"""The user's function as the solver sees it: one flat state, one direction of time, every answer checked."""
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .host import HostedFunction
+
+
+class VectorField:
+    """f(t, x) on the solver's state.
+
+    torchdiffeq hands a solver its user's function in wrappers that flatten a tuple state, turn the time round and
+    perturb it. This class does the same, for all nodes at once where it can, and adds the checks.
+
+    Args:
+        hosted: the user's function.
+        y0: the solver's initial state; every state has its shape, dtype and device.
+        perturb: as torchdiffeq's option: evaluate a hair to the right (left) of a node that a step begins (ends) at.
+
+    Attributes:
+        time_dtype: the real dtype in which func is given its times.
+    """
+
+    def __init__(self, hosted: HostedFunction, y0: Tensor, perturb: bool) -> None:
+        self._call: Callable[[Tensor, Any], Any] = hosted.call
+        self._reversed = hosted.reversed
+        self._shapes = hosted.shapes
+        self._offsets = [0, *accumulate(shape.numel() for shape in hosted.shapes or ())][:-1]
+        self._perturb = perturb
+        self._device = y0.device
+        self.time_dtype = y0.dtype.to_real()
+
+    def user_times(self, times: Tensor, side: Literal["left", "right"] = "right") -> Tensor:
+        """From the solver's times, of any shape, to what the user's function is given for them.
+
+        That is torchdiffeq's promise: the real dtype and the device of the state, the user's direction of time and,
+        with `perturb`, the neighbouring number on the given side. Differentiable.
+        """
+        times = times.to(self._device, self.time_dtype)
+        if self._perturb:
+            with torch.no_grad():
+                nudge = torch.nextafter(times, times + (1 if side == "right" else -1)) - times
+            times = times + nudge
+        return -times if self._reversed else times
+
+    def __call__(self, user_time: Tensor, x: Tensor) -> Tensor:
+        """Evaluate the user's function.
+
+        Args:
+            user_time: 0-d, from `user_times`.
+            x: the solver's state.
+
+        Returns:
+            dx/dt in the solver's time, with the shape, dtype and device of `x`.
+
+        Raises:
+            TypeError: func returned something else than a tensor (a tuple of tensors, where the state is a tuple),
+                or another dtype than that of the state.
+            ValueError: func returned another number of components, shape or device than the state has.
+        """
+        if self._shapes is None:
+            slope = self._call(user_time, x)
+            _check_component(slope, x, x.shape, "")
+        else:
+            state = tuple(
+                x.narrow(0, offset, shape.numel()).view(shape)
+                for offset, shape in zip(self._offsets, self._shapes, strict=True)
+            )
+            slope = torch.cat([part.reshape(-1) for part in self._components(self._call(user_time, state), x)])
+        assert isinstance(slope, Tensor)
+        if slope.dtype is not x.dtype:
+            raise TypeError(f"func returned a tensor of dtype {slope.dtype}; the state y has dtype {x.dtype}")
+        return -slope if self._reversed else slope
+
+    def _components(self, slopes: Any, x: Tensor) -> tuple[Tensor, ...]:
+        assert self._shapes is not None
+        try:
+            components = tuple(slopes)
+        except TypeError:
+            raise TypeError(
+                f"func returned {type(slopes).__name__}; the state y is a tuple, so it must return a tuple of "
+                f"{len(self._shapes)} tensors"
+            ) from None
+        if len(components) != len(self._shapes):
+            raise ValueError(
+                f"func returned {len(components)} components; the state y is a tuple of {len(self._shapes)} tensors"
+            )
+        for index, (component, shape) in enumerate(zip(components, self._shapes, strict=True)):
+            _check_component(component, x, shape, f"[{index}]")
+        return components
+
+
+def _check_component(slope: Any, x: Tensor, shape: torch.Size, index: str) -> None:
+    if not isinstance(slope, Tensor):
+        raise TypeError(
+            f"func returned{index and f' in component {index}'} {type(slope).__name__}; it must return a tensor of "
+            f"shape {tuple(shape)}, like the state y{index}"
+        )
+    if slope.shape != shape:
+        raise ValueError(
+            f"func returned{index and f' in component {index}'} a tensor of shape {tuple(slope.shape)}; the state "
+            f"y{index} has shape {tuple(shape)}"
+        )
+    if slope.device != x.device:
+        raise ValueError(
+            f"func returned{index and f' in component {index}'} a tensor on device {slope.device}; the state y{index} "
+            f"is on device {x.device}"
+        )
