@@ -100,7 +100,7 @@ def uniform_grid(t: Tensor, step_size: float) -> Grid:
         ValueError: that makes more than `MAX_STEPS` steps.
     """
     times = _exact(t)
-    length = float(times[-1] - times[0])
+    length = float((times[-1] - times[0]).detach())
     # A remainder of no more than rounding is no step of its own.
     count = length / step_size
     steps = max(1, math.ceil(count - min(_rounding(t) / step_size, 0.01))) if count <= MAX_STEPS else math.inf
@@ -134,17 +134,19 @@ def constructed_grid(grid_constructor: GridConstructor, func: Any, y0: Tensor, t
             f"grid_constructor must return a one-dimensional tensor of at least 2 times, it returned one of shape "
             f"{tuple(made.shape)}"
         )
-    nodes, times = _exact(made), _exact(t)
-    _check_monotonic(nodes)
+    inner, times = _exact(made)[1:-1], _exact(t)
     tolerance = max(_rounding(made), _rounding(t))
     for index in (0, -1):
-        if abs(float(nodes[index] - times[index])) > tolerance:
+        end, wanted = float(made[index].detach()), float(times[index].detach())
+        if not abs(end - wanted) <= tolerance:
             raise ValueError(
                 f"grid_constructor must return a grid that begins with t[0] and ends with t[-1]; in the solver's "
-                f"increasing time its entry {index} is {float(nodes[index])}, t[{index}] is {float(times[index])}"
+                f"increasing time its entry {index} is {end}, t[{index}] is {wanted}"
             )
     # The ends are those of t, also for the gradient.
-    return _grid(torch.cat([times[:1], nodes[1:-1], times[-1:]]), torch.finfo(made.dtype).eps)
+    nodes = torch.cat([times[:1], inner, times[-1:]])
+    _check_monotonic(nodes.detach())
+    return _grid(nodes, torch.finfo(made.dtype).eps)
 
 
 def place(t: Tensor, grid: Grid) -> list[Placement]:
@@ -198,7 +200,6 @@ def _rounding(t: Tensor) -> float:
 
 
 def _check_monotonic(nodes: Tensor) -> None:
-    nodes = nodes.detach()
     good = torch.isfinite(nodes)
     good[1:] &= nodes[1:] > nodes[:-1]
     if not bool(good.all()):
@@ -215,11 +216,12 @@ def _grid(nodes: Tensor, eps: float) -> Grid:
     if nodes.requires_grad:
         return Grid(nodes, steps)
     # Equal steps, or equal ones and a last one, whose nodes have been rounded, are equal steps all the same.
-    tolerance = _ULPS * eps * float(nodes.abs().max())
+    rounding = _ULPS * eps * float(nodes.abs().max())
     for count in (len(steps), len(steps) - 1):
         if count > 1:
-            equal = (nodes[count] - nodes[0]) / count
-            if bool(((nodes[: count + 1] - nodes[0] - equal * torch.arange(count + 1)).abs() <= tolerance).all()):
+            equal = float(nodes[count] - nodes[0]) / count
+            deviation = nodes[: count + 1] - nodes[0] - equal * torch.arange(count + 1, dtype=torch.float64)
+            if float(deviation.abs().max()) <= min(rounding, 0.01 * equal):
                 steps[:count] = equal
                 break
     return Grid(nodes, steps)
