@@ -41,30 +41,19 @@ class Trajectory:
 
 
 class Evaluation(NamedTuple):
-    """f at a node, on leaves of its own."""
+    """f at a node, on arguments that are cut off from the graph they came with.
+
+    Attributes:
+        node: n.
+        time: what func was given for t_n.
+        state: x_n.
+        slope: f_n, with the graph that leads to its arguments and to the parameters.
+    """
 
     node: int
     time: Tensor
     state: Tensor
     slope: Tensor
-
-    def depends_on_more(self) -> bool:
-        """Whether the value of f depends on a tensor that requires a gradient besides its two arguments."""
-        arguments = (self.time, self.state)
-        if not self.slope.requires_grad:
-            return False
-        if self.slope.grad_fn is None:
-            return all(self.slope is not argument for argument in arguments)
-        pending, seen = [self.slope.grad_fn], {self.slope.grad_fn}
-        while pending:
-            node = pending.pop()
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and all(leaf is not argument for argument in arguments):
-                return True
-            parents = {parent for parent, _ in node.next_functions if parent is not None} - seen
-            seen |= parents
-            pending.extend(parents)
-        return False
 
 
 class Tape:
@@ -78,6 +67,7 @@ class Tape:
     def __init__(self, vector_field: VectorField, differentiate_times: bool) -> None:
         self._vector_field = vector_field
         self._differentiate_times = differentiate_times
+        self._anchor = torch.zeros((), requires_grad=True)
         self._evaluations: list[Evaluation] = []
         self._end_evaluations: list[Evaluation] = []
 
@@ -90,12 +80,10 @@ class Tape:
             x: x_n.
             end: whether it is evaluated for the end of a step alone, outside the recurrence.
         """
-        time = user_time.detach().requires_grad_(self._differentiate_times)
-        state = x.detach().requires_grad_()
-        for leaf in (time, state):
-            # On its way to the parameters the engine leaves a gradient here that nobody asks for.
-            if leaf.requires_grad:
-                leaf.register_post_accumulate_grad_hook(_discard_grad)
+        time = user_time.detach()
+        if self._differentiate_times:
+            time = _cut_off(time, self._anchor)
+        state = _cut_off(x.detach(), self._anchor)
         slope = self._vector_field(time, state)
         (self._end_evaluations if end else self._evaluations).append(Evaluation(node, time, state, slope))
         return slope.detach()
@@ -120,7 +108,7 @@ class Tape:
             y0.requires_grad
             or user_times.requires_grad
             or recurrence.requires_grad
-            or any(evaluation.depends_on_more() for evaluation in evaluations)
+            or any(_depends_on_more(evaluation.slope, self._anchor) for evaluation in evaluations)
         ):
             return trajectory
         nodes = [node for node in trajectory.states if node > 0]
@@ -131,11 +119,7 @@ class Tape:
             state_outputs=nodes,
             slope_outputs=list(trajectory.slopes),
             end_slope_outputs=list(trajectory.end_slopes),
-            edges=[
-                get_gradient_edge(evaluation.slope) if evaluation.slope.requires_grad else None
-                for evaluation in evaluations
-            ],
-            differentiate_times=self._differentiate_times,
+            graphs=[_graph_of(evaluation) for evaluation in evaluations],
         )
         values = [
             *(trajectory.states[node] for node in nodes),
@@ -145,7 +129,7 @@ class Tape:
         outputs: Iterator[Tensor] = iter(
             _AttachedSolve.apply(  # type: ignore[no-untyped-call]
                 solve,
-                evaluations,
+                [evaluation.state for evaluation in evaluations],
                 values,
                 y0,
                 user_times,
@@ -161,8 +145,54 @@ class Tape:
         )
 
 
-def _discard_grad(leaf: Tensor) -> None:
-    leaf.grad = None
+class _CutOff(torch.autograd.Function):
+    """The identity, whose output asks for a gradient and whose backward passes none on."""
+
+    @staticmethod
+    def forward(ctx: Any, argument: Tensor, anchor: Tensor) -> Tensor:  # noqa: ARG004
+        return argument.view_as(argument)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None]:  # noqa: ARG004
+        return None, None
+
+
+def _cut_off(argument: Tensor, anchor: Tensor) -> Tensor:
+    # A leaf would do, but would keep the state, and a gradient that nobody asks for, alive as long as the graph is.
+    cut: Tensor = _CutOff.apply(argument, anchor)  # type: ignore[no-untyped-call]
+    return cut
+
+
+def _depends_on_more(value: Tensor, anchor: Tensor) -> bool:
+    """Whether `value` depends on a tensor that requires a gradient and is not cut off."""
+    if not value.requires_grad:
+        return False
+    root = get_gradient_edge(value).node
+    pending, seen = [root], {root}
+    while pending:
+        node = pending.pop()
+        if getattr(node, "variable", anchor) is not anchor:
+            return True
+        parents = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= parents
+        pending.extend(parents)
+    return False
+
+
+class _Graph(NamedTuple):
+    """Where the graph of an evaluation begins and ends."""
+
+    slope: GradientEdge
+    arguments: tuple[GradientEdge, ...]
+
+
+def _graph_of(evaluation: Evaluation) -> _Graph | None:
+    """The graph from f_n to x_n and, where it is differentiated, to t_n; None where f_n depends on nothing."""
+    _, time, state, slope = evaluation
+    if not slope.requires_grad:
+        return None
+    arguments = (state, time) if time.requires_grad else (state,)
+    return _Graph(get_gradient_edge(slope), tuple(get_gradient_edge(argument) for argument in arguments))
 
 
 @dataclass(frozen=True)
@@ -174,8 +204,7 @@ class _Solve:
         window_weights: those of the filter.
         end_nodes: the nodes of the evaluations that follow those of the recurrence.
         state_outputs, slope_outputs, end_slope_outputs: the nodes whose x_n, f_n and end slopes it returns.
-        edges: where the graph of each evaluation ends, None where its value depends on nothing.
-        differentiate_times: whether the evaluations have a gradient with respect to time.
+        graphs: those of the evaluations.
     """
 
     rows: list[Row]
@@ -184,8 +213,7 @@ class _Solve:
     state_outputs: list[int]
     slope_outputs: list[int]
     end_slope_outputs: list[int]
-    edges: list[GradientEdge | None]
-    differentiate_times: bool
+    graphs: list[_Graph | None]
 
 
 class _AttachedSolve(torch.autograd.Function):
@@ -195,7 +223,7 @@ class _AttachedSolve(torch.autograd.Function):
     def forward(
         ctx: Any,
         solve: _Solve,
-        evaluations: list[Evaluation],
+        states: list[Tensor],
         values: list[Tensor],
         y0: Tensor,  # noqa: ARG004
         user_times: Tensor,
@@ -205,14 +233,10 @@ class _AttachedSolve(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.solve = solve
-        # The values of f are needed for the gradient of their weights alone.
         ctx.weights_need_grad = increment_weights.requires_grad or slope_weights.requires_grad
-        ctx.times_shape = user_times.shape
-        ctx.save_for_backward(
-            *(evaluation.state for evaluation in evaluations),
-            *(evaluation.time for evaluation in evaluations),
-            *(slopes if ctx.weights_need_grad else ()),
-        )
+        ctx.times_need_grad = user_times.requires_grad
+        if ctx.weights_need_grad:
+            ctx.save_for_backward(*states, *slopes)
         return tuple(values)
 
     @staticmethod
@@ -223,9 +247,8 @@ class _AttachedSolve(torch.autograd.Function):
                 "so it has no second derivative to give. Solve without grad_filter for second derivatives"
             )
         solve: _Solve = ctx.solve
-        count, total = len(solve.rows), len(solve.edges)
-        states, times = ctx.saved_tensors[:total], ctx.saved_tensors[total : 2 * total]
-        slopes = ctx.saved_tensors[2 * total :]
+        count, total = len(solve.rows), len(solve.graphs)
+        zero = torch.zeros_like(next(cotangent for cotangent in cotangents if cotangent is not None))
 
         arrived = iter(cotangents)
         node_cotangents: list[Tensor | None] = [None] * (count + 1)
@@ -238,15 +261,14 @@ class _AttachedSolve(torch.autograd.Function):
         for node in solve.end_slope_outputs:
             direct[end_evaluations[node]] = next(arrived)
 
-        time_grads = times[0].new_zeros(ctx.times_shape) if solve.differentiate_times else None
+        time_grads = zero.new_zeros(count + 1, dtype=zero.dtype.to_real()) if ctx.times_need_grad else None
 
         def vector_jacobian(node: int, evaluation: int, cotangent: Tensor | None) -> Tensor | None:
-            edge = solve.edges[evaluation]
-            if edge is None or cotangent is None:
+            graph = solve.graphs[evaluation]
+            if graph is None or cotangent is None:
                 return None
-            leaves = (states[evaluation],) if time_grads is None else (states[evaluation], times[evaluation])
-            grads = torch.autograd.grad(edge, leaves, cotangent, retain_graph=True, allow_unused=True)
-            if time_grads is not None and grads[1] is not None:
+            grads = torch.autograd.grad(graph.slope, graph.arguments, cotangent, retain_graph=True, allow_unused=True)
+            if time_grads is not None and len(grads) > 1 and grads[1] is not None:
                 time_grads[node] += grads[1]
             return grads[0]
 
@@ -260,8 +282,9 @@ class _AttachedSolve(torch.autograd.Function):
         slope_cotangents = direct.copy()
         increment_grads: list[list[Tensor]] = []
         slope_grads: list[list[Tensor]] = []
-        window = torch.zeros_like(states[0])
-        for step in discrete_adjoint(solve.rows, node_cotangents, pull_back, window):
+        states, slopes = ctx.saved_tensors[:total], ctx.saved_tensors[total:]
+        window = zero
+        for step in discrete_adjoint(solve.rows, node_cotangents, pull_back, zero):
             n, window = step.n, step.window
             filtered = linear_combination(solve.window_weights[n], (window, step.next_window))
             slope_cotangents[n] = _add(filtered, direct[n])
