@@ -1,7 +1,8 @@
-"""Nonlinear problems with time-varying parameters, grids, and their independent reference: a fine continuous adjoint."""
+"""Nonlinear problems with time-varying parameters, grids, and an independent reference: a fine continuous adjoint."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -60,9 +61,10 @@ class Reference:
     Args:
         problem: the problem.
         observed: the observation times t_j, increasing, the last one the end of the solve.
+        weight: a factor on E.
     """
 
-    def __init__(self, problem: Problem, observed: list[float]) -> None:
+    def __init__(self, problem: Problem, observed: list[float], weight: float = 1.0) -> None:
         self.problem = problem
         self.observed = observed
         tight = {"method": "DOP853", "rtol": 1e-12, "atol": 1e-13, "dense_output": True}
@@ -71,7 +73,7 @@ class Reference:
         self._pieces = []
         p = np.zeros(2)
         for start, end in zip([0.0, *observed[:-1]][::-1], observed[::-1], strict=True):
-            p = p + self.state(end) - np.array(problem.target)
+            p = p + weight * (self.state(end) - np.array(problem.target))
             if start == end:
                 continue
             piece = solve_ivp(
@@ -91,9 +93,7 @@ class Reference:
 
     def density(self, t: Tensor) -> Tensor:
         """The functional gradient (∂f/∂θ)ᵀ p at the times `t`, of shape (n, 2)."""
-        values = [
-            self.problem.theta_vjp(self.state(s), self.problem.theta(s), self.costate(s)) for s in t.tolist()
-        ]
+        values = [self.problem.theta_vjp(self.state(s), self.problem.theta(s), self.costate(s)) for s in t.tolist()]
         return torch.tensor(np.array(values), dtype=torch.float64)
 
 
@@ -125,4 +125,4 @@ GRIDS: dict[str, Callable[[int, float], Tensor]] = {
 
 def orders(errors: list[float]) -> list[float]:
     """The measured orders between errors for steps that halve."""
-    return [float(np.log2(a / b)) for a, b in zip(errors, errors[1:], strict=False)]
+    return [float(np.log2(a / b)) for a, b in pairwise(errors)]

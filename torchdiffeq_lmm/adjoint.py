@@ -51,15 +51,15 @@ def discrete_adjoint(
     """
     steps = len(rows)
     window = _sum(zero, pull_back(steps, None), node_cotangents[steps])
-    increment_cotangents: list[Tensor] = []
+    reach_of_increments, reach_of_slopes = (len(weights) for weights in rows[0])
+    later: tuple[Tensor, ...] = ()
     for n in reversed(range(steps)):
-        weights = [1.0, *(rows[n + 1 + i][0][i] for i in range(min(len(rows[n][0]), len(increment_cotangents))))]
-        increment_cotangents.insert(0, linear_combination(weights, (window, *increment_cotangents)))
-        del increment_cotangents[len(rows[n][1]) :]
-        weights = [rows[n + i][1][i] for i in range(len(increment_cotangents))]
-        mu = linear_combination(weights, increment_cotangents)
+        weights = (row[0][i] for i, row in enumerate(rows[n + 1 : n + 1 + reach_of_increments]))
+        latest = linear_combination((1.0, *weights), (window, *later))
+        later = (latest, *later)[: max(reach_of_increments, reach_of_slopes)]
+        mu = linear_combination((row[1][i] for i, row in enumerate(rows[n : n + reach_of_slopes])), later)
         next_window, window = window, _sum(window, pull_back(n, mu), node_cotangents[n])
-        yield AdjointStep(n, increment_cotangents[0], window, next_window)
+        yield AdjointStep(n, latest, window, next_window)
 
 
 def _sum(total: Tensor, *terms: Tensor | None) -> Tensor:
