@@ -37,9 +37,13 @@ class GradFilter(Protocol):
 class LeapfrogFilter:
     """The gradient filter for leapfrog, on any grid.
 
-    The parameters of the m-th evaluation of f receive the cotangent ``ω_m p̃_m``, where p̃_m is second-order accurate
-    for the costate p(t_m); at an observed node it is the mean of the two one-sided limits of p. The states keep the
-    cotangents of auto-differentiation, so gradients with respect to y0 and t do not change.
+    The parameters of the m-th evaluation of f receive the cotangent ``ω_m p̃_m``, where p̃_m is second-order accurate for
+    the costate p(t_m). The states keep the cotangents of auto-differentiation, so gradients with respect to y0 and t do
+    not change.
+
+    Where E observes a node, p jumps there, and p̃_m is the mean of its one-sided limits, weighted by the steps on either
+    side. An observation between two nodes is spread over both. What E sees of y0 itself is no matter of the parameters.
+    Where every step has a random length of its own, however many there are, the order is leapfrog's own, 3/2.
 
     Args:
         weights: ω_m, what one parameter owns.

@@ -249,8 +249,10 @@ class Leapfrog(MultistepSolver):
     """Leapfrog, also called the explicit midpoint rule or two-step Nyström method: ``x_{n+1} = x_{n-1} + 2 h f_n``.
 
     Second order on any grid, by its variable-step form; started by an Euler step; one evaluation of func per step. Not
-    the Runge–Kutta midpoint method, nor the staggered leapfrog (Verlet) scheme of mechanics. It does not damp: on
-    dissipative problems a parasitic mode grows along the solve.
+    the Runge–Kutta midpoint method, nor the staggered leapfrog (Verlet) scheme of mechanics.
+
+    It does not damp: on dissipative problems a parasitic mode grows along the solve. Where every step has a random length
+    of its own, however many there are, that mode walks at random and the order is 3/2.
 
     Source: Shampine, *Stability of the leapfrog/midpoint method* (2009); for variable steps `leapfrog_recurrence`.
     """
