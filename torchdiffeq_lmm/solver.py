@@ -251,8 +251,8 @@ class Leapfrog(MultistepSolver):
     Second order on any grid, by its variable-step form; started by an Euler step; one evaluation of func per step. Not
     the Runge–Kutta midpoint method, nor the staggered leapfrog (Verlet) scheme of mechanics.
 
-    It does not damp: on dissipative problems a parasitic mode grows along the solve. Where every step has a random length
-    of its own, however many there are, that mode walks at random and the order is 3/2.
+    It does not damp: on dissipative problems a parasitic mode grows along the solve. Where every step has a random
+    length of its own, however many there are, that mode walks at random and the order is 3/2.
 
     Source: Shampine, *Stability of the leapfrog/midpoint method* (2009); for variable steps `leapfrog_recurrence`.
     """
