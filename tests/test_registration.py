@@ -1,0 +1,128 @@
+"""torchdiffeq's method table."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torchdiffeq
+from torchdiffeq._impl.odeint import SOLVERS
+
+import torchdiffeq_lmm
+from torchdiffeq_lmm.host import add_solvers, remove_solvers
+from torchdiffeq_lmm.solver import Leapfrog
+
+
+class Foreign:
+    """A solver of somebody else."""
+
+
+@pytest.fixture(autouse=True)
+def _table() -> Iterator[None]:
+    before = dict(SOLVERS)
+    yield
+    SOLVERS.clear()
+    SOLVERS.update(before)
+
+
+def solve() -> torch.Tensor:
+    t = torch.linspace(0, 1, 3)
+    return torchdiffeq.odeint(lambda t, y: -y, torch.ones(2), t, method="leapfrog")
+
+
+def run(code: str) -> str:
+    """The output of `code` in an interpreter of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_registers() -> None:
+    assert SOLVERS["leapfrog"] is Leapfrog
+    assert solve().shape == (3, 2)
+
+
+def test_registering_again_changes_nothing() -> None:
+    before = dict(SOLVERS)
+    torchdiffeq_lmm.register()
+    torchdiffeq_lmm.register()
+    assert before == SOLVERS
+
+
+def test_unregister_and_register() -> None:
+    others = {name: solver for name, solver in SOLVERS.items() if name != "leapfrog"}
+    torchdiffeq_lmm.unregister()
+    assert others == SOLVERS
+    with pytest.raises(ValueError, match='Invalid method "leapfrog"'):
+        solve()
+    torchdiffeq_lmm.unregister()
+    assert others == SOLVERS
+    torchdiffeq_lmm.register()
+    assert {**others, "leapfrog": Leapfrog} == SOLVERS
+    assert solve().shape == (3, 2)
+
+
+@pytest.mark.parametrize("foreign", [Foreign, Foreign(), None], ids=["class", "instance", "none"])
+def test_a_foreign_method_is_not_overwritten(foreign: object) -> None:
+    SOLVERS["leapfrog"] = foreign
+    before = dict(SOLVERS)
+    with pytest.raises(RuntimeError, match=r"'leapfrog'.*not torchdiffeq_lmm's") as error:
+        torchdiffeq_lmm.register()
+    assert repr(foreign) in str(error.value)
+    assert before == SOLVERS
+
+
+def test_a_foreign_method_is_not_removed() -> None:
+    SOLVERS["leapfrog"] = Foreign
+    torchdiffeq_lmm.unregister()
+    assert SOLVERS["leapfrog"] is Foreign
+
+
+def test_all_or_none() -> None:
+    torchdiffeq_lmm.unregister()
+    SOLVERS["taken"] = Foreign
+    before = dict(SOLVERS)
+    with pytest.raises(RuntimeError, match="'taken'"):
+        add_solvers({"leapfrog": Leapfrog, "taken": Leapfrog})
+    assert before == SOLVERS
+    remove_solvers({"leapfrog": Leapfrog, "taken": Leapfrog, "missing": Leapfrog})
+    assert before == SOLVERS
+
+
+def test_importing_the_package_anew() -> None:
+    code = """
+import sys, torch, torchdiffeq, torchdiffeq_lmm
+from torchdiffeq._impl.odeint import SOLVERS
+first = SOLVERS["leapfrog"]
+for name in [name for name in sys.modules if name.partition(".")[0] == "torchdiffeq_lmm"]:
+    del sys.modules[name]
+import torchdiffeq_lmm
+second = SOLVERS["leapfrog"]
+y = torchdiffeq.odeint(lambda t, y: -y, torch.ones(2), torch.linspace(0, 1, 3), method="leapfrog")
+torchdiffeq_lmm.unregister()
+print(first is second, tuple(y.shape), "leapfrog" in SOLVERS)
+"""
+    assert run(code).split("\n")[0] == "False (3, 2) False"
+
+
+def test_importing_the_package_where_the_name_is_taken() -> None:
+    code = """
+from torchdiffeq._impl.odeint import SOLVERS as solvers
+solvers["leapfrog"] = foreign = type("Foreign", (), {})
+before = dict(solvers)
+try:
+    import torchdiffeq_lmm
+except RuntimeError as error:
+    print("leapfrog" in str(error) and "Foreign" in str(error), solvers == before)
+del solvers["leapfrog"]
+import torchdiffeq_lmm
+print(solvers["leapfrog"].__module__)
+"""
+    assert run(code).split("\n")[:2] == ["True True", "torchdiffeq_lmm.solver"]
