@@ -258,6 +258,28 @@ def test_an_event_is_a_solve_with_an_output_off_the_grid(interp: str, reverse: b
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("times_require_grad", [False, True])
+def test_func_may_reuse_the_memory_that_it_returns(times_require_grad: bool) -> None:
+    weight = draw(DIM, DIM).requires_grad_()
+    reused = [torch.empty(DIM, dtype=torch.float64)]
+
+    def fresh(t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(y @ weight) * t
+
+    def reusing(t: Tensor, y: Tensor) -> Tensor:
+        reused[0] = reused[0].detach() if times_require_grad else reused[0]
+        return reused[0].copy_(fresh(t, y))
+
+    results = []
+    for func in (fresh, reusing):
+        y0 = draw(DIM, seed=3).requires_grad_()
+        t = OBSERVED.clone().requires_grad_(times_require_grad)
+        inputs = (y0, weight, t) if times_require_grad else (y0, weight)
+        results.append(torch.autograd.grad(loss(solve(func, y0, t)), inputs))
+    for wanted, got in zip(*results, strict=True):
+        assert torch.equal(got, wanted)
+
+
 class TestGoodCitizen:
     def test_hooks_see_the_whole_gradient_once(self) -> None:
         func = Tanh()
@@ -350,6 +372,29 @@ class TestGoodCitizen:
             torch.func.grad(lambda y: loss(solve(func, y)))(y0)
         with pytest.raises((RuntimeError, NotImplementedError)):
             torch.func.jvp(lambda y: solve(func, y), (y0,), (y0,))
+
+    @pytest.mark.parametrize("dual", ["y0", "parameter", "t"])
+    def test_forward_mode_is_refused(self, dual: str) -> None:
+        values = {"y0": draw(DIM), "parameter": draw(DIM), "t": OBSERVED.clone()}
+        with torch.autograd.forward_ad.dual_level():
+            values[dual] = torch.autograd.forward_ad.make_dual(values[dual], torch.ones_like(values[dual]))
+            with pytest.raises(RuntimeError, match="grad_filter does not support forward-mode"):
+                solve(lambda t, y: y * values["parameter"] * t, values["y0"], values["t"])
+
+    def test_gradcheck_for_y0_and_t(self) -> None:
+        func = Tanh()
+        inputs = (draw(DIM).requires_grad_(), OBSERVED.clone().requires_grad_())
+        assert torch.autograd.gradcheck(lambda y0, t: solve(func, y0, t, step_size=0.13, grid_constructor=None), inputs)
+
+    def test_autocast(self) -> None:
+        net = nn.Linear(DIM, DIM)
+        gradients = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                states = solve(lambda t, y: net(y), draw(2, DIM).float(), OBSERVED.float())
+            assert states.dtype is torch.float32
+            gradients += torch.autograd.grad(states.sum(), net.weight)
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=0.1, atol=0.1)
 
     def test_parameters_of_another_dtype(self) -> None:
         weight = draw(DIM, DIM).float().requires_grad_()

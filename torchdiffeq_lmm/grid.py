@@ -134,16 +134,17 @@ def constructed_grid(grid_constructor: GridConstructor, func: Any, y0: Tensor, t
             f"grid_constructor must return a one-dimensional tensor of at least 2 times, it returned one of shape "
             f"{tuple(made.shape)}"
         )
+    _check_monotonic(made.detach())
     inner, times = _exact(made)[1:-1], _exact(t)
     tolerance = max(_rounding(made), _rounding(t))
     for index in (0, -1):
         end, wanted = float(made[index].detach()), float(times[index].detach())
-        if not abs(end - wanted) <= tolerance:
+        if abs(end - wanted) > tolerance:
             raise ValueError(
                 f"grid_constructor must return a grid that begins with t[0] and ends with t[-1]; in the solver's "
                 f"increasing time its entry {index} is {end}, t[{index}] is {wanted}"
             )
-    # The ends are those of t, also for the gradient.
+    # The ends are those of t, also for the gradient. A node that lies between both roundings of an end is refused.
     nodes = torch.cat([times[:1], inner, times[-1:]])
     _check_monotonic(nodes.detach())
     return _grid(nodes, torch.finfo(made.dtype).eps)

@@ -77,7 +77,8 @@ def odeint(
         rtol, atol, method, options, event_fn: as in `torchdiffeq.odeint`.
         grad_filter: None for plain auto-differentiation; ``"leapfrog"`` or a `LeapfrogFilter`, with
             ``method="leapfrog"``, for gradients of time-varying parameters that converge to those of the flow.
-            Gradients with respect to y0 and t stay those of auto-differentiation. Where all steps share their
+            Gradients with respect to y0 and t stay those of auto-differentiation (where func captures them besides,
+            that use counts as a parameter's). Where all steps share their
             parameters no filter is needed, and the default weights would do harm: see `LeapfrogFilter`.
 
             With a filter, `callback_step` and `event_fn` are given states without a graph; hooks on tensors inside

@@ -1,7 +1,8 @@
-"""Outputs between the nodes: from the states and slopes at both ends of a step to the state inside it."""
+"""Outputs off the nodes: from the states and slopes at both ends of a step to the state inside it."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from .combination import Weight, linear_combination
@@ -33,3 +34,28 @@ def cubic_hermite(fraction: Weight, step: Weight, x0: Tensor, f0: Tensor, x1: Te
         -step * s * s * rest,
     )
     return linear_combination(weights, (x0, f0, x1, f1))
+
+
+def slide(x: Tensor, shift: Tensor, f: Tensor) -> Tensor:
+    """The state at a node, free to slide along f: the value is x, the derivatives are those of ``x + shift f``.
+
+    Args:
+        x: the state at the node.
+        shift: the output time minus that of the node, a 0-d real tensor, 0 but for rounding.
+        f: the slope at the node; where it is not finite, the value still is x.
+    """
+    slid: Tensor = _Slide.apply(x, shift, f)  # type: ignore[no-untyped-call]
+    return slid
+
+
+class _Slide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, f: Tensor) -> Tensor:
+        ctx.save_for_backward(shift, f)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift, f = ctx.saved_tensors
+        along = (cotangent * f.conj()).sum().real
+        return cotangent, along.to(shift), (shift * cotangent).to(f.dtype)

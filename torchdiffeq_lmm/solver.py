@@ -21,7 +21,7 @@ from .grid import (
     uniform_grid,
 )
 from .host import MAX_EVENT_STEPS, find_event, unwrap, warn_of_unused_options
-from .interpolation import Interpolation, check_interpolation, cubic_hermite, linear
+from .interpolation import Interpolation, check_interpolation, cubic_hermite, linear, slide
 from .methods import LEAPFROG, MultistepMethod, Row
 from .tape import Tape, Trajectory
 from .vector_field import VectorField
@@ -73,6 +73,8 @@ class MultistepSolver:
             check_step_size(step_size)
             if grid_constructor is not None:
                 raise ValueError("step_size and grid_constructor are mutually exclusive options, got both")
+        if grid_constructor is not None and not callable(grid_constructor):
+            raise TypeError(f"grid_constructor must be a callable (func, y0, t) -> grid, got {grid_constructor!r}")
         check_interpolation(interp)
         self.grad_filter = resolve_grad_filter(grad_filter, self.method.name)
         self.func = func
@@ -234,8 +236,7 @@ class MultistepSolver:
         if fraction is not None:
             return self._inside(node, fraction, steps[node], trajectory)
         if shift is not None:
-            # The output moves along f when its time moves and the node does not.
-            return linear_combination((1.0, shift), (trajectory.states[node], trajectory.slopes[node]))
+            return slide(trajectory.states[node], shift, trajectory.slopes[node])
         return trajectory.states[node]
 
     def _inside(self, node: int, fraction: Weight, step: Weight, trajectory: Trajectory) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .adjoint import discrete_adjoint
@@ -84,7 +85,9 @@ class Tape:
         if self._differentiate_times:
             time = _cut_off(time, self._anchor)
         state = _cut_off(x.detach(), self._anchor)
-        slope = self._vector_field(time, state)
+        # Func may return the same memory again and again.
+        slope = self._vector_field(time, state).clone()
+        _refuse_tangents(user_time, slope)
         (self._end_evaluations if end else self._evaluations).append(Evaluation(node, time, state, slope))
         return slope.detach()
 
@@ -103,6 +106,7 @@ class Tape:
             The trajectory, with the graph that plain stepping would have given it but for the filter.
         """
         y0 = trajectory.states[0]
+        _refuse_tangents(y0)
         evaluations = self._evaluations + self._end_evaluations
         if not (
             y0.requires_grad
@@ -142,6 +146,14 @@ class Tape:
             states={0: y0, **{node: next(outputs) for node in nodes}},
             slopes={node: next(outputs) for node in trajectory.slopes},
             end_slopes={node: next(outputs) for node in trajectory.end_slopes},
+        )
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "grad_filter does not support forward-mode automatic differentiation, for it filters cotangents. Solve "
+            "without grad_filter for tangents"
         )
 
 
@@ -248,7 +260,10 @@ class _AttachedSolve(torch.autograd.Function):
             )
         solve: _Solve = ctx.solve
         count, total = len(solve.rows), len(solve.graphs)
-        zero = torch.zeros_like(next(cotangent for cotangent in cotangents if cotangent is not None))
+        seen = next((cotangent for cotangent in cotangents if cotangent is not None), None)
+        if seen is None:
+            return (None,) * len(ctx.needs_input_grad)
+        zero = torch.zeros_like(seen)
 
         arrived = iter(cotangents)
         node_cotangents: list[Tensor | None] = [None] * (count + 1)

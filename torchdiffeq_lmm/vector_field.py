@@ -59,7 +59,7 @@ class VectorField:
 
         Raises:
             TypeError: func returned something else than a tensor (a tuple of tensors, where the state is a tuple),
-                or another dtype than that of the state.
+                or, outside autocast, another dtype than that of the state.
             ValueError: func returned another number of components, shape or device than the state has.
         """
         if self._shapes is None:
@@ -72,6 +72,8 @@ class VectorField:
             )
             slope = torch.cat([part.reshape(-1) for part in self._components(self._call(user_time, state), x)])
         assert isinstance(slope, Tensor)
+        if slope.dtype is not x.dtype and torch.is_autocast_enabled(x.device.type):
+            slope = slope.to(x.dtype)
         if slope.dtype is not x.dtype:
             raise TypeError(f"func returned a tensor of dtype {slope.dtype}; the state y has dtype {x.dtype}")
         return -slope if self._reversed else slope
