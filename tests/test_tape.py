@@ -373,6 +373,7 @@ class TestGoodCitizen:
         with pytest.raises((RuntimeError, NotImplementedError)):
             torch.func.jvp(lambda y: solve(func, y), (y0,), (y0,))
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
     @pytest.mark.parametrize("dual", ["y0", "parameter", "t"])
     def test_forward_mode_is_refused(self, dual: str) -> None:
         values = {"y0": draw(DIM), "parameter": draw(DIM), "t": OBSERVED.clone()}
@@ -587,6 +588,6 @@ def test_data_parallel_training_gives_the_gradient_of_one_process(tmp_path: os.P
     alone = DataParallelModel()
     alone(batch).square().mean().backward()
     for rank in range(2):
-        gradients = torch.load(f"{tmp_path / 'gradients'}.{rank}")
+        gradients = torch.load(f"{tmp_path / 'gradients'}.{rank}", weights_only=True)
         for gradient, parameter in zip(gradients, alone.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad)

@@ -172,7 +172,8 @@ class _CutOff(torch.autograd.Function):
 def _cut_off(argument: Tensor, anchor: Tensor) -> Tensor:
     # A leaf would do, but would keep the state, and a gradient that nobody asks for, alive as long as the graph is.
     cut: Tensor = _CutOff.apply(argument, anchor)  # type: ignore[no-untyped-call]
-    return cut
+    # Before torch 2.10 a GradientEdge keeps a node of C++ alive, as the view's is, but not one of Python.
+    return cut.view_as(cut)
 
 
 def _depends_on_more(value: Tensor, anchor: Tensor) -> bool:
