@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.adjoint import discrete_adjoint
-from torchdiffeq_lmm.solver import march
+from torchdiffeq_lmm.stepping import march
 
 
 @pytest.mark.parametrize(("increments", "slopes"), [(0, 1), (0, 3), (1, 1), (1, 2), (3, 2)])

@@ -1,13 +1,13 @@
-"""The stepping loop: runs a multistep method over a grid, in the form in which torchdiffeq calls its solvers."""
+"""A multistep method in the form in which torchdiffeq calls its solvers: from options and times to states."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, islice, repeat
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .combination import Weight, linear_combination
+from .combination import Weight
 from .grad_filter import resolve_grad_filter
 from .grid import (
     Grid,
@@ -22,7 +22,8 @@ from .grid import (
 )
 from .host import MAX_EVENT_STEPS, find_event, unwrap, warn_of_unused_options
 from .interpolation import Interpolation, check_interpolation, cubic_hermite, linear, slide
-from .methods import LEAPFROG, MultistepMethod, Row
+from .methods import LEAPFROG, MultistepMethod
+from .stepping import march
 from .tape import Tape, Trajectory
 from .vector_field import VectorField
 
@@ -260,44 +261,6 @@ class Leapfrog(MultistepSolver):
 
     method = LEAPFROG
     order = LEAPFROG.order
-
-
-def march(
-    y0: Tensor, rows: Iterable[Row], slope: Callable[[int, Tensor], Tensor]
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Run ``d_{n+1} = Σ e[n, i] d_{n-i} + Σ b[n, i] f_{n-i}``, ``x_{n+1} = x_n + d_{n+1}``.
-
-    Args:
-        y0: x_0.
-        rows: the weights (e[n], b[n]) of each step, all of the same lengths.
-        slope: from n and x_n to f_n; called once per step.
-
-    Yields:
-        n, f_n and x_{n+1}.
-    """
-    previous, x = y0, y0
-    increments: tuple[Tensor, ...] = ()
-    slopes: tuple[Tensor, ...] = ()
-    for n, (increment_weights, slope_weights) in enumerate(rows):
-        slopes = (slope(n, x), *slopes)[: len(slope_weights)]
-        if n > 0 and _is_leapfrog_between_equal_steps(increment_weights):
-            # x_n cancels, and one addition does for three.
-            following = linear_combination((1.0, *slope_weights), (previous, *slopes))
-            increments = ()
-        else:
-            if n > 0 and increment_weights and not increments:
-                increments = (x - previous,)
-            weights = (*increment_weights[: len(increments)], *slope_weights)
-            increment = linear_combination(weights, (*increments, *slopes))
-            increments = (increment, *increments)[: len(increment_weights)]
-            following = x + increment
-        previous, x = x, following
-        yield n, slopes[0], x
-
-
-def _is_leapfrog_between_equal_steps(increment_weights: tuple[Weight, ...]) -> bool:
-    # A tensor carries a gradient even where its value is -1.
-    return len(increment_weights) == 1 and isinstance(increment_weights[0], float) and increment_weights[0] == -1.0
 
 
 class _Wanted(NamedTuple):
