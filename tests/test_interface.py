@@ -104,6 +104,12 @@ def test_a_filter_given_twice_is_refused() -> None:
         )
 
 
+def test_odeint_adjoint_refuses_a_filter() -> None:
+    options = {**STEPS, "grad_filter": "leapfrog"}
+    with pytest.raises(ValueError, match="grad_filter must be None in odeint_adjoint, got 'leapfrog'"):
+        torchdiffeq.odeint_adjoint(decay, Y0, T, method="leapfrog", options=options, adjoint_params=())
+
+
 def test_unknown_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"weights must be one of \('step', 'trapezoid'\), got 'simpson'"):
         LeapfrogFilter(weights="simpson")

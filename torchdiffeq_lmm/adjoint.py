@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .combination import linear_combination
@@ -54,12 +55,42 @@ def discrete_adjoint(
     reach_of_increments, reach_of_slopes = (len(weights) for weights in rows[0])
     later: tuple[Tensor, ...] = ()
     for n in reversed(range(steps)):
-        weights = (row[0][i] for i, row in enumerate(rows[n + 1 : n + 1 + reach_of_increments]))
-        latest = linear_combination((1.0, *weights), (window, *later))
+        weights = [row[0][i] for i, row in enumerate(rows[n + 1 : n + 1 + reach_of_increments])]
+        latest = linear_combination((1.0, *weights), (window, *later[: len(weights)]))
         later = (latest, *later)[: max(reach_of_increments, reach_of_slopes)]
-        mu = linear_combination((row[1][i] for i, row in enumerate(rows[n : n + reach_of_slopes])), later)
+        weights = [row[1][i] for i, row in enumerate(rows[n : n + reach_of_slopes])]
+        mu = linear_combination(weights, later[: len(weights)])
         next_window, window = window, _sum(window, pull_back(n, mu), node_cotangents[n])
         yield AdjointStep(n, latest, window, next_window)
+
+
+def weight_gradients(
+    backwards: Sequence[AdjointStep], states: Sequence[Tensor], slopes: Sequence[Tensor], increments: int, reach: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients with respect to the weights: ∂E/∂e[n, i] = <D_{n+1}, d_{n-i}> and ∂E/∂b[n, i] = <D_{n+1}, f_{n-i}>.
+
+    Args:
+        backwards: the steps of `discrete_adjoint`.
+        states: x_0, ..., x_{N-1}.
+        slopes: f_0, ..., f_{N-1}.
+        increments: how many weights e a step has.
+        reach: how many weights b a step has.
+
+    Returns:
+        Tensors of shapes (N, increments) and (N, reach), float64 on the CPU; 0 where a weight has nothing to act on.
+    """
+    increment_grads = torch.zeros(len(states), increments, dtype=torch.float64)
+    slope_grads = torch.zeros(len(states), reach, dtype=torch.float64)
+    for n, cotangent, _, _ in backwards:
+        for i in range(min(increments, n)):
+            increment_grads[n, i] = _inner(cotangent, states[n - i] - states[n - i - 1])
+        for i in range(min(reach, n + 1)):
+            slope_grads[n, i] = _inner(cotangent, slopes[n - i])
+    return increment_grads, slope_grads
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a.conj() * b).sum().real
 
 
 def _sum(total: Tensor, *terms: Tensor | None) -> Tensor:

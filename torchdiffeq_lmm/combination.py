@@ -8,19 +8,19 @@ Weight = float | Tensor
 
 
 def linear_combination(weights: Iterable[Weight], tensors: Iterable[Tensor]) -> Tensor:
-    """Return ``Σ w_i v_i`` over the pairs that `weights` and `tensors` form, the shorter one deciding.
+    """Return ``Σ w_i v_i``.
 
     Args:
-        weights: real numbers, or 0-d real tensors where the weights carry a gradient. At least one of
-            those paired must differ from the number 0.
-        tensors: floating or complex tensors of one shape, dtype and device.
+        weights: real numbers, or 0-d real tensors where the weights carry a gradient. At least one must
+            differ from the number 0.
+        tensors: as many floating or complex tensors of one shape, dtype and device.
 
     Returns:
         A tensor of that shape, dtype and device; one of `tensors` itself where its weight is the number 1
         and it stands alone.
     """
     total: Tensor | None = None
-    for weight, tensor in zip(weights, tensors, strict=False):
+    for weight, tensor in zip(weights, tensors, strict=True):
         if isinstance(weight, Tensor):
             # A 0-d state would otherwise be promoted to the dtype of the weight.
             term = (weight * tensor).to(tensor.dtype)

@@ -37,9 +37,9 @@ class GradFilter(Protocol):
 class LeapfrogFilter:
     """The gradient filter for leapfrog, on any grid.
 
-    The parameters of the m-th evaluation of f receive the cotangent ``ω_m p̃_m``, where p̃_m is second-order accurate for
-    the costate p(t_m). The states keep the cotangents of auto-differentiation, so gradients with respect to y0 and t do
-    not change.
+    With E the loss, p(t) its costate (the adjoint state, dE/dx at time t) and h_m the step from node m to the next, the
+    parameters of the m-th evaluation of f receive the cotangent ``ω_m p̃_m``, where p̃_m is second-order accurate for
+    p(t_m). The states keep the cotangents of auto-differentiation, so gradients with respect to y0 and t do not change.
 
     Where E observes a node, p jumps there, and p̃_m is the mean of its one-sided limits, weighted by the steps on either
     side. An observation between two nodes is spread over both. What E sees of y0 itself is no matter of the parameters.
@@ -48,17 +48,18 @@ class LeapfrogFilter:
     Args:
         weights: ω_m, what one parameter owns.
             ``"step"``: ω_m = h_m. Every step has its own parameter, as in a network with its own layer per step;
-            its gradient divided by h_m converges at second order, at every node.
-            ``"trapezoid"``: ω_m = (h_{m-1} + h_m) / 2, half a step at the ends. Steps share parameters (an ordinary
-            neural ODE, a hypernetwork or a basis in t); their sum over m converges at second order, where step
-            weights would make it first order only. Shared parameters need no filter: there the gradient of
-            auto-differentiation converges at second order by itself.
+            its gradient divided by h_m converges at second order, at every node, to the density of the gradient in
+            function space, where the parameters sample a smooth function of t.
+            ``"trapezoid"``: ω_m = (h_{m-1} + h_m) / 2, half a step at the ends. For models in which some parameters
+            are shared by all steps (a hypernetwork, a basis in t): their gradient, a sum over m, converges at second
+            order, where step weights would make it first order only. Where all parameters are shared no filter is
+            needed: there the gradient of auto-differentiation converges at second order by itself.
 
     Raises:
         ValueError: `weights` is neither.
 
-    Source: Xu, Chen, Li, Wright (arXiv 2306.02192) for step weights and uniform grids; for the rest the docstring of
-    this module.
+    Source: Xu, Chen, Li, Wright, *Correcting auto-differentiation in neural-ODE training* (arXiv 2306.02192) for step
+    weights and uniform grids; the derivation for any grid heads grad_filter.py.
     """
 
     weights: CellWeights = "step"
@@ -182,7 +183,8 @@ def register_grad_filter(parameter: Tensor) -> RemovableHandle:
             used in step m only.
 
     Returns:
-        A handle; its ``remove()`` takes the filter off again.
+        A handle; its ``remove()`` takes the filter off again. Registered twice, it filters twice; so it does beside
+        ``grad_filter="leapfrog"``, with which it agrees to second order but not exactly.
 
     Raises:
         TypeError: `parameter` is not a floating or complex tensor.

@@ -36,12 +36,14 @@ class HostedFunction:
         reversed: whether the solver's time, always increasing, is the negative of the user's.
         shapes: the shapes of the components where the user's state is a tuple, else None.
         callback_step: ``callback_step(t, y, dt)`` in the solver's time and state, or None where the user has none.
+        in_adjoint: whether it is `torchdiffeq.odeint_adjoint` that solves, and will find the gradient by itself.
     """
 
     call: Callable[[torch.Tensor, Any], Any]
     reversed: bool
     shapes: tuple[torch.Size, ...] | None
     callback_step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object] | None
+    in_adjoint: bool
 
 
 def unwrap(func: Callable[..., Any]) -> HostedFunction:
@@ -50,13 +52,16 @@ def unwrap(func: Callable[..., Any]) -> HostedFunction:
     if callback is _null_callback:
         callback = None
     backwards = False
+    calls = 0
     while isinstance(func, (_PerturbFunc, _ReverseFunc)):
         backwards ^= isinstance(func, _ReverseFunc)
+        calls += isinstance(func, _PerturbFunc)
         func = func.base_func
     shapes = None
     if isinstance(func, _TupleFunc):
         shapes, func = tuple(func.shapes), func.base_func
-    return HostedFunction(func, backwards, shapes, callback)
+    # Every odeint wraps once; odeint_adjoint hands what it has wrapped to odeint.
+    return HostedFunction(func, backwards, shapes, callback, in_adjoint=calls > 1)
 
 
 def warn_of_unused_options(solver: object, options: dict[str, Any]) -> None:

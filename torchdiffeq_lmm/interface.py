@@ -73,7 +73,8 @@ def odeint(
     Args:
         func: ``func(t, y)`` returns dy/dt. Any callable; its parameters need not be listed.
         y0: the state at t[0], a tensor of any shape, floating or complex, or a tuple of such.
-        t: the output times, of shape (n,), strictly increasing or decreasing.
+        t: the output times, of shape (n,), strictly increasing or decreasing; with `event_fn` two of them, of which the
+            second only gives the direction.
         rtol, atol, method, options, event_fn: as in `torchdiffeq.odeint`.
         grad_filter: None for plain auto-differentiation; ``"leapfrog"`` or a `LeapfrogFilter`, with
             ``method="leapfrog"``, for gradients of time-varying parameters that converge to those of the flow.
@@ -92,7 +93,8 @@ def odeint(
     Raises:
         ValueError: `grad_filter` is unknown, is for another method, or is given here and in `options`.
         TypeError: `grad_filter` is neither None, a name nor a filter.
-        Others as `torchdiffeq.odeint` and `MultistepSolver` raise them.
+        Others where `torchdiffeq.odeint` raises them; and, for a method of this package, TypeErrors and ValueErrors
+        that name a wrong option, a wrong grid, or what func returned, before the first step.
 
     Source: Xu, Chen, Li, Wright, *Correcting auto-differentiation in neural-ODE training* (arXiv 2306.02192).
     """

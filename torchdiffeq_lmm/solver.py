@@ -47,7 +47,8 @@ class MultistepSolver:
 
     Raises:
         TypeError: y0, step_size or grad_filter is of a wrong type.
-        ValueError: step_size, interp or grad_filter has a wrong value; step_size and grid_constructor are both given.
+        ValueError: step_size, interp or grad_filter has a wrong value; step_size and grid_constructor are both given;
+            grad_filter is given to `torchdiffeq.odeint_adjoint`.
     """
 
     method: ClassVar[MultistepMethod]
@@ -83,8 +84,13 @@ class MultistepSolver:
         self.step_size = step_size
         self.grid_constructor = grid_constructor
         self.interp = interp
-        hosted = unwrap(func)
         self.perturb = perturb
+        hosted = unwrap(func)
+        if self.grad_filter is not None and hosted.in_adjoint:
+            raise ValueError(
+                f"grad_filter must be None in odeint_adjoint, got {grad_filter!r}: its gradient comes from a solve of "
+                f"its own, which no filter reaches. Use odeint"
+            )
         self._callback_step = hosted.callback_step
         self._vector_field = VectorField(hosted, y0, perturb)
 
@@ -125,7 +131,7 @@ class MultistepSolver:
         rows = recurrence.differentiable_rows() if tape is None and recurrence.requires_grad else recurrence.rows()
         for n, slope, x in march(self._start(tape), rows, evaluate):
             if n in wanted.slopes:
-                trajectory.slopes[n] = slope
+                trajectory.slopes[n] = slope.clone()
             if n + 1 in wanted.states:
                 trajectory.states[n + 1] = x
             if n + 1 in wanted.end_slopes:

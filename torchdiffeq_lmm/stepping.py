@@ -28,12 +28,12 @@ def march(
         slopes = (slope(n, x), *slopes)[: len(slope_weights)]
         if n > 0 and _is_leapfrog_between_equal_steps(increment_weights):
             # x_n cancels, and one addition does for three.
-            following = linear_combination((1.0, *slope_weights), (previous, *slopes))
+            following = linear_combination((1.0, *slope_weights[: len(slopes)]), (previous, *slopes))
             increments = ()
         else:
             if n > 0 and increment_weights and not increments:
                 increments = (x - previous,)
-            weights = (*increment_weights[: len(increments)], *slope_weights)
+            weights = (*increment_weights[: len(increments)], *slope_weights[: len(slopes)])
             increment = linear_combination(weights, (*increments, *slopes))
             increments = (increment, *increments)[: len(increment_weights)]
             following = x + increment
