@@ -179,7 +179,7 @@ def test_func_returns_another_device() -> None:
 
 def test_func_returns_another_device_for_a_component() -> None:
     shapes = [torch.Size([2]), torch.Size([1])]
-    with pytest.raises(ValueError, match=r"func returned in component \[1\].*on device meta.*y\[1\] is on device cpu"):
+    with pytest.raises(ValueError, match=r"func returned, as component 1,.*on device meta.*y\[1\] is on device cpu"):
         evaluate((torch.zeros(2), torch.zeros(1, device="meta")), torch.zeros(3), shapes)
 
 
@@ -196,17 +196,17 @@ def test_func_returns_another_number_of_components(count: int) -> None:
 
 
 def test_func_returns_a_component_of_another_shape() -> None:
-    with pytest.raises(ValueError, match=r"func returned in component \[1\].*\(4,\).*state y\[1\] has shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"func returned, as component 1,.*\(4,\).*state y\[1\] has shape \(2, 2\)"):
         evaluate((torch.zeros(2), torch.zeros(4)), torch.zeros(6), [torch.Size([2]), torch.Size([2, 2])])
 
 
 def test_func_returns_a_component_that_is_no_tensor() -> None:
-    with pytest.raises(TypeError, match=r"func returned in component \[0\] float.*tensor of shape \(\)"):
+    with pytest.raises(TypeError, match=r"func returned, as component 0, float.*tensor of shape \(\)"):
         evaluate((1.0, torch.zeros(2)), torch.zeros(3), [torch.Size([]), torch.Size([2])])
 
 
 def test_func_returns_components_of_another_dtype() -> None:
-    with pytest.raises(TypeError, match=r"func returned .*torch.float64.*torch.float32"):
+    with pytest.raises(TypeError, match=r"func returned, as component 1,.*torch.float64.*torch.float32"):
         evaluate(
             (torch.zeros(2), torch.zeros(1, dtype=torch.float64)), torch.zeros(3), [torch.Size([2]), torch.Size([1])]
         )

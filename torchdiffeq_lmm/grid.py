@@ -75,7 +75,10 @@ def check_step_size(step_size: object) -> None:
         raise TypeError(f"step_size must be a positive real number, got {step_size!r}")
     if isinstance(step_size, Tensor) and step_size.requires_grad:
         raise ValueError("step_size must not require a gradient, got a tensor that does; use step_size.detach()")
-    value = float(step_size)  # type: ignore[arg-type]
+    try:
+        value = float(step_size)  # type: ignore[arg-type]
+    except OverflowError:
+        value = math.inf
     if not (math.isfinite(value) and value > 0):
         hint = "; it is a length and positive also where t is decreasing" if value < 0 else ""
         raise ValueError(f"step_size must be positive and finite, got {value}{hint}")
@@ -118,14 +121,26 @@ def grid_of_times(t: Tensor) -> Grid:
     return _grid(_exact(t), torch.finfo(t.dtype).eps)
 
 
-def constructed_grid(grid_constructor: GridConstructor, func: Any, y0: Tensor, t: Tensor) -> Grid:
+def constructed_grid(
+    grid_constructor: GridConstructor, func: Any, y0: Tensor, t: Tensor, reverse: bool = False
+) -> Grid:
     """The grid that the user's `grid_constructor(func, y0, t)` returns.
+
+    Args:
+        grid_constructor, func, y0, t: as torchdiffeq hands them to a solver.
+        reverse: whether the user's time is the negative of the solver's, for messages.
 
     Raises:
         TypeError: it is not a floating-point tensor.
         ValueError: it is not one-dimensional, finite and strictly monotonic, or does not begin and end with `t`.
     """
-    made = grid_constructor(func, y0, t)
+    try:
+        made = grid_constructor(func, y0, t)
+    except TypeError as error:
+        if not reverse:
+            raise
+        # torchdiffeq has negated what the constructor returned, whatever it was.
+        raise TypeError(f"grid_constructor must return a floating-point tensor of times: {error}") from error
     if not isinstance(made, Tensor) or not made.is_floating_point():
         got = f"a tensor of dtype {made.dtype}" if isinstance(made, Tensor) else type(made).__name__
         raise TypeError(f"grid_constructor must return a floating-point tensor of times, it returned {got}")
@@ -134,19 +149,20 @@ def constructed_grid(grid_constructor: GridConstructor, func: Any, y0: Tensor, t
             f"grid_constructor must return a one-dimensional tensor of at least 2 times, it returned one of shape "
             f"{tuple(made.shape)}"
         )
-    _check_monotonic(made.detach())
+    sign = -1 if reverse else 1
+    _check_monotonic(made.detach(), sign)
     inner, times = _exact(made)[1:-1], _exact(t)
     tolerance = max(_rounding(made), _rounding(t))
     for index in (0, -1):
         end, wanted = float(made[index].detach()), float(times[index].detach())
         if abs(end - wanted) > tolerance:
             raise ValueError(
-                f"grid_constructor must return a grid that begins with t[0] and ends with t[-1]; in the solver's "
-                f"increasing time its entry {index} is {end}, t[{index}] is {wanted}"
+                f"grid_constructor must return a grid that begins with t[0] and ends with t[-1]; its entry {index} is "
+                f"{sign * end}, t[{index}] is {sign * wanted}"
             )
     # The ends are those of t, also for the gradient. A node that lies between both roundings of an end is refused.
     nodes = torch.cat([times[:1], inner, times[-1:]])
-    _check_monotonic(nodes.detach())
+    _check_monotonic(nodes.detach(), sign)
     return _grid(nodes, torch.finfo(made.dtype).eps)
 
 
@@ -167,8 +183,6 @@ def place(t: Tensor, grid: Grid) -> list[Placement]:
     # Never so much that an output inside a step is moved to its end.
     tolerance = (0.01 * grid.steps.detach()[before]).clamp(max=_rounding(t))
     at_node = (nodes[nearest] - times.detach()).abs() <= tolerance
-    at_node[0] = at_node[-1] = True
-    nearest[0], nearest[-1] = 0, len(nodes) - 1
 
     if not (times.requires_grad or grid.requires_grad):
         fractions = ((times - nodes[before]) / (nodes[after] - nodes[before])).tolist()
@@ -200,15 +214,15 @@ def _rounding(t: Tensor) -> float:
     return _ULPS * torch.finfo(t.dtype).eps * float(t.detach().abs().max())
 
 
-def _check_monotonic(nodes: Tensor) -> None:
+def _check_monotonic(nodes: Tensor, sign: int) -> None:
     good = torch.isfinite(nodes)
     good[1:] &= nodes[1:] > nodes[:-1]
     if not bool(good.all()):
         index = int((~good).nonzero()[0])
         raise ValueError(
-            f"grid_constructor must return a grid of finite, strictly monotonic times that run from t[0] to t[-1]; in "
-            f"the solver's increasing time its entry {index} is {float(nodes[index])}"
-            + (f", after {float(nodes[index - 1])}" if index else "")
+            f"grid_constructor must return a grid of finite, strictly monotonic times that run from t[0] to t[-1]; its "
+            f"entry {index} is {sign * float(nodes[index])}"
+            + (f", after {sign * float(nodes[index - 1])}" if index else "")
         )
 
 

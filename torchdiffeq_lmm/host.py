@@ -8,6 +8,7 @@ import torch
 import torchdiffeq
 
 try:
+    from torchdiffeq._impl.adjoint import OdeintAdjointMethod
     from torchdiffeq._impl.event_handling import find_event as find_event
     from torchdiffeq._impl.misc import (
         _handle_unused_kwargs,
@@ -37,6 +38,8 @@ class HostedFunction:
         shapes: the shapes of the components where the user's state is a tuple, else None.
         callback_step: ``callback_step(t, y, dt)`` in the solver's time and state, or None where the user has none.
         in_adjoint: whether it is `torchdiffeq.odeint_adjoint` that solves, and will find the gradient by itself.
+        is_adjoint: whether `call` is the backward dynamics that odeint_adjoint made, whose components may have
+            different dtypes.
     """
 
     call: Callable[[torch.Tensor, Any], Any]
@@ -44,6 +47,7 @@ class HostedFunction:
     shapes: tuple[torch.Size, ...] | None
     callback_step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object] | None
     in_adjoint: bool
+    is_adjoint: bool
 
 
 def unwrap(func: Callable[..., Any]) -> HostedFunction:
@@ -54,14 +58,15 @@ def unwrap(func: Callable[..., Any]) -> HostedFunction:
     backwards = False
     calls = 0
     while isinstance(func, (_PerturbFunc, _ReverseFunc)):
-        backwards ^= isinstance(func, _ReverseFunc)
+        backwards |= isinstance(func, _ReverseFunc)
         calls += isinstance(func, _PerturbFunc)
         func = func.base_func
     shapes = None
     if isinstance(func, _TupleFunc):
         shapes, func = tuple(func.shapes), func.base_func
+    is_adjoint = getattr(func, "__module__", None) == OdeintAdjointMethod.__module__
     # Every odeint wraps once; odeint_adjoint hands what it has wrapped to odeint.
-    return HostedFunction(func, backwards, shapes, callback, in_adjoint=calls > 1)
+    return HostedFunction(func, backwards, shapes, callback, in_adjoint=calls > 1 or is_adjoint, is_adjoint=is_adjoint)
 
 
 def warn_of_unused_options(solver: object, options: dict[str, Any]) -> None:

@@ -1,14 +1,15 @@
 """`odeint` with torchdiffeq's keywords and `grad_filter`."""
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torchdiffeq
 from torch import Tensor
 
-from .grad_filter import resolve_grad_filter
+from .grad_filter import LeapfrogFilter, resolve_grad_filter
 
 State = Tensor | tuple[Tensor, ...]
+GradFilter = Literal["leapfrog"] | LeapfrogFilter | None
 
 
 @overload
@@ -22,7 +23,7 @@ def odeint(
     method: str | None = ...,
     options: dict[str, Any] | None = ...,
     event_fn: None = ...,
-    grad_filter: object = ...,
+    grad_filter: GradFilter = ...,
 ) -> Tensor: ...
 
 
@@ -37,7 +38,7 @@ def odeint(
     method: str | None = ...,
     options: dict[str, Any] | None = ...,
     event_fn: None = ...,
-    grad_filter: object = ...,
+    grad_filter: GradFilter = ...,
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -52,7 +53,7 @@ def odeint(
     method: str | None = ...,
     options: dict[str, Any] | None = ...,
     event_fn: Callable[[Tensor, Any], Tensor],
-    grad_filter: object = ...,
+    grad_filter: GradFilter = ...,
 ) -> tuple[Tensor, State]: ...
 
 
@@ -66,7 +67,7 @@ def odeint(
     method: str | None = None,
     options: dict[str, Any] | None = None,
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
-    grad_filter: object = None,
+    grad_filter: GradFilter = None,
 ) -> State | tuple[Tensor, State]:
     """`torchdiffeq.odeint` with a gradient filter.
 
@@ -78,12 +79,14 @@ def odeint(
         rtol, atol, method, options, event_fn: as in `torchdiffeq.odeint`.
         grad_filter: None for plain auto-differentiation; ``"leapfrog"`` or a `LeapfrogFilter`, with
             ``method="leapfrog"``, for gradients of time-varying parameters that converge to those of the flow.
-            Gradients with respect to y0 and t stay those of auto-differentiation (where func captures them besides,
-            that use counts as a parameter's). Where all steps share their
+            Gradients with respect to y0 and t stay those of auto-differentiation. Where all steps share their
             parameters no filter is needed, and the default weights would do harm: see `LeapfrogFilter`.
 
-            With a filter, `callback_step` and `event_fn` are given states without a graph; hooks on tensors inside
-            func run twice in the backward pass, once for the states and once for the parameters; a backward pass with
+            With a filter, the arguments of func are cut off from what came before: func may use them only for what it
+            returns. What it stores on the side for the loss, a running cost say, would lose its gradient with respect
+            to earlier steps; make it part of the state. Of `y0` or `t` captured from outside it makes parameters.
+            `callback_step` and `event_fn` are given states without a graph. Hooks on tensors inside func run twice in
+            the backward pass, once for the states and once for the parameters. A backward pass with
             ``create_graph=True`` raises a RuntimeError.
 
     Returns:

@@ -91,6 +91,7 @@ class MultistepSolver:
                 f"grad_filter must be None in odeint_adjoint, got {grad_filter!r}: its gradient comes from a solve of "
                 f"its own, which no filter reaches. Use odeint"
             )
+        self._reverse = hosted.reversed
         self._callback_step = hosted.callback_step
         self._vector_field = VectorField(hosted, y0, perturb)
 
@@ -114,8 +115,6 @@ class MultistepSolver:
         check_times(t)
         if len(t) == 1:
             return torch.stack([self.y0])
-        if not torch.is_grad_enabled():
-            t = t.detach()
         grid, placements = self._grid(t)
         steps = _entries(grid.steps) if grid.requires_grad else grid.steps.tolist()
         recurrence = self.method.recurrence(grid.steps)
@@ -162,8 +161,6 @@ class MultistepSolver:
         check_times(t0.reshape(1))
         h = float(self.step_size)
         t0 = t0.to(self.y0.device, self._vector_field.time_dtype)
-        if not torch.is_grad_enabled():
-            t0 = t0.detach()
         tape = self._tape(t0.requires_grad)
 
         def time(node: int) -> Tensor:
@@ -189,7 +186,10 @@ class MultistepSolver:
                 break
             x_before = x
         else:
-            raise RuntimeError(f"event_fn did not change its sign within {MAX_EVENT_STEPS} steps of step_size {h}")
+            raise RuntimeError(
+                f"event_fn did not change its sign within {MAX_EVENT_STEPS} steps of step_size {h}, the most that are "
+                f"made; if there is an event later, use a larger step_size"
+            )
 
         if self.interp == "cubic":
             trajectory.end_slopes[n + 1] = evaluate.at_end(n + 1, x)
@@ -210,7 +210,7 @@ class MultistepSolver:
             assert self.step_size is not None
             grid = uniform_grid(t, float(self.step_size))
         else:
-            grid = constructed_grid(self.grid_constructor, self.func, self.y0, t)
+            grid = constructed_grid(self.grid_constructor, self.func, self.y0, t, self._reverse)
         return grid, place(t, grid)
 
     def _tape(self, differentiate_times: bool) -> Tape | None:
@@ -223,7 +223,7 @@ class MultistepSolver:
 
     def _window_weights(self, steps: Tensor) -> Tensor:
         assert self.grad_filter is not None
-        return self.grad_filter.window_weights(steps.detach())
+        return self.grad_filter.window_weights(steps)
 
     def _wanted(self, placements: Sequence[Placement], last: int) -> "_Wanted":
         """What the outputs are made of; the end of a step takes the slope of the next one, if there is one to take."""
@@ -256,11 +256,13 @@ class MultistepSolver:
 class Leapfrog(MultistepSolver):
     """Leapfrog, also called the explicit midpoint rule or two-step Nyström method: ``x_{n+1} = x_{n-1} + 2 h f_n``.
 
-    Second order on any grid, by its variable-step form; started by an Euler step; one evaluation of func per step. Not
-    the Runge–Kutta midpoint method, nor the staggered leapfrog (Verlet) scheme of mechanics.
+    Started by an Euler step; one evaluation of func per step. Not the Runge–Kutta midpoint method, nor the staggered
+    leapfrog (Verlet) scheme of mechanics.
 
-    It does not damp: on dissipative problems a parasitic mode grows along the solve. Where every step has a random
-    length of its own, however many there are, that mode walks at random and the order is 3/2.
+    By its variable-step form it is second order on every grid whose neighbouring steps become equal under refinement,
+    but for finitely many: uniform, cut short, growing, changed abruptly. Else its parasitic mode, which alternates from
+    step to step, adds up: order 3/2 where every step has a random length of its own, order 1 where long and short steps
+    alternate. On dissipative problems that mode grows along the solve.
 
     Source: Shampine, *Stability of the leapfrog/midpoint method* (2009); for variable steps `leapfrog_recurrence`.
     """

@@ -30,6 +30,7 @@ class VectorField:
         self._reversed = hosted.reversed
         self._shapes = hosted.shapes
         self._offsets = [0, *accumulate(shape.numel() for shape in hosted.shapes or ())][:-1]
+        self._mixes_dtypes = hosted.is_adjoint
         self._perturb = perturb
         self._device = y0.device
         self.time_dtype = y0.dtype.to_real()
@@ -63,19 +64,13 @@ class VectorField:
             ValueError: func returned another number of components, shape or device than the state has.
         """
         if self._shapes is None:
-            slope = self._call(user_time, x)
-            _check_component(slope, x, x.shape, "")
+            slope = self._checked(self._call(user_time, x), x, x.shape, None)
         else:
             state = tuple(
                 x.narrow(0, offset, shape.numel()).view(shape)
                 for offset, shape in zip(self._offsets, self._shapes, strict=True)
             )
             slope = torch.cat([part.reshape(-1) for part in self._components(self._call(user_time, state), x)])
-        assert isinstance(slope, Tensor)
-        if slope.dtype is not x.dtype and torch.is_autocast_enabled(x.device.type):
-            slope = slope.to(x.dtype)
-        if slope.dtype is not x.dtype:
-            raise TypeError(f"func returned a tensor of dtype {slope.dtype}; the state y has dtype {x.dtype}")
         return -slope if self._reversed else slope
 
     def _components(self, slopes: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -91,24 +86,24 @@ class VectorField:
             raise ValueError(
                 f"func returned {len(components)} components; the state y is a tuple of {len(self._shapes)} tensors"
             )
-        for index, (component, shape) in enumerate(zip(components, self._shapes, strict=True)):
-            _check_component(component, x, shape, f"[{index}]")
-        return components
+        return tuple(
+            self._checked(component, x, shape, index)
+            for index, (component, shape) in enumerate(zip(components, self._shapes, strict=True))
+        )
 
-
-def _check_component(slope: Any, x: Tensor, shape: torch.Size, index: str) -> None:
-    if not isinstance(slope, Tensor):
-        raise TypeError(
-            f"func returned{index and f' in component {index}'} {type(slope).__name__}; it must return a tensor of "
-            f"shape {tuple(shape)}, like the state y{index}"
-        )
-    if slope.shape != shape:
-        raise ValueError(
-            f"func returned{index and f' in component {index}'} a tensor of shape {tuple(slope.shape)}; the state "
-            f"y{index} has shape {tuple(shape)}"
-        )
-    if slope.device != x.device:
-        raise ValueError(
-            f"func returned{index and f' in component {index}'} a tensor on device {slope.device}; the state y{index} "
-            f"is on device {x.device}"
-        )
+    def _checked(self, slope: Any, x: Tensor, shape: torch.Size, index: int | None) -> Tensor:
+        returned = "func returned" if index is None else f"func returned, as component {index},"
+        state = "the state y" if index is None else f"the state y[{index}]"
+        if not isinstance(slope, Tensor):
+            raise TypeError(
+                f"{returned} {type(slope).__name__}; it must return a tensor of shape {tuple(shape)}, like {state}"
+            )
+        if slope.shape != shape:
+            raise ValueError(f"{returned} a tensor of shape {tuple(slope.shape)}; {state} has shape {tuple(shape)}")
+        if slope.device != x.device:
+            raise ValueError(f"{returned} a tensor on device {slope.device}; {state} is on device {x.device}")
+        if slope.dtype is not x.dtype:
+            if not (self._mixes_dtypes or torch.is_autocast_enabled(x.device.type)):
+                raise TypeError(f"{returned} a tensor of dtype {slope.dtype}; {state} has dtype {x.dtype}")
+            return slope.to(dtype=x.dtype)
+        return slope
