@@ -70,6 +70,24 @@ def test_second_order_at_every_node(problem: Problem, grid: str) -> None:
     assert abs(np.mean(orders(unfiltered))) < 0.2
 
 
+def test_first_order_where_long_and_short_steps_alternate() -> None:
+    """There leapfrog's parasitic mode adds up, in the forward and in the adjoint solve."""
+    reference = Reference(PENDULUM, [PENDULUM.horizon])
+    errors, forward_errors = [], []
+    for steps in STEPS:
+        lengths = torch.tensor([1.0, 0.5], dtype=torch.float64).repeat(steps // 2)
+        nodes = torch.cat([torch.zeros(1, dtype=torch.float64), lengths.cumsum(0)])
+        nodes *= PENDULUM.horizon / nodes[-1].clone()
+        per_step = PerStep(PENDULUM, nodes)
+        gradients = per_step.gradients(nodes[[0, -1]], "leapfrog")
+        errors.append(float((gradients - reference.density(nodes)).abs().max()))
+        x0 = torch.tensor(PENDULUM.x0, dtype=torch.float64)
+        end = torchdiffeq_lmm.odeint(per_step, x0, nodes, method="leapfrog")[-1].detach()
+        forward_errors.append(float((end - torch.tensor(reference.state(PENDULUM.horizon))).abs().max()))
+    for measured in (orders(errors), orders(forward_errors)):
+        assert np.mean(measured) == pytest.approx(1, abs=0.3), measured
+
+
 def test_steps_drawn_anew_keep_leapfrogs_own_order() -> None:
     """On them leapfrog's parasitic mode walks at random, so that forward and adjoint solve have order 3/2."""
     reference = Reference(PENDULUM, [PENDULUM.horizon])
@@ -316,6 +334,10 @@ class TestFilterGradient:
     ) -> None:
         with pytest.raises(error, match=message):
             function(stack)
+
+    def test_a_dimension_that_is_no_int(self) -> None:
+        with pytest.raises(TypeError, match=r"dim must be an int, got 0\.5"):
+            filter_gradient(torch.ones(4), dim=0.5)
 
     def test_bad_dimension(self) -> None:
         with pytest.raises(ValueError, match="must have a dimension 2"):

@@ -426,3 +426,24 @@ def test_times_that_are_not_finite(value: float) -> None:
     with pytest.raises(ValueError, match=rf"t must be finite, got .*{value}"):
         check_times(times(0.0, value))
     check_times(times(0.0))
+
+
+def test_errors_are_in_the_time_of_the_user() -> None:
+    with pytest.raises(ValueError, match=r"its entry -1 is 1\.5, t\[-1\] is 1\.0"):
+        constructed_grid(lambda func, y0, t: times(-2.0, -1.5), None, torch.zeros(1), times(-2.0, -1.0), reverse=True)
+    with pytest.raises(ValueError, match=r"its entry 2 is 1\.75, after 1\.5"):
+        constructed_grid(
+            lambda func, y0, t: times(-2.0, -1.5, -1.75, -1.0), None, torch.zeros(1), times(-2.0, -1.0), reverse=True
+        )
+
+
+def test_steps_tiny_beside_the_time_stay_what_they_are() -> None:
+    """Their differences are above the rounding of the times by little, and yet not equal."""
+    eps = torch.finfo(torch.float64).eps
+    nodes = times(1.0, 1.0 + 4 * eps, 1.0 + 6 * eps, 1.0 + 10 * eps)
+    assert (grid_of_times(nodes).steps / eps).tolist() == [4.0, 2.0, 4.0]
+
+
+def test_a_step_size_beyond_floating_point() -> None:
+    with pytest.raises(ValueError, match="step_size must be positive and finite, got inf"):
+        check_step_size(10**400)

@@ -6,7 +6,7 @@ import torch
 from scipy.interpolate import CubicHermiteSpline
 from torch import Tensor
 
-from torchdiffeq_lmm.interpolation import check_interpolation, cubic_hermite, linear
+from torchdiffeq_lmm.interpolation import check_interpolation, cubic_hermite, linear, slide
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 FRACTIONS = [1e-9, 0.1, 0.37, 0.5, 0.9, 1 - 1e-9]
@@ -87,3 +87,29 @@ def test_unknown_interpolations(interp: object) -> None:
     with pytest.raises(ValueError, match=r"interp must be one of \('linear', 'cubic'\), got ") as error:
         check_interpolation(interp)
     assert repr(interp) in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_slide_has_the_derivatives_of_a_straight_line(dtype: torch.dtype) -> None:
+    x, f = (state.requires_grad_() for state in states(2, dtype))
+    shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    value = slide(x, shift, f)
+    assert torch.equal(value, x)
+
+    def gradients(value: Tensor) -> tuple[Tensor, ...]:
+        cotangent = torch.ones_like(value) * (1 + 2j if dtype.is_complex else 1)
+        first = torch.autograd.grad(value, (x, shift, f), cotangent, create_graph=True)
+        return (
+            *first,
+            *torch.autograd.grad(first[1], f, retain_graph=True),
+            *torch.autograd.grad(first[2].real.sum(), shift),
+        )
+
+    for actual, expected in zip(gradients(value), gradients(x + shift * f), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_slide_keeps_its_value_where_the_slope_is_not_finite() -> None:
+    x, _ = states(2)
+    slope = torch.full_like(x, torch.nan)
+    assert torch.equal(slide(x, torch.zeros((), dtype=x.dtype), slope), x)

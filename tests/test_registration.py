@@ -69,7 +69,12 @@ def test_unregister_and_register() -> None:
     assert solve().shape == (3, 2)
 
 
-@pytest.mark.parametrize("foreign", [Foreign, Foreign(), None], ids=["class", "instance", "none"])
+Namesake = type("Leapfrog", (), {"__module__": "another_package.solver"})
+
+
+@pytest.mark.parametrize(
+    "foreign", [Foreign, Foreign(), None, Namesake], ids=["class", "instance", "none", "of the same name"]
+)
 def test_a_foreign_method_is_not_overwritten(foreign: object) -> None:
     SOLVERS["leapfrog"] = foreign
     before = dict(SOLVERS)

@@ -679,6 +679,31 @@ def test_an_event_needs_a_step_size() -> None:
         solve(decay, tensor(1.0), tensor(0.0, 1.0), lambda t, y: y[0] + 1)
 
 
+def test_an_event_takes_the_smallest_of_the_tolerances_of_a_tuple() -> None:
+    event_t, _ = torchdiffeq.odeint(
+        lambda t, y: (torch.ones_like(y[0]), torch.ones_like(y[1])),
+        (tensor(0.0), tensor(0.0)),
+        tensor(0.0, 1.0),
+        atol=(1e-2, 1e-9),
+        method="leapfrog",
+        options={"step_size": 0.25},
+        event_fn=lambda t, y: y[0].sum() - 0.6,
+    )
+    assert float(event_t) == pytest.approx(0.6, abs=2e-9)
+
+
+def test_an_event_needs_finite_times() -> None:
+    with pytest.raises(ValueError, match="t must be finite, got"):
+        torchdiffeq.odeint(
+            decay,
+            tensor(1.0),
+            tensor(-math.inf, 1.0),
+            method="leapfrog",
+            options={"step_size": 0.25},
+            event_fn=lambda t, y: y.sum() - 0.6,
+        )
+
+
 def test_an_event_needs_a_positive_tolerance() -> None:
     with pytest.raises(ValueError, match=r"atol must be positive .*event_fn.* 0\.0"):
         torchdiffeq.odeint(

@@ -488,6 +488,17 @@ class Marked(torch.autograd.Function):
         return cotangent, None
 
 
+def test_many_steps() -> None:
+    """Beyond Python's limit of recursion, in the forward pass, the backward pass and the end of the graph."""
+    rate = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    y0 = torch.ones((), dtype=torch.float64)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    states = solve(lambda t, y: -rate * y, y0, t, LeapfrogFilter("trapezoid"), step_size=1e-4, grid_constructor=None)
+    states[-1].backward()
+    # y(1) = exp(-rate)
+    torch.testing.assert_close(rate.grad, -torch.exp(-rate.detach()), rtol=1e-7, atol=0)
+
+
 class TestMemory:
     @staticmethod
     def bytes_saved(func: Callable, y0: Tensor, grad_filter: object) -> int:
@@ -508,6 +519,25 @@ class TestMemory:
         plain = self.bytes_saved(func, y0, None)
         assert plain > states
         assert self.bytes_saved(func, y0, "leapfrog") <= plain + states
+
+    def test_the_tape_holds_no_states_and_no_slopes(self) -> None:
+        """What f itself does not save is gone as soon as the solver is through with it."""
+        theta = torch.zeros(DIM, dtype=torch.float64, requires_grad=True)
+        alive: list[weakref.ref] = []
+        most = 0
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            nonlocal most
+            slope = y + theta
+            alive.extend((weakref.ref(y), weakref.ref(slope)))
+            most = max(most, sum(reference() is not None for reference in alive))
+            return slope
+
+        states = solve(func, draw(DIM), step_size=0.01, grid_constructor=None)
+        assert len(alive) == 200
+        assert most <= 4
+        loss(states).backward()
+        assert theta.grad.isfinite().all()
 
     @pytest.mark.parametrize("backward", [False, True])
     @pytest.mark.parametrize("times_require_grad", [False, True])
