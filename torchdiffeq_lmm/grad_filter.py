@@ -7,8 +7,8 @@ and at 0, so μ_m / h = p ± d with an oscillation d that does not shrink with h
 
 The sums P_m = Σ_{j ≥ m} (J_jᵀ μ_j + g_j), with g_j = ∂E/∂x_j where E observes x_j, do not oscillate: P_m is the
 derivative of E with respect to shifting all of the recurrence's history at node m. Centred between two of them, they
-give p to the order of leapfrog itself, on every grid. On a uniform one that is the average ¼, ½, ¼ of neighbouring cotangents in Xu,
-Chen, Li, Wright, *Correcting auto-differentiation in neural-ODE training* (arXiv 2306.02192).
+give p to the order of leapfrog itself, on every grid. On a uniform one that is the average ¼, ½, ¼ of neighbouring
+cotangents in Xu, Chen, Li, Wright, *Correcting auto-differentiation in neural-ODE training* (arXiv 2306.02192).
 """
 
 from dataclasses import dataclass
