@@ -77,7 +77,7 @@ class Tape:
             graph = _Graph(get_gradient_edge(slope), tuple(get_gradient_edge(argument) for argument in arguments))
             handle = _Handle.apply(slope)  # type: ignore[no-untyped-call]
         # The gradient of the steps' lengths needs the values, and func may return the same memory again and again.
-        values = (x.detach(), slope.detach().clone()) if self._differentiate_times else None
+        values = (x.detach(), slope.detach().clone()) if self._differentiate_times and not end else None
         (self._end_evaluations if end else self._evaluations).append(_Evaluation(node, graph, handle, values))
         return slope.detach()
 
@@ -153,7 +153,7 @@ class _Evaluation(NamedTuple):
         node: n.
         graph: from f_n to its arguments; None where f_n depends on nothing.
         handle: what leads autograd's engine to the graph, instead of f_n itself.
-        values: x_n and f_n, where they are needed.
+        values: x_n and f_n, where the gradient of the recurrence's weights needs them.
     """
 
     node: int
