@@ -10,7 +10,7 @@ from torch import Tensor
 
 import torchdiffeq_lmm
 from torchdiffeq_lmm import LeapfrogFilter, filter_gradient, register_grad_filter
-from torchdiffeq_lmm.grad_filter import leapfrog_costate_weights, trapezoid_widths
+from torchdiffeq_lmm.grad_filter import cell_widths
 
 STEPS = (40, 80, 160)
 
@@ -241,17 +241,11 @@ def test_orders_of_the_total_of_shared_parameters(grid: str) -> None:
     assert measured["step"] == pytest.approx(1, abs=0.2)
 
 
-def test_costate_weights_on_a_uniform_grid_are_the_average_of_the_paper() -> None:
-    """With P_m = Λ_m + Λ_{m+1} they give (Λ_m + 2 Λ_{m+1} + Λ_{m+2}) / 2."""
-    weights = leapfrog_costate_weights(torch.full((6,), 0.1, dtype=torch.float64))
-    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.0], *[[0.5, 0.5]] * 5], dtype=torch.float64))
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_trapezoid_widths_are_those_of_the_trapezoidal_rule(count: int) -> None:
     steps = torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64) + 0.1
-    widths = trapezoid_widths(steps)
     nodes = torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
+    widths = torch.tensor(cell_widths(nodes[:-1].tolist(), float(nodes[-1]), "trapezoid"), dtype=torch.float64)
     values = torch.cos(nodes)
     values[-1] = values[-2]  # the last half cell takes its value from the left
     torch.testing.assert_close((widths * values[:-1]).sum(), torch.trapezoid(values, nodes))

@@ -92,7 +92,7 @@ def test_an_unknown_filter_is_refused_before_any_step(odeint: object, grad_filte
         calls.append(t)
         return y
 
-    with pytest.raises(error, match=r"grad_filter must be None, 'leapfrog' or a LeapfrogFilter"):
+    with pytest.raises(error, match=r"grad_filter must be None, 'auto', 'leapfrog' or a CostateFilter"):
         odeint(func, Y0, T, method="leapfrog", options={"grad_filter": grad_filter})
     assert not calls
 

@@ -342,7 +342,9 @@ def filtered_adjoint(
     for m in range(steps):
         p = window[0] - seen[0]
         if m > 0:
-            p = (h[m - 1] * window[m] + h[m] * window[m + 1]) / (h[m - 1] + h[m])
+            # What E sees of f between the nodes comes after node m, and is no part of a jump there.
+            next_window = window[m + 1] + pull_back(m, direct[m])
+            p = (h[m - 1] * window[m] + h[m] * next_window) / (h[m - 1] + h[m])
         width = h[m]
         if trapezoid:
             width = h[m] / 2 + (h[m - 1] / 2 if m else 0) + (h[m] / 2 if m == steps - 1 else 0)

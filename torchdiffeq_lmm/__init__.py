@@ -3,11 +3,23 @@
 Importing the package registers its methods: ``torchdiffeq.odeint(..., method="leapfrog")``.
 """
 
-from .grad_filter import LeapfrogFilter, filter_gradient, register_grad_filter
+from .grad_filter import CostateFilter, LeapfrogFilter, filter_gradient, register_grad_filter
 from .interface import odeint
-from .registration import register, unregister
+from .method_info import MethodInfo
+from .registration import method_info, register, register_method, unregister
 
-__all__ = ["LeapfrogFilter", "filter_gradient", "odeint", "register", "register_grad_filter", "unregister"]
+__all__ = [
+    "CostateFilter",
+    "LeapfrogFilter",
+    "MethodInfo",
+    "filter_gradient",
+    "method_info",
+    "odeint",
+    "register",
+    "register_grad_filter",
+    "register_method",
+    "unregister",
+]
 __version__ = "0.1.0"
 
 register()

@@ -1,100 +1,185 @@
-"""The discrete adjoint of a multistep recurrence: what auto-differentiation computes, step by step backwards."""
+"""The discrete adjoint of a recurrence: what auto-differentiation computes, state by state backwards."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .combination import linear_combination
-from .methods import Row
+from .recurrence import Row
+
+Contributions = list[tuple[float, Tensor]]
+"""A sum of cotangents of increments, as weights and cotangents."""
 
 
-class AdjointStep(NamedTuple):
-    """The cotangents around the n-th evaluation of f.
+class Linearisation(Protocol):
+    """The Jacobians J of f at the states, transposed."""
+
+    def pull_back(self, state: int, cotangent: Tensor | None) -> Tensor | None:
+        """Return Jᵀ times a cotangent of the slope at a state. None is 0."""
+
+    def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
+        """Return the solution D of (1 - b* Jᵀ) D = rhs."""
+
+
+class AdjointState(NamedTuple):
+    """The cotangents around one state X. None stands for 0.
 
     Attributes:
-        n: the evaluation.
-        increment_cotangent: D_{n+1} = ∂E/∂d_{n+1}, of the increment x_{n+1} - x_n.
-        window: P_n = Σ_{j ≥ n} (J_jᵀ μ_j + g_j) = ∂E/∂x_n with the increments held fixed: the derivative with respect
-            to shifting the whole history at node n.
-        next_window: P_{n+1}.
+        state: its number.
+        node: its node, None if it is at none.
+        mu: μ, the cotangent of the slope f(X) as far as the rows use it.
+        later: what the rows after the one that made X contribute to μ; all of it where that row is explicit.
+        pulled: Jᵀ later.
+        rest: at a node, ∂E/∂X with its slope held fixed, by the rows after it: P_{n+1} + g_n, and with it P of the
+            states in between.
+        window: at a node, P_n = ∂E/∂X with all slopes and increments before it held fixed: the derivative with respect
+            to shifting the whole history.
+        increment: D, the cotangent of the increment that made X; None for x_0.
+        slopes_before: what the rows after X contribute to the cotangents of the slopes before, by state.
+        increments_before: the same for the increments up to X, by the node that they lead to.
     """
 
-    n: int
-    increment_cotangent: Tensor
+    state: int
+    node: int | None
+    mu: Tensor | None
+    later: Contributions
+    pulled: Tensor | None
+    rest: Tensor
     window: Tensor
-    next_window: Tensor
+    increment: Tensor | None
+    slopes_before: Mapping[int, Contributions]
+    increments_before: Mapping[int, Contributions]
 
 
 def discrete_adjoint(
-    rows: Sequence[Row],
-    node_cotangents: Sequence[Tensor | None],
-    pull_back: Callable[[int, Tensor | None], Tensor | None],
-    zero: Tensor,
-) -> Iterator[AdjointStep]:
-    """Run the adjoint of ``d_{n+1} = Σ e[n, i] d_{n-i} + Σ b[n, i] f_{n-i}``, ``x_{n+1} = x_n + d_{n+1}`` backwards.
+    rows: Sequence[Row], node_cotangents: Sequence[Tensor | None], linearisation: Linearisation, zero: Tensor
+) -> Iterator[AdjointState]:
+    """Run the adjoint of X = x + Σ e d + Σ b f + b* f(X) backwards over the rows.
 
-        P_N = g_N,     D_{n+1} = P_{n+1} + Σ_i e[n+1+i, i] D_{n+2+i},     μ_n = Σ_i b[n+i, i] D_{n+1+i},
-        P_n = P_{n+1} + J_nᵀ μ_n + g_n.
+    With D the cotangent of an increment, a row adds e D to that of each earlier increment, b D to that of each slope,
+    and D to that of x. For a multistep method on nodes alone that is
 
-    ∂E/∂x_0 is the last step's `window`, P_0.
+        P_n = P_{n+1} + g_n + J_nᵀ μ_n,
+        D_n = P_n + Σ_i e[n+i, i] D_{n+1+i},
+        μ_n = b* D_n + Σ_i b[n+i, i] D_{n+1+i}.
 
     Args:
-        rows: the weights (e[n], b[n]) of the N steps, as numbers.
+        rows: the rows, with numbers for weights.
         node_cotangents: g_0, ..., g_N, None for a node that E does not see.
-        pull_back: from n and μ_n (None at n = N, where the recurrence evaluates no f) to J_nᵀ times all that arrives
-            at the evaluations of f at node n, None for zero.
+        linearisation: the Jacobians.
         zero: a state of zeros.
 
     Yields:
-        The steps n = N-1, ..., 0.
+        All states, the last one first. The mappings are those of the moment.
     """
-    steps = len(rows)
-    window = _sum(zero, pull_back(steps, None), node_cotangents[steps])
-    reach_of_increments, reach_of_slopes = (len(weights) for weights in rows[0])
-    later: tuple[Tensor, ...] = ()
-    for n in reversed(range(steps)):
-        weights = [row[0][i] for i, row in enumerate(rows[n + 1 : n + 1 + reach_of_increments])]
-        latest = linear_combination((1.0, *weights), (window, *later[: len(weights)]))
-        later = (latest, *later)[: max(reach_of_increments, reach_of_slopes)]
-        weights = [row[1][i] for i, row in enumerate(rows[n : n + reach_of_slopes])]
-        mu = linear_combination(weights, later[: len(weights)])
-        next_window, window = window, _sum(window, pull_back(n, mu), node_cotangents[n])
-        yield AdjointStep(n, latest, window, next_window)
+    layout = Layout(rows)
+    slopes: dict[int, Contributions] = {}
+    increments: dict[int, Contributions] = {}
+    rest = zero
+    for state in range(len(rows), -1, -1):
+        row = rows[state - 1] if state else None
+        is_node = row is None or row.is_node
+        node = layout.node_before[state] if is_node else None
+        later = slopes.pop(state, [])
+        leading = [] if node is None else increments.get(node, [])
+        mu = combine(later)
+        pulled = linearisation.pull_back(state, mu)
+        if node is not None:
+            seen = node_cotangents[node]
+            rest = rest if seen is None else rest + seen
+            window = rest if pulled is None else rest + pulled
+            increment = plus(window, combine(leading))
+        else:
+            window = zero if pulled is None else pulled
+            increment = pulled
+        if row is not None and row.implicit is not None and increment is not None:
+            weight = float(row.implicit)
+            increment = linearisation.solve(state, weight, increment)
+            mu = combine([*later, (weight, increment)])
+            # D = window + Σ e D, and the solution has all that Jᵀ b* D adds to the window.
+            from_leading = combine(leading)
+            window = increment if from_leading is None else increment - from_leading
+        yield AdjointState(state, node, mu, later, pulled, rest, window, increment, slopes, increments)
+        if node is not None:
+            increments.pop(node, None)
+        rest = window if is_node else rest + window
+        if row is None or increment is None:
+            continue
+        for lag, e in row.increments:
+            target = layout.node_before[state - 1] - lag
+            increments.setdefault(target, []).append((float(e), increment))
+        for lag, b in row.slopes:
+            slopes.setdefault(layout.slope(state - 1, lag), []).append((float(b), increment))
+
+
+class Layout:
+    """Which slopes and increments the lags of rows mean.
+
+    Attributes:
+        node_before: for each state, the last node that is reached with it.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.node_before = list(accumulate((row.is_node for row in rows), initial=0))
+        self._evaluated: list[int] = []
+        self._counts: list[int] = []
+        for i, row in enumerate(rows):
+            if row.evaluates:
+                self._evaluated.append(i)
+            self._counts.append(len(self._evaluated))
+            if row.implicit is not None:
+                self._evaluated.append(i + 1)
+
+    def slope(self, row: int, lag: int) -> int:
+        """The state whose slope a row means by a lag."""
+        return self._evaluated[self._counts[row] - 1 - lag]
 
 
 def weight_gradients(
-    backwards: Sequence[AdjointStep], states: Sequence[Tensor], slopes: Sequence[Tensor], increments: int, reach: int
-) -> tuple[Tensor, Tensor]:
-    """The gradients with respect to the weights: ∂E/∂e[n, i] = <D_{n+1}, d_{n-i}> and ∂E/∂b[n, i] = <D_{n+1}, f_{n-i}>.
+    rows: Sequence[Row], increments: Sequence[Tensor | None], states: Mapping[int, Tensor], slopes: Mapping[int, Tensor]
+) -> Tensor:
+    """The gradients with respect to all weights: <D, d> for e, <D, f> for b and b*.
 
     Args:
-        backwards: the steps of `discrete_adjoint`.
-        states: x_0, ..., x_{N-1}.
-        slopes: f_0, ..., f_{N-1}.
-        increments: how many weights e a step has.
-        reach: how many weights b a step has.
+        rows: the rows.
+        increments: D of every state, from `discrete_adjoint`; None for 0.
+        states: all states.
+        slopes: f at the states where it is evaluated.
 
     Returns:
-        Tensors of shapes (N, increments) and (N, reach), float64 on the CPU; 0 where a weight has nothing to act on.
+        A tensor of shape (n,), float64 on the CPU, for the weights in the order of the rows; 0 where an increment
+        before the first is meant.
     """
-    increment_grads = torch.zeros(len(states), increments, dtype=torch.float64)
-    slope_grads = torch.zeros(len(states), reach, dtype=torch.float64)
-    for n, cotangent, _, _ in backwards:
-        for i in range(min(increments, n)):
-            increment_grads[n, i] = _inner(cotangent, states[n - i] - states[n - i - 1])
-        for i in range(min(reach, n + 1)):
-            slope_grads[n, i] = _inner(cotangent, slopes[n - i])
-    return increment_grads, slope_grads
+    layout = Layout(rows)
+    at_node = [0, *(i + 1 for i, row in enumerate(rows) if row.is_node)]
+    gradients: list[float | Tensor] = []
+    for i, row in enumerate(rows):
+        cotangent = increments[i + 1]
+        if cotangent is None:
+            gradients.extend([0.0] * len(row.weights))
+            continue
+        for lag, _ in row.increments:
+            node = layout.node_before[i] - lag
+            gradients.append(_inner(cotangent, states[at_node[node]] - states[at_node[node - 1]]))
+        gradients.extend(_inner(cotangent, slopes[layout.slope(i, lag)]) for lag, _ in row.slopes)
+        if row.implicit is not None:
+            gradients.append(_inner(cotangent, slopes[i + 1]))
+    return torch.stack([torch.as_tensor(gradient, dtype=torch.float64, device="cpu") for gradient in gradients])
+
+
+def combine(contributions: Contributions) -> Tensor | None:
+    """The weighted sum; None for nothing."""
+    weights = [weight for weight, _ in contributions]
+    return linear_combination(weights, (tensor for _, tensor in contributions)) if any(weights) else None
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum, with None for 0."""
+    return a if b is None else b if a is None else a + b
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     return (a.conj() * b).sum().real
-
-
-def _sum(total: Tensor, *terms: Tensor | None) -> Tensor:
-    for term in terms:
-        if term is not None:
-            total = total + term
-    return total

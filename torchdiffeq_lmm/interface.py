@@ -6,10 +6,15 @@ from typing import Any, Literal, overload
 import torchdiffeq
 from torch import Tensor
 
-from .grad_filter import LeapfrogFilter, resolve_grad_filter
+from .grad_filter import CostateFilter, resolve_grad_filter
+from .registration import SOLVERS
+from .runge_kutta import TWO_STAGE_METHODS
+
+SUBSTITUTES = {two_stage.substitutes: two_stage.name for two_stage in TWO_STAGE_METHODS}
+"""torchdiffeq's methods that this package steps itself where their gradients are to be filtered."""
 
 State = Tensor | tuple[Tensor, ...]
-GradFilter = Literal["leapfrog"] | LeapfrogFilter | None
+GradFilter = Literal["auto", "leapfrog"] | CostateFilter | None
 
 
 @overload
@@ -108,8 +113,15 @@ def odeint(
         )
     chosen = options.pop("grad_filter", None) if grad_filter is None else grad_filter
     if chosen is not None:
-        resolve_grad_filter(chosen, method or "dopri5")
+        name = method or "dopri5"
+        resolve_grad_filter(chosen, name)
+        if name not in SUBSTITUTES and name not in SOLVERS:
+            raise ValueError(
+                f"grad_filter {chosen!r} is for the methods of torchdiffeq_lmm and for {' and '.join(SUBSTITUTES)}, "
+                f"got method {name!r}"
+            )
         options["grad_filter"] = chosen
+        method = SUBSTITUTES.get(name, name)
     return torchdiffeq.odeint(  # type: ignore[no-any-return]
         func, y0, t, rtol=rtol, atol=atol, method=method, options=options or None, event_fn=event_fn
     )

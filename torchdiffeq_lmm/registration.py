@@ -1,9 +1,30 @@
-"""Which solvers torchdiffeq learns from this package."""
+"""Which solvers torchdiffeq learns from this package, the user's own methods among them."""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
+from numbers import Rational, Real
 
 from .host import add_solvers, remove_solvers
-from .solver import Leapfrog, MultistepSolver
+from .method_info import MethodInfo, info_of
+from .methods import (
+    LEAPFROG,
+    METHODS,
+    MultistepMethod,
+    adams_bashforth_formula,
+    adams_moulton_formula,
+    bdf_formula,
+    constant_formula,
+)
+from .runge_kutta import TWO_STAGE_METHODS
+from .solver import Leapfrog, MultistepSolver, solver_of
+from .stability import order, unstable_root
 
-SOLVERS: dict[str, type[MultistepSolver]] = {solver.method.name: solver for solver in (Leapfrog,)}
+SOLVERS: dict[str, type[MultistepSolver]] = {
+    **{method.name: Leapfrog if method is LEAPFROG else solver_of(method) for method in METHODS},
+    **{method.name: solver_of(method) for method in TWO_STAGE_METHODS},
+}
 
 
 def register() -> None:
@@ -23,3 +44,126 @@ def unregister() -> None:
     May be called any number of times. Methods of the same name that are not ours stay.
     """
     remove_solvers(SOLVERS)
+
+
+def register_method(name: str, alpha: Sequence[float | Fraction], beta: Sequence[float | Fraction]) -> MethodInfo:
+    """Register a linear multistep method of your own, Σ_j α_j x_{n+j} = h Σ_j β_j f_{n+j}.
+
+    It starts by itself, and keeps all promises of this package's own methods, gradient filters included; but constant
+    coefficients hold for equal steps, so that on a non-uniform grid it raises a ValueError. The last step may differ:
+    it is made by the Adams or BDF formula of the same order.
+
+    Args:
+        name: under which torchdiffeq shall know it.
+        alpha: α_0, ..., α_k, with α_k ≠ 0, by which everything is divided. Fractions are exact; of floats the nearest
+            simple fraction is taken where it is as near as rounding.
+        beta: β_0, ..., β_k. With β_k = 0 the method is explicit.
+
+    Returns:
+        What is known of it: see `MethodInfo`.
+
+    Raises:
+        TypeError: `name` is not a string, or a coefficient not a real number.
+        ValueError: the coefficients do not make a method: they are too few, of different lengths, not finite, α_k is
+            0, the method is not consistent, or violates the root condition. Or `name` is taken by another method of
+            this package.
+        RuntimeError: torchdiffeq has a method of that name that is not ours.
+
+    Source: Hairer, Nørsett, Wanner, *Solving Ordinary Differential Equations I*, III.2 and III.3.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {name!r}")
+    if not name:
+        raise ValueError("name must not be empty, got ''")
+    exact_alpha, exact_beta = _normalised(_exact("alpha", alpha), _exact("beta", beta))
+    p = _check_method(exact_alpha, exact_beta)
+    formula = partial(constant_formula, exact_alpha, exact_beta)
+    closing = partial(adams_bashforth_formula, p)
+    if exact_beta[-1] != 0:
+        closing = partial(adams_moulton_formula if any(exact_beta[:-1]) else bdf_formula, p)
+    method = MultistepMethod(name, p, len(exact_alpha) - 1, formula, closing=closing)
+    known = SOLVERS.get(name)
+    if known is not None:
+        if not isinstance(known.method, MultistepMethod) or known.method.on_equal_steps != method.on_equal_steps:
+            raise ValueError(
+                f"name must be new, got {name!r}, which is a method of this package already; choose another"
+            )
+        return info_of(known.method)
+    solver = solver_of(method)
+    add_solvers({name: solver})
+    SOLVERS[name] = solver
+    return info_of(method)
+
+
+def method_info(name: str) -> MethodInfo:
+    """What is known of a method of this package: order, error constant, roots, weights, and what AD makes of it.
+
+    Args:
+        name: of a multistep method, of this package or your own.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    solver = SOLVERS.get(name)
+    if solver is None or not isinstance(solver.method, MultistepMethod):
+        names = [known for known, solver in SOLVERS.items() if isinstance(solver.method, MultistepMethod)]
+        raise ValueError(f"name must be one of {', '.join(map(repr, names))}, got {name!r}")
+    return info_of(solver.method)
+
+
+def _exact(argument: str, coefficients: Sequence[float | Fraction]) -> list[Fraction]:
+    exact = []
+    for j, coefficient in enumerate(coefficients):
+        if not isinstance(coefficient, Real) or isinstance(coefficient, bool):
+            raise TypeError(f"{argument}[{j}] must be a real number, got {coefficient!r}")
+        if isinstance(coefficient, Rational):
+            exact.append(Fraction(coefficient))
+            continue
+        value = float(coefficient)
+        if not math.isfinite(value):
+            raise ValueError(f"{argument}[{j}] must be finite, got {value}")
+        simple = Fraction(value).limit_denominator(100_000)
+        exact.append(simple if math.isclose(simple, value, rel_tol=4e-16) else Fraction(value))
+    return exact
+
+
+def _normalised(
+    alpha: Sequence[Fraction], beta: Sequence[Fraction]
+) -> tuple[tuple[Fraction, ...], tuple[Fraction, ...]]:
+    if len(alpha) != len(beta) or len(alpha) < 2:
+        raise ValueError(
+            f"alpha and beta must have the same length k + 1, at least 2, got {len(alpha)} and {len(beta)}; fill up "
+            f"with zeros"
+        )
+    if alpha[-1] == 0:
+        raise ValueError("alpha[-1] must not be 0: x_{n+k} is what a step makes. Leave out the last of both")
+    if alpha[0] == 0 and beta[0] == 0:
+        raise ValueError(
+            "alpha[0] and beta[0] must not both be 0: the method has fewer steps. Leave out the first of both"
+        )
+    return tuple(a / alpha[-1] for a in alpha), tuple(b / alpha[-1] for b in beta)
+
+
+def _check_method(alpha: tuple[Fraction, ...], beta: tuple[Fraction, ...]) -> int:
+    """Return the order of a method, at least 1."""
+    p = order(alpha, beta)
+    if p < 0:
+        raise ValueError(
+            f"alpha violates consistency, rho(1) = 0: with alpha[-1] = 1 its sum must be 0, got {float(sum(alpha)):.6g}"
+        )
+    if p < 1:
+        derivative = sum(j * a for j, a in enumerate(alpha))
+        raise ValueError(
+            f"alpha and beta violate consistency, rho'(1) = sigma(1): with alpha[-1] = 1, the sum of j alpha[j] is "
+            f"{float(derivative):.6g}, that of beta {float(sum(beta)):.6g}"
+        )
+    unstable = unstable_root(alpha)
+    if unstable is not None:
+        root, multiplicity = unstable
+        shown = f"{root.real:.6g}" if abs(root.imag) < 1e-6 else f"{root:.6g}"
+        what = "lies outside the unit circle" if abs(root) > 1 + 1e-4 else "lies on the unit circle"
+        raise ValueError(
+            f"alpha violates the root condition (zero-stability): the root {shown} of rho, of multiplicity "
+            f"{multiplicity} and modulus {abs(root):.6g}, {what}; every root must be inside, or on it and simple"
+        )
+    return p

@@ -1,14 +1,14 @@
 """A multistep method in the form in which torchdiffeq calls its solvers: from options and times to states."""
 
-from collections.abc import Callable, Sequence
-from itertools import chain, islice, repeat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, cycle, islice
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .combination import Weight
-from .grad_filter import resolve_grad_filter
+from .grad_filter import FilterPlan, plan_filter, resolve_grad_filter
 from .grid import (
     Grid,
     GridConstructor,
@@ -21,11 +21,14 @@ from .grid import (
     uniform_grid,
 )
 from .host import MAX_EVENT_STEPS, find_event, unwrap, warn_of_unused_options
+from .implicit import ImplicitSolver
 from .interpolation import Interpolation, check_interpolation, cubic_hermite, linear, slide
 from .methods import LEAPFROG, MultistepMethod
+from .recurrence import Recurrence, Row, unroll
+from .runge_kutta import TwoStageMethod
 from .stepping import march
 from .tape import Tape, Trajectory
-from .vector_field import VectorField
+from .vector_field import Side, VectorField
 
 
 class MultistepSolver:
@@ -51,7 +54,7 @@ class MultistepSolver:
             grad_filter is given to `torchdiffeq.odeint_adjoint`.
     """
 
-    method: ClassVar[MultistepMethod]
+    method: ClassVar[MultistepMethod | TwoStageMethod]
     order: ClassVar[int]
 
     def __init__(
@@ -66,7 +69,7 @@ class MultistepSolver:
         **unused: Any,
     ) -> None:
         self.atol = unused.pop("atol", 1e-9)
-        unused.pop("rtol", None)
+        self.rtol = unused.pop("rtol", 1e-7)
         unused.pop("norm", None)
         warn_of_unused_options(self, unused)
         if not (y0.is_floating_point() or y0.is_complex()):
@@ -111,32 +114,39 @@ class MultistepSolver:
 
         Raises:
             TypeError, ValueError: t, the grid or what func returns is not as it must be.
+            RuntimeError: an implicit equation was not solved.
         """
         check_times(t)
         if len(t) == 1:
             return torch.stack([self.y0])
         grid, placements = self._grid(t)
         steps = _entries(grid.steps) if grid.requires_grad else grid.steps.tolist()
-        recurrence = self.method.recurrence(grid.steps)
+        recurrence = self._unroll(grid.steps)
+        at_node = recurrence.nodes
         tape = self._tape(grid.requires_grad)
-        times = grid.nodes.to(t)
-        user_times = self._vector_field.user_times(times)
-        evaluate = _Evaluator(
-            self._vector_field, self._callback_step, tape, _entries(times).__getitem__, _entries(user_times).__getitem__
+        times = recurrence.times(grid.nodes).to(t)
+        user_times = self._user_times(times, recurrence)
+        wanted = self._wanted(placements, [recurrence.evaluated[state] for state in at_node])
+        evaluate = self._evaluator(
+            tape, _entries(times).__getitem__, _entries(user_times).__getitem__, {at_node[n]: n for n in wanted.slopes}
         )
 
-        wanted = self._wanted(placements, len(steps))
-        trajectory = Trajectory({0: self.y0})
-        rows = recurrence.differentiable_rows() if tape is None and recurrence.requires_grad else recurrence.rows()
-        for n, slope, x in march(self._start(tape), rows, evaluate):
-            if n in wanted.slopes:
-                trajectory.slopes[n] = slope.clone()
-            if n + 1 in wanted.states:
-                trajectory.states[n + 1] = x
-            if n + 1 in wanted.end_slopes:
-                trajectory.end_slopes[n + 1] = evaluate.at_end(n + 1, x)
+        trajectory = Trajectory({0: self.y0}, evaluate.kept)
+        rows = recurrence.rows if tape is not None else recurrence.differentiable_rows()
+        node, x = 0, self._start(tape)
+        node_times = _entries(times[at_node])
+        for state, made in chain([(0, x)], march(x, rows, evaluate, evaluate.solve_implicit)):
+            if state != at_node[node]:
+                continue
+            if node in wanted.states and node > 0:
+                trajectory.states[node] = made
+            if node in wanted.end_slopes:
+                trajectory.end_slopes[node] = evaluate.at_end(node, state, made)
+            if self._callback_step is not None and node < len(steps):
+                self._callback_step(node_times[node], made, node_times[node + 1] - node_times[node])
+            node += 1
         if tape is not None:
-            trajectory = tape.attach(trajectory, user_times, recurrence, self._window_weights(grid.steps))
+            trajectory = tape.attach(trajectory, user_times, recurrence, self._plan(recurrence, grid.steps))
         return torch.stack([self._output(placement, steps, trajectory) for placement in placements])
 
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -151,7 +161,7 @@ class MultistepSolver:
 
         Raises:
             TypeError, ValueError: an option, or what func returns, is not as it must be.
-            RuntimeError: there is no event within torchdiffeq's limit of steps.
+            RuntimeError: there is no event within torchdiffeq's limit of steps, or an implicit equation was not solved.
         """
         if self.step_size is None:
             raise ValueError("step_size must be given in options where event_fn is, got None")
@@ -162,9 +172,11 @@ class MultistepSolver:
         h = float(self.step_size)
         t0 = t0.to(self.y0.device, self._vector_field.time_dtype)
         tape = self._tape(t0.requires_grad)
+        beginning = self._unroll(_equal_steps(h, 2 * self.method.steps + 2 * self.method.order + 2))
+        endless = _Endless(beginning)
 
-        def time(node: int) -> Tensor:
-            return t0 + node * h
+        def time(position: float) -> Tensor:
+            return t0 + position * h
 
         def event_sign(node: int, x: Tensor) -> Tensor:
             with torch.no_grad():
@@ -173,35 +185,50 @@ class MultistepSolver:
         def state_at(event_time: Tensor, n: int, trajectory: Trajectory) -> Tensor:
             return self._inside(n, (event_time - time(n)) / h, h, trajectory)
 
-        evaluate = _Evaluator(
-            self._vector_field, self._callback_step, tape, time, lambda n: self._vector_field.user_times(time(n))
-        )
-        start_rows = self.method.recurrence(torch.full((self.method.steps,), h, dtype=torch.float64)).rows()
-        rows = chain(start_rows, repeat(start_rows[-1]))
-        start = x_before = self._start(tape)
-        sign = event_sign(0, start)
-        for n, slope, x in islice(march(start, rows, evaluate), MAX_EVENT_STEPS):
-            if event_sign(n + 1, x) != sign:
-                trajectory = Trajectory({n: x_before, n + 1: x, 0: self.y0}, {n: slope})
-                break
-            x_before = x
-        else:
-            raise RuntimeError(
-                f"event_fn did not change its sign within {MAX_EVENT_STEPS} steps of step_size {h}, the most that are "
-                f"made; if there is an event later, use a larger step_size"
-            )
+        def user_time(state: int) -> Tensor:
+            side: Side = "left" if self.method.is_implicit and state else "right"
+            return self._vector_field.user_times(time(endless.position(state)), side)
 
-        if self.interp == "cubic":
-            trajectory.end_slopes[n + 1] = evaluate.at_end(n + 1, x)
+        evaluate = self._evaluator(tape, lambda state: time(endless.position(state)), user_time, None)
+        x = x_before = self._start(tape)
+        sign = event_sign(0, x)
+        before, n = 0, 0
+        if self._callback_step is not None:
+            self._callback_step(time(0), x, time(1) - time(0))
+        for state, made in march(x, endless.rows(), evaluate, evaluate.solve_implicit):
+            if not endless.is_node(state):
+                continue
+            if event_sign(n + 1, made) != sign:
+                break
+            n, before, x_before = n + 1, state, made
+            if n == MAX_EVENT_STEPS:
+                raise RuntimeError(
+                    f"event_fn did not change its sign within {MAX_EVENT_STEPS} steps of step_size {h}, the most that "
+                    f"are made; if there is an event later, use a larger step_size"
+                )
+            evaluate.forget(before)
+            if self._callback_step is not None:
+                self._callback_step(time(n), made, time(n + 1) - time(n))
+
+        trajectory = Trajectory({n: x_before, n + 1: made, 0: self.y0})
+        for node, of_node, reached in ((n, before, x_before), (n + 1, state, made)) if self.interp == "cubic" else ():
+            if of_node in evaluate.kept and not (self.perturb and node > n):
+                trajectory.slopes[node] = evaluate.kept[of_node]
+            else:
+                trajectory.end_slopes[node] = evaluate.at_end(node, of_node, reached)
         with torch.no_grad():
             event_time, _ = find_event(
                 lambda t: state_at(t, n, trajectory), sign, time(n), time(n + 1), event_fn, tolerance
             )
         if tape is not None:
-            steps = torch.full((n + 1,), h, dtype=torch.float64)
-            user_times = self._vector_field.user_times(t0 + h * torch.arange(n + 2).to(t0))
-            trajectory = tape.attach(trajectory, user_times, self.method.recurrence(steps), self._window_weights(steps))
+            recurrence = endless.until(state)
+            user_times = self._user_times(t0 + h * recurrence.times(torch.arange(n + 2).to(t0)), recurrence)
+            plan = self._plan(recurrence, _equal_steps(h, n + 1))
+            trajectory = tape.attach(trajectory, user_times, recurrence, plan)
         return event_time, torch.stack([self.y0, state_at(event_time, n, trajectory)])
+
+    def _unroll(self, steps: Tensor) -> Recurrence:
+        return self.method.unroll(steps) if isinstance(self.method, TwoStageMethod) else unroll(self.method, steps)
 
     def _grid(self, t: Tensor) -> tuple[Grid, list[Placement]]:
         if self.step_size is None and self.grid_constructor is None:
@@ -213,44 +240,67 @@ class MultistepSolver:
             grid = constructed_grid(self.grid_constructor, self.func, self.y0, t, self._reverse)
         return grid, place(t, grid)
 
+    def _user_times(self, times: Tensor, recurrence: Recurrence) -> Tensor:
+        right = self._vector_field.user_times(times)
+        if not (self.perturb and self.method.is_implicit):
+            return right
+        # What an implicit row evaluates is at the end of its step.
+        at_end = torch.tensor([False, *(row.implicit is not None for row in recurrence.rows)], device=right.device)
+        return torch.where(at_end, self._vector_field.user_times(times, "left"), right)
+
     def _tape(self, differentiate_times: bool) -> Tape | None:
-        if self.grad_filter is None or not torch.is_grad_enabled():
+        if (self.grad_filter is None and not self.method.is_implicit) or not torch.is_grad_enabled():
             return None
         return Tape(self._vector_field, differentiate_times)
 
     def _start(self, tape: Tape | None) -> Tensor:
         return self.y0 if tape is None else self.y0.detach()
 
-    def _window_weights(self, steps: Tensor) -> Tensor:
-        assert self.grad_filter is not None
-        return self.grad_filter.window_weights(steps)
+    def _plan(self, recurrence: Recurrence, steps: Tensor) -> FilterPlan | None:
+        if self.grad_filter is None:
+            return None
+        method = None if isinstance(self.method, TwoStageMethod) else self.method
+        return plan_filter(self.grad_filter, recurrence, steps, method)
 
-    def _wanted(self, placements: Sequence[Placement], last: int) -> "_Wanted":
-        """What the outputs are made of; the end of a step takes the slope of the next one, if there is one to take."""
-        wanted = _Wanted(set(), set(), set())
+    def _evaluator(
+        self,
+        tape: Tape | None,
+        time: Callable[[int], Tensor],
+        user_time: Callable[[int], Tensor],
+        wanted: Mapping[int, int] | None,
+    ) -> "_Evaluator":
+        implicit = ImplicitSolver(self.rtol, self.atol)
+        return _Evaluator(self._vector_field, tape, implicit, self.method.name, time, user_time, wanted)
+
+    def _wanted(self, placements: Sequence[Placement], evaluated: Sequence[bool]) -> "_Wanted":
+        """What the outputs are made of; f at a node is taken from the recurrence where that evaluates it."""
+        states: set[int] = set()
+        slopes: set[int] = set()
+        end_slopes: set[int] = set()
         for node, fraction, shift in placements:
-            wanted.states.add(node)
+            states.add(node)
             if fraction is not None:
-                wanted.states.add(node + 1)
+                states.add(node + 1)
             if shift is not None or (fraction is not None and self.interp == "cubic"):
-                wanted.slopes.add(node)
+                (slopes if evaluated[node] else end_slopes).add(node)
             if fraction is not None and self.interp == "cubic":
-                (wanted.end_slopes if self.perturb or node + 1 == last else wanted.slopes).add(node + 1)
-        return wanted
+                from_left = self.perturb and not self.method.is_implicit
+                (end_slopes if from_left or not evaluated[node + 1] else slopes).add(node + 1)
+        return _Wanted(states, slopes, end_slopes)
 
     def _output(self, placement: Placement, steps: Sequence[Weight], trajectory: Trajectory) -> Tensor:
         node, fraction, shift = placement
         if fraction is not None:
             return self._inside(node, fraction, steps[node], trajectory)
         if shift is not None:
-            return slide(trajectory.states[node], shift, trajectory.slopes[node])
+            return slide(trajectory.states[node], shift, trajectory.start_slope(node))
         return trajectory.states[node]
 
     def _inside(self, node: int, fraction: Weight, step: Weight, trajectory: Trajectory) -> Tensor:
         x0, x1 = trajectory.states[node], trajectory.states[node + 1]
         if self.interp == "linear":
             return linear(fraction, x0, x1)
-        return cubic_hermite(fraction, step, x0, trajectory.slopes[node], x1, trajectory.end_slope(node + 1))
+        return cubic_hermite(fraction, step, x0, trajectory.start_slope(node), x1, trajectory.end_slope(node + 1))
 
 
 class Leapfrog(MultistepSolver):
@@ -280,45 +330,126 @@ class _Wanted(NamedTuple):
 
 
 class _Evaluator:
-    """f at the nodes of one solve, with the user's callback before every step.
+    """f at the states of one solve.
 
     Args:
         vector_field: f.
-        callback_step: the user's callback, or None.
         tape: what records the evaluations, or None.
-        time: from a node to its time.
-        user_time: from a node to what func is given for it.
+        implicit: what solves implicit rows.
+        name: the method's, for messages.
+        time: from a state to its time.
+        user_time: from a state to what func is given for its time.
+        wanted: the states whose slopes are kept, with their nodes; None for all, by state.
+
+    Attributes:
+        kept: the slopes that are kept.
     """
 
     def __init__(
         self,
         vector_field: VectorField,
-        callback_step: Callable[[Tensor, Tensor, Tensor], object] | None,
         tape: Tape | None,
+        implicit: ImplicitSolver,
+        name: str,
         time: Callable[[int], Tensor],
         user_time: Callable[[int], Tensor],
+        wanted: Mapping[int, int] | None,
     ) -> None:
+        self.kept: dict[int, Tensor] = {}
         self._vector_field = vector_field
-        self._callback_step = callback_step
         self._tape = tape
+        self._implicit = implicit
+        self._name = name
         self._time = time
         self._user_time = user_time
+        self._wanted = wanted
 
-    def __call__(self, node: int, x: Tensor) -> Tensor:
-        if self._callback_step is not None:
-            time = self._time(node)
-            self._callback_step(time, x, self._time(node + 1) - time)
-        user_time = self._user_time(node)
+    def __call__(self, state: int, x: Tensor) -> Tensor:
+        slope = self._evaluate(state, self._user_time(state), x)
+        self._keep(state, slope)
+        return slope
+
+    def solve_implicit(
+        self, state: int, x: Tensor, known: Tensor | None, weight: Weight, guess: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The increment and the slope of an implicit row."""
+        user_time = self._user_time(state)
+        increment, slope = self._implicit.solve(
+            x,
+            known,
+            float(weight),
+            guess,
+            slope=lambda y: self._vector_field(user_time, y),
+            iterate=lambda y: self._evaluate(state, user_time, y),
+            where=lambda: f"of method {self._name!r} at t = {float(user_time):.6g}",
+        )
+        self._keep(state, slope)
+        return increment, slope
+
+    def at_end(self, node: int, state: int, x: Tensor) -> Tensor:
+        """f at a node, outside the recurrence."""
+        user_time = self._vector_field.user_times(self._time(state), side="left" if node else "right")
         if self._tape is not None:
-            return self._tape.evaluate(node, user_time, x)
+            return self._tape.evaluate_end(node, user_time, x)
         return self._vector_field(user_time, x)
 
-    def at_end(self, node: int, x: Tensor) -> Tensor:
-        """f at the end of a step, outside the recurrence."""
-        user_time = self._vector_field.user_times(self._time(node), side="left")
+    def forget(self, state: int) -> None:
+        """Drop the slopes before a state."""
+        for earlier in [kept for kept in self.kept if kept < state]:
+            del self.kept[earlier]
+
+    def _evaluate(self, state: int, user_time: Tensor, x: Tensor) -> Tensor:
         if self._tape is not None:
-            return self._tape.evaluate(node, user_time, x, end=True)
+            return self._tape.evaluate(state, user_time, x)
         return self._vector_field(user_time, x)
+
+    def _keep(self, state: int, slope: Tensor) -> None:
+        key = state if self._wanted is None else self._wanted.get(state)
+        if key is not None:
+            # func may return the same memory again and again.
+            self.kept[key] = slope.clone()
+
+
+class _Endless:
+    """The rows of a solve without an end, in equal steps.
+
+    Args:
+        beginning: the rows of so many steps that the last ones are as all after them.
+    """
+
+    def __init__(self, beginning: Recurrence) -> None:
+        self._beginning = beginning
+        self._period = beginning.nodes[-1] - beginning.nodes[-2]
+
+    def rows(self) -> Iterator[Row]:
+        """All rows."""
+        return chain(self._beginning.rows, cycle(self._beginning.rows[-self._period :]))
+
+    def position(self, state: int) -> float:
+        """Where a state is, in steps."""
+        beyond = max(0, -((len(self._beginning.rows) - state) // self._period))
+        return self._beginning.positions[state - beyond * self._period] + beyond
+
+    def is_node(self, state: int) -> bool:
+        """Whether a state is at a node."""
+        beyond = max(0, -((len(self._beginning.rows) - state) // self._period))
+        return self._beginning.rows[state - beyond * self._period - 1].is_node
+
+    def until(self, state: int) -> Recurrence:
+        """The recurrence that ends with a state."""
+        positions = [self.position(earlier) for earlier in range(state + 1)]
+        return Recurrence(list(islice(self.rows(), state)), positions, self._beginning.start, None)
+
+
+def solver_of(method: MultistepMethod | TwoStageMethod) -> type[MultistepSolver]:
+    """The solver class of a method."""
+    summary = f"The method {method.name!r} as a solver of torchdiffeq: see `MultistepSolver`."
+    members = {"method": method, "order": method.order, "__doc__": summary, "__module__": __name__}
+    return type(method.name, (MultistepSolver,), members)
+
+
+def _equal_steps(h: float, count: int) -> Tensor:
+    return torch.full((count,), h, dtype=torch.float64)
 
 
 def _entries(values: Tensor) -> Sequence[Tensor]:

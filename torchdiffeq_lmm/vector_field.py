@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .host import HostedFunction
 
+Side = Literal["left", "right"]
+
 
 class VectorField:
     """f(t, x) on the solver's state.
@@ -35,7 +37,7 @@ class VectorField:
         self._device = y0.device
         self.time_dtype = y0.dtype.to_real()
 
-    def user_times(self, times: Tensor, side: Literal["left", "right"] = "right") -> Tensor:
+    def user_times(self, times: Tensor, side: Side = "right") -> Tensor:
         """From the solver's times, of any shape, to what the user's function is given for them.
 
         That is torchdiffeq's promise: the real dtype and the device of the state, the user's direction of time and,

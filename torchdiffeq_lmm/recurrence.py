@@ -1,0 +1,361 @@
+"""A method on one grid, unrolled into rows: which states are made, in which order, from which slopes.
+
+Most states are those at the nodes, x_n. Others are means to an end: the sweeps that start a method, the states that a
+predictor gives. Every state is the last node's plus an increment; f is evaluated at most once at each.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .combination import Weight
+from .methods import Formula, MultistepMethod, Nodes
+from .polynomials import Number, extrapolation_weights
+from .start import SweptState, deferred_corrections
+
+Terms = tuple[tuple[int, Weight], ...]
+"""Weights by lag: 0 for the latest of its kind, 1 for the one before, ..."""
+
+
+class Keeps(NamedTuple):
+    """How many of the latest slopes, and increments, later rows may use."""
+
+    slopes: int
+    increments: int
+
+
+class Row(NamedTuple):
+    """How one state is made: X = x + Σ e d + Σ b f + b* f(X), with x the state of the last node.
+
+    Attributes:
+        evaluates: whether f is evaluated at the state before, which makes its slope the latest one.
+        increments: e, of the increments d between nodes.
+        slopes: b, of the slopes; in the unit of time.
+        implicit: b*; None for an explicit row. Else f is evaluated at X, which makes its slope the latest one.
+        guess: for an implicit row, the weights of the slopes in a guess for f(X).
+        is_node: whether X is the state of the next node.
+        keeps: what of the past the rows after this one may use; None for all of it.
+    """
+
+    evaluates: bool
+    increments: Terms
+    slopes: Terms
+    implicit: Weight | None
+    guess: Terms
+    is_node: bool
+    keeps: Keeps | None
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """e, b and b*, one after the other."""
+        own = () if self.implicit is None else (self.implicit,)
+        return (*(e for _, e in self.increments), *(b for _, b in self.slopes), *own)
+
+    def with_weights(self, weights: Iterator[Tensor]) -> "Row":
+        """The same row with the next of `weights` in place of its own."""
+        return self._replace(
+            increments=tuple((lag, next(weights)) for lag, _ in self.increments),
+            slopes=tuple((lag, next(weights)) for lag, _ in self.slopes),
+            implicit=None if self.implicit is None else next(weights),
+        )
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """The rows of a method on a grid of N steps.
+
+    State 0 is x_0; row i makes state i + 1.
+
+    Attributes:
+        rows: with numbers for weights.
+        positions: of each state, in steps: n at node n, n + ½ in the middle of the step after it.
+        start: K, the number of steps that the start makes.
+        weights: all weights e, b, b* of all rows, in their order, of shape (n,), float64 on the CPU, with their graph
+            to the grid; None where the grid has none.
+    """
+
+    rows: list[Row]
+    positions: list[float]
+    start: int
+    weights: Tensor | None
+
+    @property
+    def nodes(self) -> list[int]:
+        """The state at each node."""
+        return [0, *(i + 1 for i, row in enumerate(self.rows) if row.is_node)]
+
+    @property
+    def evaluated(self) -> list[bool]:
+        """Of each state, whether f is evaluated at it."""
+        flags = [False] * (len(self.rows) + 1)
+        for i, row in enumerate(self.rows):
+            flags[i] |= row.evaluates
+            flags[i + 1] = row.implicit is not None
+        return flags
+
+    def differentiable_rows(self) -> list[Row]:
+        """The rows with 0-d tensors that carry the gradient to the grid, where it has one."""
+        if self.weights is None:
+            return self.rows
+        weights = iter(self.weights.unbind())
+        return [row.with_weights(weights) for row in self.rows]
+
+    def times(self, nodes: Tensor) -> Tensor:
+        """The times of the states, from those of the nodes, of shape (N + 1,). Differentiable."""
+        positions = torch.tensor(self.positions, dtype=torch.float64, device=nodes.device)
+        before = positions.floor().long()
+        rest = (positions - before).to(nodes)
+        if not bool(rest.any()):
+            return nodes[before]
+        return (1 - rest) * nodes[before] + rest * nodes[(before + 1).clamp(max=len(nodes) - 1)]
+
+
+def start_length(method: MultistepMethod) -> int:
+    """K: the formula needs k - 1 steps behind it, and the start's polynomials enough slopes for the order."""
+    slopes = method.order if method.closing is not None else method.order - 1
+    return max(method.steps - 1, slopes - 1 if method.uses_first_slope else slopes)
+
+
+def unroll(method: MultistepMethod, steps: Tensor) -> Recurrence:
+    """The rows of a multistep method on a grid.
+
+    Args:
+        method: the method.
+        steps: h, of shape (N,), N ≥ 1, positive, float64 on the CPU. Differentiable.
+
+    Raises:
+        ValueError: the method is for equal steps, and others than the last one differ.
+    """
+    lengths = steps.tolist()
+    start = min(start_length(method), len(lengths))
+    _check_lengths(method, lengths, start)
+    writer = _Writer(method)
+    for swept in _swept_states(method, lengths):
+        writer.write_sweep(swept)
+    coefficients = _Coefficients(method, lengths)
+    for n in range(start, len(lengths)):
+        writer.write_step(n, coefficients)
+    weights = _differentiable_weights(method, steps, start) if steps.requires_grad else None
+    return Recurrence(writer.rows, writer.positions, start, weights)
+
+
+def _check_lengths(method: MultistepMethod, lengths: list[float], start: int) -> None:
+    if method.closing is None or len(lengths) <= start:
+        return
+    for n, length in enumerate(lengths[:-1]):
+        if length != lengths[0]:
+            raise ValueError(
+                f"method {method.name!r} is given by constant coefficients, which hold for equal steps (the last one "
+                f"may differ); step {n} has length {length}, step 0 has {lengths[0]}. Use step_size, or a method with "
+                f"variable coefficients: Adams, Nyström or BDF"
+            )
+
+
+def _sweeps(method: MultistepMethod) -> int:
+    return max(1, method.order - 1)
+
+
+def _swept_states(method: MultistepMethod, lengths: Sequence[Number]) -> Iterator[SweptState]:
+    steps = lengths[: start_length(method)]
+    if steps and start_length(method) > 0:
+        times = list(accumulate(steps, initial=0 * lengths[0]))
+        yield from deferred_corrections(times, _sweeps(method), method.is_implicit, method.uses_first_slope)
+
+
+def _scaled_nodes(lengths: Sequence[Number]) -> list[Number]:
+    """t_{n+1}, t_n, t_{n-1}, ... in units of h_n from t_n, by h_n, h_{n-1}, ...; exact where these are equal."""
+    if all(isinstance(length, float) and length == lengths[0] for length in lengths):
+        return [Fraction(1 - i) for i in range(len(lengths) + 1)]
+    unit = lengths[0]
+    return [unit / unit, 0 * unit, *(-s for s in accumulate(length / unit for length in lengths[1:]))]
+
+
+class _Coefficients:
+    """The weights of the steps after the start, as numbers; worked out once for every pattern of steps."""
+
+    def __init__(self, method: MultistepMethod, lengths: list[float]) -> None:
+        self._method = method
+        self._lengths = lengths
+        self._formula = cache(_formula_of_pattern)
+        self._guess = cache(_guess_of_pattern)
+
+    def formula(self, n: int) -> Formula:
+        """The weights of step n, in the unit of time."""
+        formula, reach = _formula_of_step(self._method, self._lengths, n)
+        return self._formula(formula, self._pattern(n, reach))
+
+    def predictor(self, n: int) -> Formula:
+        """The weights of the predictor of step n, in the unit of time."""
+        assert self._method.predictor is not None
+        return self._formula(self._method.predictor, self._pattern(n, self._method.steps))
+
+    def guess(self, n: int, slopes: int) -> tuple[float, ...]:
+        """The weights of the slopes at t_n, t_{n-1}, ... in a guess for f at t_{n+1}."""
+        return self._guess(self._pattern(n, slopes))
+
+    def _pattern(self, n: int, count: int) -> tuple[float, ...]:
+        return tuple(self._lengths[max(n + 1 - count, 0) : n + 1][::-1])
+
+
+def _formula_of_step(
+    method: MultistepMethod, lengths: Sequence[float], n: int
+) -> tuple[Callable[[Nodes], Formula], int]:
+    """The formula of step n and the number of steps that it reaches over."""
+    if method.closing is not None and lengths[n] != lengths[0]:
+        return method.closing, method.order
+    return method.formula, method.steps
+
+
+def _formula_of_pattern(formula: Callable[[Nodes], Formula], pattern: tuple[float, ...]) -> Formula:
+    h, weights = pattern[0], formula(_scaled_nodes(pattern))
+    return Formula(
+        tuple(float(weight) for weight in weights.increments),
+        tuple(h * float(weight) for weight in weights.slopes),
+        h * float(weights.implicit),
+    )
+
+
+def _guess_of_pattern(pattern: tuple[float, ...]) -> tuple[float, ...]:
+    new, *nodes = _scaled_nodes(pattern)
+    return tuple(float(weight) for weight in extrapolation_weights(nodes, new))
+
+
+_PREDICTED = "predicted"
+
+
+class _Writer:
+    """Writes the rows, and keeps count of the slopes: which there are, and where in their order.
+
+    States and their slopes are named by their node, the sweep and the node, or `_PREDICTED`.
+    """
+
+    def __init__(self, method: MultistepMethod) -> None:
+        self.rows: list[Row] = []
+        self.positions = [0.0]
+        self._method = method
+        self._slots: dict[Hashable, int] = {}
+        self._count = 0
+        self._latest: Hashable = 0
+        self._shared: dict[Row, Row] = {}
+        self._reach = max(
+            len(method.on_equal_steps.slopes),
+            0 if method.predictor is None else method.steps,
+            method.order if method.is_implicit or method.closing is not None else 0,
+        )
+
+    def write_sweep(self, swept: SweptState) -> None:
+        """Write the row of a state of the start."""
+        method = self._method
+        name = self._name(swept.sweep, swept.node)
+        evaluates = not method.is_implicit or (method.uses_first_slope and not self._count)
+        self._write(
+            name,
+            swept.node,
+            evaluates=evaluates,
+            slopes={self._name(*key): weight for key, weight in swept.slopes.items()},
+            implicit=swept.implicit if method.is_implicit else None,
+            guess={self._name(swept.sweep - 1, swept.node): 1.0} if swept.sweep > 1 else None,
+            is_node=name == swept.node,
+        )
+
+    def write_step(self, n: int, coefficients: _Coefficients) -> None:
+        """Write the rows of step n."""
+        method = self._method
+        formula = coefficients.formula(n)
+        slopes: dict[Hashable, Number] = {n - i: weight for i, weight in enumerate(formula.slopes)}
+        if method.is_implicit:
+            evaluates = n == 0 and method.uses_first_slope
+            known = [m for m in range(n, n - method.order, -1) if m in self._slots or (m == 0 and evaluates)]
+            guess: dict[Hashable, Number] = {}
+            if known:
+                guess.update(zip(known, coefficients.guess(n, len(known)), strict=True))
+            self._write(n + 1, n + 1, evaluates, slopes, formula.increments, implicit=formula.implicit, guess=guess)
+            return
+        if method.predictor is not None:
+            predicted: dict[Hashable, Number] = {
+                n - i: weight for i, weight in enumerate(coefficients.predictor(n).slopes)
+            }
+            self._write(_PREDICTED, n + 1, True, predicted, is_node=False)
+            slopes = {_PREDICTED: formula.implicit, **slopes}
+        self._write(n + 1, n + 1, True, slopes, formula.increments)
+
+    def _name(self, sweep: int, node: int) -> Hashable:
+        return node if sweep in (0, _sweeps(self._method)) else (sweep, node)
+
+    def _write(
+        self,
+        name: Hashable,
+        position: int,
+        evaluates: bool,
+        slopes: Mapping[Hashable, Number],
+        increments: Sequence[float] = (),
+        implicit: Number | None = None,
+        guess: Mapping[Hashable, Number] | None = None,
+        is_node: bool = True,
+    ) -> None:
+        if evaluates:
+            self._slots[self._latest] = self._count
+            self._count += 1
+        count = self._count
+        terms, guess_terms = (
+            tuple((count - 1 - self._slots[key], float(weight)) for key, weight in weights.items())
+            for weights in (slopes, guess or {})
+        )
+        if implicit is not None:
+            self._slots[name] = self._count
+            self._count += 1
+        row = Row(
+            evaluates=evaluates,
+            increments=tuple(enumerate(increments)),
+            slopes=terms,
+            implicit=None if implicit is None else float(implicit),
+            guess=guess_terms,
+            is_node=is_node,
+            keeps=self._needed(position) if is_node else None,
+        )
+        self.rows.append(self._shared.setdefault(row, row))
+        self.positions.append(float(position))
+        self._latest = name
+
+    def _needed(self, node: int) -> Keeps | None:
+        """What the rows after the one of `node` may use."""
+        in_start = node < start_length(self._method)
+        later = [self._slots[m] for m in range(node + 1 - self._reach, node + 1) if m in self._slots]
+        self._slots.pop(node - self._reach, None)
+        if in_start:
+            return None
+        closing = self._method.order - 1 if self._method.closing is not None else 0
+        return Keeps(
+            self._count - min(later, default=self._count), max(len(self._method.on_equal_steps.increments), closing)
+        )
+
+
+def _differentiable_weights(method: MultistepMethod, steps: Tensor, start: int) -> Tensor:
+    """The weights of all rows as one tensor with the graph of `steps`."""
+    parts = []
+    for swept in _swept_states(method, steps.unbind()):
+        own = [swept.implicit] if method.is_implicit else []
+        parts.append(torch.stack([*swept.slopes.values(), *own]))
+    lengths = steps.tolist()
+    last = len(steps) - 1
+    stop = last if start <= last and _formula_of_step(method, lengths, last)[0] is not method.formula else last + 1
+    for begin, end in ((start, stop), (stop, last + 1)):
+        if begin < end:
+            formula, reach = _formula_of_step(method, lengths, begin)
+            # The steps h_n, h_{n-1}, ..., each for all n at once.
+            behind = [steps[begin - i : end - i] for i in range(reach)]
+            nodes, h = _scaled_nodes(behind), behind[0]
+            weights = formula(nodes)
+            slopes, increments = [h * weight for weight in weights.slopes], weights.increments
+            own = [h * weights.implicit] if method.is_implicit or method.predictor is not None else []
+            if method.predictor is not None:
+                increments, slopes, own = (), [h * w for w in method.predictor(nodes).slopes] + own + slopes, []
+            rows = [*(torch.zeros_like(h) + e for e in increments), *slopes, *own]
+            parts.append(torch.stack(rows, dim=1).flatten())
+    return torch.cat(parts)

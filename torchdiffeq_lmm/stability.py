@@ -1,0 +1,141 @@
+"""The theory of a linear multistep method Σ_j α_j x_{n+j} = h Σ_j β_j f_{n+j}, from its exact coefficients.
+
+With ρ(z) = Σ α_j zʲ and σ(z) = Σ β_j zʲ. Source for order, error constant, consistency and the root condition: Hairer,
+Nørsett, Wanner, *Solving Ordinary Differential Equations I*, III.2 and III.3.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from math import factorial
+
+import numpy as np
+
+from .methods import Formula
+
+Coefficients = tuple[Fraction, ...]
+
+ROUNDING = 1e-7
+"""Roots that differ from the unit circle, or from each other, by less are on it, or one: a double root is found so."""
+
+
+def coefficients(formula: Formula, steps: int) -> tuple[tuple[Fraction, ...], tuple[Fraction, ...]]:
+    """α_0, ..., α_k and β_0, ..., β_k, with α_k = 1, of a formula in increments on equal steps.
+
+    Args:
+        formula: with Fractions for weights.
+        steps: k.
+    """
+    e = [Fraction(weight) for weight in formula.increments]
+    e += [Fraction(0)] * (steps - 1 - len(e))
+    b = [Fraction(formula.implicit), *(Fraction(weight) for weight in formula.slopes)]
+    b += [Fraction(0)] * (steps + 1 - len(b))
+    # x_{n+1} - x_n - Σ e_i (x_{n-i} - x_{n-i-1})
+    sums = [Fraction(1), *(-weight for weight in e)]
+    alpha = [after - before for after, before in zip([*sums, Fraction(0)], [Fraction(0), *sums], strict=True)]
+    return tuple(alpha[::-1]), tuple(b[::-1])
+
+
+def defect(alpha: Coefficients, beta: Coefficients, power: int) -> Fraction:
+    """C_q = (Σ_j α_j j^q - q Σ_j β_j j^{q-1}) / q!: by how much the formula misses t^q."""
+    total = sum((a * Fraction(j) ** power for j, a in enumerate(alpha)), Fraction(0))
+    if power > 0:
+        total -= power * sum((b * Fraction(j) ** (power - 1) for j, b in enumerate(beta)), Fraction(0))
+    return total / factorial(power)
+
+
+def order(alpha: Coefficients, beta: Coefficients) -> int:
+    """The largest p with C_0 = ... = C_p = 0; -1 if there is none."""
+    power = 0
+    # Coefficients that were floats satisfy the conditions up to rounding.
+    while abs(defect(alpha, beta, power)) < 1e-13 and power <= 2 * len(alpha):
+        power += 1
+    return power - 1
+
+
+def error_constant(alpha: Coefficients, beta: Coefficients) -> Fraction:
+    """C = C_{p+1} / σ(1): the local error, in the scale in which methods can be compared."""
+    return defect(alpha, beta, order(alpha, beta) + 1) / sum(beta, Fraction(0))
+
+
+def roots(alpha: Coefficients) -> list[complex]:
+    """The roots of ρ, the largest first; 1 first among those on the unit circle."""
+    found = [complex(root) for root in np.roots([float(a) for a in alpha[::-1]])]
+    return sorted(found, key=lambda root: (-round(abs(root), 6), abs(root - 1)))
+
+
+def unstable_root(alpha: Coefficients) -> tuple[complex, int] | None:
+    """A root of ρ, and its multiplicity, that violates the root condition: outside the unit circle, or double on it."""
+    found = roots(alpha)
+    for root in found:
+        near = [other for other in found if abs(other - root) < 1e3 * ROUNDING]
+        if abs(root) > 1 + 1e3 * ROUNDING or (len(near) > 1 and abs(root) > 1 - 1e3 * ROUNDING):
+            return sum(near) / len(near), len(near)
+    return None
+
+
+def is_strongly_stable(alpha: Coefficients) -> bool:
+    """Whether all roots of ρ but 1 are inside the unit circle, so that what oscillates dies out."""
+    return sum(abs(root) > 1 - ROUNDING for root in roots(alpha)) == 1
+
+
+def effective_weights(alpha: Coefficients, beta: Coefficients, count: int) -> list[Fraction]:
+    """w_0, w_1, ... in x_N ≈ x_0 + h Σ_j w_j f_{N-j}: how the method integrates. The series of σ/ρ in 1/z."""
+    newest_a, newest_b = alpha[::-1], beta[::-1]
+    weights: list[Fraction] = []
+    for i in range(count):
+        weight = newest_b[i] if i < len(newest_b) else Fraction(0)
+        weight -= sum((newest_a[j] * weights[i - j] for j in range(1, min(i, len(alpha) - 1) + 1)), Fraction(0))
+        weights.append(weight / newest_a[0])
+    return weights
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where, before an observation, a strongly stable method's cotangents differ from the costate.
+
+    Attributes:
+        length: over how many nodes they differ by more than rounding, up to first order in the step.
+        near: over how many of them they differ by more than the scale of the problem at second order.
+    """
+
+    length: int
+    near: int
+
+
+@cache
+def layer_of(alpha: Coefficients, beta: Coefficients, tolerance: float = 1e-13) -> Layer | None:
+    """The layer of a method before an observation; None if it does not end, the method being weakly stable.
+
+    For x' = λ x the cotangents i nodes before a unit observation are h (w_i + h λ v_i + h² λ² u_i + ...), with
+    v = w * w, u = w * w * w, and the costate is 1 + h λ i + h² λ² i² / 2 + ... up to constants.
+    """
+    if not is_strongly_stable(alpha):
+        return None
+    modulus = max((abs(root) for root in roots(alpha)[1:]), default=0.0)
+    count = 4 * len(alpha) + (int(2 * np.log(tolerance) / np.log(modulus)) if modulus > ROUNDING else 0)
+    i = np.arange(count)
+    w = _series([float(b) for b in reversed(beta)], [float(a) for a in reversed(alpha)], count)
+    v = np.convolve(w, w)[:count]
+    u = np.convolve(v, w)[:count]
+    off = np.abs(w - 1) > tolerance
+    if order(alpha, beta) == 1:
+        return Layer(_last(off), 0)
+    rest = u - i**2 / 2
+    off |= np.abs(v - i) > tolerance * count
+    return Layer(_last(off), _last(np.abs(rest - rest[-1]) > 0.5))
+
+
+def _last(flags: "np.ndarray") -> int:
+    return int(np.flatnonzero(flags).max(initial=-1)) + 1
+
+
+def _series(numerator: Sequence[float], denominator: Sequence[float], count: int) -> "np.ndarray":
+    series = np.zeros(count)
+    for i in range(count):
+        series[i] = numerator[i] if i < len(numerator) else 0.0
+        for j in range(1, min(i, len(denominator) - 1) + 1):
+            series[i] -= denominator[j] * series[i - j]
+        series[i] /= denominator[0]
+    return series
