@@ -4,7 +4,8 @@ Where the step is not stiff, substitution solves it. Where substitution is slow 
 small states it uses a matrix for the Jacobian and keeps it, from step to step, for as long as it serves; for large ones
 finite differences along the directions of a Krylov space.
 
-Source: Hairer, Wanner, *Solving Ordinary Differential Equations II*, IV.8, for the simplified Newton iterations.
+Source: Hairer, Wanner, *Solving Ordinary Differential Equations II*, IV.8, for the simplified Newton iterations;
+Deuflhard, *Newton Methods for Nonlinear Problems*, 3.3, for their damping.
 """
 
 from collections.abc import Callable
@@ -16,13 +17,16 @@ from torch import Tensor
 from .linear import DENSE_LIMIT, Product, from_real, gmres, matrix_of, solve, to_real
 
 MAX_ITERATIONS = 50
-"""Of one step, substitutions and Newton steps counted apart."""
+"""Of substitution, and of Newton's method from one starting point."""
 
 SAFETY = 1e-4
 """The equation is solved to this fraction of atol + rtol |x|."""
 
 _SLOW = 0.3
 """Above this rate of convergence substitution gives way to Newton's method, and an old Jacobian to a new one."""
+
+_SHORTEST = 1e-4
+"""A Newton correction that has to be damped by more leads nowhere."""
 
 _ROUNDING = 8
 """Corrections of so many units in the last place of the state are rounding."""
@@ -79,64 +83,98 @@ class ImplicitSolver:
             tolerance = (SAFETY * (self._atol + self._rtol * x.abs())).to(x.abs())
             largest = float(x.abs().max()) if x.numel() else 0.0
             tolerance = tolerance.clamp(min=_ROUNDING * torch.finfo(x.dtype).eps * largest)
-            found, size = None, 0.0
-            if not self._uses_newton:
-                found, size = self._substitute(x, c, weight, start, iterate, tolerance)
-            if found is None:
-                self._uses_newton = True
-                found, size = self._newton(x, c, weight, start, slope, iterate, tolerance)
+            found = None if self._uses_newton else _substitute(x, c, weight, start, iterate, tolerance)
+            size = 0.0
+            # A guess from a past of much smaller steps may be far off; then better none.
+            for beginning in (start, c):
+                if found is None:
+                    self._uses_newton = True
+                    found, size = self._newton(x, c, weight, beginning, slope, iterate, tolerance)
         if found is None:
             raise RuntimeError(
-                f"the implicit equation {where()} was not solved: the last of {MAX_ITERATIONS} Newton corrections at "
-                f"most was {size:.3g} times the tolerance, {SAFETY:g} (atol + rtol |y|). Use smaller steps there, by "
-                f"step_size or grid_constructor; or larger rtol and atol, if func is exact to no more digits"
+                f"the implicit equation {where()} was not solved: the last Newton correction is {size:.3g} times the "
+                f"tolerance, {SAFETY:g} (atol + rtol |y|). Use smaller steps there, by step_size or grid_constructor; "
+                f"a BDF method of lower order, if the problem is stiff or the steps grow fast; or larger rtol and "
+                f"atol, if func is exact to no more digits"
             )
         return found
-
-    @staticmethod
-    def _substitute(
-        x: Tensor, c: Tensor, weight: float, d: Tensor, iterate: Slope, tolerance: Tensor
-    ) -> tuple[tuple[Tensor, Tensor] | None, float]:
-        previous = torch.inf
-        for _ in range(MAX_ITERATIONS):
-            f = iterate(x + d)
-            following = c + weight * f
-            size = _size(following - d, tolerance)
-            if size <= 1:
-                return (following, f), size
-            if not size <= _SLOW * previous:
-                break
-            d, previous = following, size
-        return None, size
 
     def _newton(
         self, x: Tensor, c: Tensor, weight: float, d: Tensor, slope: Slope, iterate: Slope, tolerance: Tensor
     ) -> tuple[tuple[Tensor, Tensor] | None, float]:
-        dense = to_real(x).numel() <= DENSE_LIMIT
-        previous = torch.inf
-        for _ in range(MAX_ITERATIONS):
-            f = iterate(x + d)
-            residual = to_real(c + weight * f - d)
+        """The solution, or None, and the size of the last correction."""
+        is_dense = to_real(x).numel() <= DENSE_LIMIT
+
+        def correct(d: Tensor, f: Tensor) -> tuple[Tensor, float]:
+            residual = c + weight * f - d
             if not bool(torch.isfinite(residual).all()):
-                return None, torch.inf
-            if dense:
+                return residual, torch.inf
+            if is_dense:
                 if self._jacobian is None:
                     self._jacobian = _jacobian(slope, x + d)
-                matrix = torch.eye(len(residual)).to(residual) - weight * self._jacobian
-                correction = from_real(torch.linalg.solve(matrix, residual), x)
-            elif _size(from_real(residual, x), tolerance) <= 1:
-                correction = from_real(residual, x)
+                matrix = torch.eye(to_real(x).numel()).to(self._jacobian) - weight * self._jacobian
+                # A singular matrix gives what is not finite, and is caught so.
+                correction = from_real(torch.linalg.solve_ex(matrix, to_real(residual)).result, x)
+            elif _size(residual, tolerance) > 1:
+                correction = from_real(gmres(_derivative(slope, x + d, f, weight), to_real(residual), _INEXACT)[0], x)
             else:
-                correction = from_real(gmres(_derivative(slope, x + d, f, weight), residual, _INEXACT)[0], x)
+                correction = residual
             size = _size(correction, tolerance)
-            d = d + correction
+            return correction, size if size == size else torch.inf
+
+        is_fresh = not is_dense or self._jacobian is None
+        f = iterate(x + d)
+        correction, size = correct(d, f)
+        damping = 1.0
+        for _ in range(MAX_ITERATIONS):
             if size <= 1:
                 # The slope by the equation: f itself would amplify what is left of the error by the Jacobian.
+                d = d + correction
                 return (d, (d - c) / weight), size
-            if not size <= _SLOW * previous:
-                self._jacobian = None
-            previous = size
+            if size == torch.inf or damping < _SHORTEST:
+                break
+            trial = d + damping * correction
+            f = iterate(x + trial)
+            next_correction, next_size = correct(trial, f)
+            if next_size < size:
+                is_slow = next_size > _SLOW * size
+                d, correction, size = trial, next_correction, next_size
+                damping = min(1.0, 2 * damping)
+                is_fresh = not is_dense
+            elif is_fresh:
+                damping /= 2
+                continue
+            else:
+                is_slow = True
+                f = iterate(x + d)
+            if is_slow and not is_fresh:
+                self._jacobian, is_fresh = None, True
+                correction, size = correct(d, f)
+        self._jacobian = None
         return None, size
+
+
+def _substitute(
+    x: Tensor, c: Tensor, weight: float, d: Tensor, iterate: Slope, tolerance: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    previous = torch.inf
+    for _ in range(MAX_ITERATIONS):
+        f = iterate(x + d)
+        following = c + weight * f
+        size = _size(following - d, tolerance)
+        if size <= 1:
+            return following, f
+        if not size <= _SLOW * previous:
+            return None
+        d, previous = following, size
+    return None
+
+
+def _size(correction: Tensor, tolerance: Tensor) -> float:
+    """The largest component of a correction in terms of the tolerance; NaN where one is."""
+    excess = correction.abs() / tolerance
+    # Nothing to correct is no excess, even over a tolerance of 0.
+    return float(excess.where(correction != 0, 0).max()) if correction.numel() else 0.0
 
 
 def _jacobian(slope: Slope, x: Tensor) -> Tensor:
@@ -182,10 +220,3 @@ def solve_adjoint(pull_back: Slope, weight: float, rhs: Tensor) -> Tensor:
         rhs: r, of the shape of a state.
     """
     return from_real(solve(lambda v: weight * to_real(pull_back(from_real(v, rhs))), to_real(rhs)), rhs)
-
-
-def _size(correction: Tensor, tolerance: Tensor) -> float:
-    """The largest component of a correction in terms of the tolerance; NaN where one is."""
-    excess = correction.abs() / tolerance
-    # Nothing to correct is no excess, even over a tolerance of 0.
-    return float(excess.where(correction != 0, 0).max()) if correction.numel() else 0.0

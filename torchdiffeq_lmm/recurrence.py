@@ -8,15 +8,17 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .combination import Weight
+from .growth import MAX_AMPLIFICATION, amplification, largest_growth
 from .methods import Formula, MultistepMethod, Nodes
 from .polynomials import Number, extrapolation_weights
+from .stability import coefficients, is_strongly_stable
 from .start import SweptState, deferred_corrections
 
 Terms = tuple[tuple[int, Weight], ...]
@@ -130,7 +132,8 @@ def unroll(method: MultistepMethod, steps: Tensor) -> Recurrence:
         steps: h, of shape (N,), N ≥ 1, positive, float64 on the CPU. Differentiable.
 
     Raises:
-        ValueError: the method is for equal steps, and others than the last one differ.
+        ValueError: the method is for equal steps, and others than the last one differ; or the steps grow so that the
+            method is not stable.
     """
     lengths = steps.tolist()
     start = min(start_length(method), len(lengths))
@@ -138,9 +141,10 @@ def unroll(method: MultistepMethod, steps: Tensor) -> Recurrence:
     writer = _Writer(method)
     for swept in _swept_states(method, lengths):
         writer.write_sweep(swept)
-    coefficients = _Coefficients(method, lengths)
+    weights_of = _Coefficients(method, lengths)
+    _check_growth(method, lengths, [weights_of.formula(n) for n in range(start, len(lengths))])
     for n in range(start, len(lengths)):
-        writer.write_step(n, coefficients)
+        writer.write_step(n, weights_of)
     weights = _differentiable_weights(method, steps, start) if steps.requires_grad else None
     return Recurrence(writer.rows, writer.positions, start, weights)
 
@@ -155,6 +159,24 @@ def _check_lengths(method: MultistepMethod, lengths: list[float], start: int) ->
                 f"may differ); step {n} has length {length}, step 0 has {lengths[0]}. Use step_size, or a method with "
                 f"variable coefficients: Adams, Nyström or BDF"
             )
+
+
+def _check_growth(method: MultistepMethod, lengths: list[float], formulas: Sequence[Formula]) -> None:
+    # The other roots of leapfrog and its like are on the unit circle, and their growth is bounded by that of the steps.
+    if len(set(lengths[:-1])) <= 1 or len(method.on_equal_steps.increments) == 0 or not _damps(method):
+        return
+    amplified = amplification([formula.increments for formula in formulas])
+    if amplified > MAX_AMPLIFICATION:
+        ratio = max(after / before for before, after in pairwise(lengths))
+        raise ValueError(
+            f"method {method.name!r} is not stable on this grid: its steps, which grow by up to {ratio:.3g} from one "
+            f"to the next, amplify errors by {amplified:.1e}. Let them grow by less than {largest_growth(method):.4g} "
+            f"for long, or use a BDF method of lower order"
+        )
+
+
+def _damps(method: MultistepMethod) -> bool:
+    return is_strongly_stable(coefficients(method.on_equal_steps, method.steps)[0])
 
 
 def _sweeps(method: MultistepMethod) -> int:

@@ -75,6 +75,7 @@ def unstable_root(alpha: Coefficients) -> tuple[complex, int] | None:
     return None
 
 
+@cache
 def is_strongly_stable(alpha: Coefficients) -> bool:
     """Whether all roots of ρ but 1 are inside the unit circle, so that what oscillates dies out."""
     return sum(abs(root) > 1 - ROUNDING for root in roots(alpha)) == 1

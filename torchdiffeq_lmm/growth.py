@@ -1,0 +1,59 @@
+"""Zero-stability on non-uniform grids: by how much the past of a method can amplify an error.
+
+Where steps grow, the weights of the earlier increments do. A method that uses several of them, as BDF do, then
+amplifies errors from step to step, whatever the problem; on a long stretch of growing steps beyond all bounds.
+
+Source: Hairer, Nørsett, Wanner, *Solving Ordinary Differential Equations I*, III.5.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from .methods import MultistepMethod
+
+MAX_AMPLIFICATION = 1e8
+"""More than this is taken for a grid on which the method does not work: results there have no correct digit."""
+
+
+def amplification(increment_weights: Iterable[Sequence[float]]) -> float:
+    """By how much d_{n+1} = Σ_i e[n, i] d_{n-i} amplifies increments, at most, over any stretch of steps.
+
+    Args:
+        increment_weights: e[n] of one step after the other, all of the same length.
+    """
+    largest = 1.0
+    product: np.ndarray | None = None
+    for weights in increment_weights:
+        companion = np.eye(len(weights), k=-1)
+        companion[0] = weights
+        product = companion if product is None else companion @ product
+        norm = float(np.linalg.norm(product, 2))
+        largest = max(largest, norm)
+        if norm < 1:
+            # What has been damped below an error made here no longer counts.
+            product = None
+        elif norm > MAX_AMPLIFICATION**2:
+            break
+    return largest
+
+
+def largest_growth(method: MultistepMethod) -> float:
+    """The ratio of steps that a method may grow by from each to the next, for any number of steps.
+
+    Args:
+        method: whose formula, on equal steps, damps all increments but one.
+    """
+
+    def is_stable(ratio: float) -> bool:
+        lengths = [ratio**-i for i in range(1, method.steps)]
+        nodes = [1.0, 0.0, *(-s for s in accumulate(lengths))]
+        weights = [float(weight) for weight in method.formula(nodes).increments]
+        return bool(np.all(np.abs(np.roots([1.0, *(-weight for weight in weights)])) < 1))
+
+    low, high = 1.0, 10.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_stable(middle) else (low, middle)
+    return low
