@@ -92,13 +92,13 @@ class Reference:
         right, left = inside[0], inside[-1]
         return left_weight * left + (1 - left_weight) * right
 
-    def density(self, nodes: Tensor) -> Tensor:
-        """The functional gradient (∂f/∂θ)ᵀ p at the nodes but the last, of shape (N, 2).
+    def density(self, nodes: Tensor, last: bool = False) -> Tensor:
+        """The functional gradient (∂f/∂θ)ᵀ p at the nodes, of shape (N, 2), or (N + 1, 2) with the last one.
 
         At an observed node the limits of p have the weights of the steps that they belong to.
         """
         steps = nodes.diff().tolist()
-        left_weights = [0.0, *(left / (left + right) for left, right in pairwise(steps))]
+        left_weights = [0.0, *(left / (left + right) for left, right in pairwise(steps)), *([1.0] if last else [])]
         values = [
             self.problem.theta_vjp(self.state(t), self.problem.theta(t), self.costate(t, weight))
             for t, weight in zip(nodes.tolist(), left_weights, strict=False)

@@ -1,7 +1,10 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+
+from torchdiffeq_lmm.methods import METHODS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -25,3 +28,54 @@ def test_oscillations_shows_that_the_filter_makes_the_gradient_converge(tmp_path
         assert filtered["order"] > 1.7, grid
         assert filtered["errors"] == sorted(filtered["errors"], reverse=True), grid
         assert filtered["errors"][-1] < plain["errors"][-1] / 10, grid
+
+
+def test_method_gallery_shows_that_the_filter_makes_every_gradient_converge(tmp_path):
+    command = [sys.executable, EXAMPLES / "method_gallery.py", "--quick", "--output", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "method_gallery.png").read_bytes().startswith(b"\x89PNG")
+
+    figures = json.loads((tmp_path / "method_gallery.json").read_text(encoding="utf-8"))
+    assert set(figures["methods"]) == {method.name for method in METHODS} | {"midpoint", "heun2"}
+    for name, method in figures["methods"].items():
+        assert f"| {name} | {method['order']} | " in run.stdout
+        assert all(len(errors) == len(figures["cells"]) for errors in method["errors"].values()), name
+        orders, error = method["orders"], {what: errors[-1] for what, errors in method["errors"].items()}
+        assert abs(orders["forward"] - method["order"]) < 0.4, name
+        if method["order"] == 1:
+            assert min(orders["auto-differentiation"], orders["filtered"]) > 0.8, name
+            continue
+        assert abs(orders["auto-differentiation"]) < 0.5, name
+        assert orders["filtered"] > 1.7, name
+        assert error["filtered"] < error["auto-differentiation"] / 50, name
+
+
+def test_why_draws_weights_and_a_shift_of_the_past_that_are_what_the_text_says(tmp_path):
+    command = [sys.executable, EXAMPLES / "why.py", "--quick", "--output", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    for picture in ("why_weights.png", "why_shift.png"):
+        assert str(tmp_path / picture) in run.stdout
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+        assert f"({picture})" in (EXAMPLES / "WHY.md").read_text(encoding="utf-8")
+
+    figures = json.loads((tmp_path / "why.json").read_text(encoding="utf-8"))
+    assert figures["weights"]["leapfrog"][:4] == [0, 2, 0, 2]
+    assert figures["weights"]["milne_simpson"][:4] == [1 / 3, 4 / 3, 2 / 3, 4 / 3]
+    assert figures["weights"]["ab4"][4:] == [1, 1, 1, 1]
+
+    unchanged, kicked, shifted = (figures["solutions"][change] for change in ("unchanged", "one slope", "whole past"))
+    middle = len(unchanged) // 2
+    assert kicked[: middle + 1] == unchanged[: middle + 1]
+    distances = [b - a for a, b in zip(unchanged, kicked, strict=True)][middle + 1 :]
+    assert all((b - a) * (-1) ** i < 0 for i, (a, b) in enumerate(pairwise(distances)))
+    ratios = [b / a for a, b in zip(unchanged, shifted, strict=True)]
+    assert max(ratios) - min(ratios) < 1e-12
+
+    gradients = figures["gradients"]
+    errors = {
+        gradient: max(abs(a - b) for a, b in zip(gradients[gradient], gradients["costate"], strict=True))
+        for gradient in ("auto-differentiation", "filtered")
+    }
+    assert errors["filtered"] < 0.02 < 0.5 < errors["auto-differentiation"]

@@ -32,7 +32,7 @@ Where E observes node m, p jumps there by g_m; the filtered costate is the mean 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -51,8 +51,8 @@ CellWeights = Literal["step", "trapezoid"]
 class JacobianProduct(Protocol):
     """The product of the transposed Jacobian at a state with a vector; None is 0."""
 
-    def __call__(self, state: int, vector: Tensor) -> Tensor | None:
-        """Return Jᵀ v."""
+    def __call__(self, state: int, vector: Tensor, step: float) -> Tensor | None:
+        """Return (1 - h Jᵀ)⁻¹ Jᵀ v."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ class FilterPlan:
         raw: of the nodes, which are between equal steps far enough for μ_m / h to be p_m but for the layer.
         layer: how many nodes before an observation its layer is over for sure.
         near: how many of them are so near that the formula for any node is the more accurate one.
+        corrects_slope: whether the method is of second order, so that the term of first order in J is known there.
+        is_implicit: whether the method is, and the problem may be stiff.
     """
 
     recurrence: Recurrence
@@ -156,6 +158,12 @@ class FilterPlan:
     raw: list[bool]
     layer: int
     near: int
+    corrects_slope: bool
+    is_implicit: bool
+
+    def damping(self, node: int) -> float:
+        """The step by which products with the Jacobian at a node are damped; 0 for explicit methods."""
+        return self.steps[max(0, node - 1)] if self.is_implicit else 0.0
 
 
 def plan_filter(
@@ -170,25 +178,32 @@ def plan_filter(
         method: the method; None for one-step methods, whose evaluations between the nodes have parameters of their own.
     """
     lengths = steps.tolist()
-    nodes = torch.cat([torch.zeros(1, dtype=torch.float64), steps.detach().cumsum(0)])
+    nodes = list(accumulate(lengths, initial=0.0))
     evaluated, at_node = recurrence.evaluated, set(recurrence.nodes)
     states = [state for state, flag in enumerate(evaluated) if flag and (method is None or state in at_node)]
     last = recurrence.nodes[-1]
     if method is not None and len(lengths) > recurrence.start and evaluated[last - 1] and last - 1 not in at_node:
         # Only a predictor evaluates f at the last node.
         states.append(last - 1)
-    times = recurrence.times(nodes)[states].tolist()
-    widths = dict(zip(states, cell_widths(times, float(nodes[-1]), grad_filter.weights), strict=True))
+    times = [_time_at(recurrence.positions[state], nodes) for state in states]
+    widths = dict(zip(states, cell_widths(times, nodes[-1], grad_filter.weights), strict=True))
 
+    implicit = method is not None and method.is_implicit
     layer = None if method is None else layer_of(*coefficients(method.on_equal_steps, method.steps))
     is_uniform = len(set(lengths[:-1])) <= 1
     # At second order μ_m / h is no better than the formula for any node, and two formulas are worse than one.
     if method is None or layer is None or (method.order <= 2 and not is_uniform):
-        return FilterPlan(recurrence, lengths, widths, [False] * (len(lengths) + 1), 0, 0)
+        return FilterPlan(recurrence, lengths, widths, [False] * (len(lengths) + 1), 0, 0, False, implicit)
     # A slope takes part in k steps, and the effects of first order of a change of the step reach as far again.
     reach = method.steps
     raw = raw_nodes(lengths, recurrence.start, reach, max(layer.length, layer.near) + 2 * reach)
-    return FilterPlan(recurrence, lengths, widths, raw, layer.length + reach, layer.near)
+    return FilterPlan(recurrence, lengths, widths, raw, layer.length + reach, layer.near, method.order > 1, implicit)
+
+
+def _time_at(position: float, nodes: Sequence[float]) -> float:
+    before = int(position)
+    rest = position - before
+    return nodes[before] if rest == 0 else (1 - rest) * nodes[before] + rest * nodes[before + 1]
 
 
 def cell_widths(times: Sequence[float], end: float, weights: CellWeights) -> list[float]:
@@ -275,7 +290,7 @@ def filtered_cotangents(
                 width = plan.widths[owner if owner in plan.widths else state]
                 terms: list[tuple[float, Tensor | None]] = [(1 / _equal_step(plan, at), point.mu)]
                 if state in plan.widths and at in layer:
-                    terms += [(1.0, layer[at].value), (1.0, product(state, layer[at].slope))]
+                    terms += _corrections(layer[at], state, plan.damping(at), product)
                 _add_up(filtered, state, width, terms)
             elif state in plan.widths:
                 stages.append(state)
@@ -291,7 +306,7 @@ def filtered_cotangents(
         if raw[node]:
             terms = [(1 / _equal_step(plan, node), point.mu)]
             if node in layer:
-                terms += [(1.0, layer[node].value), (1.0, product(state, layer[node].slope))]
+                terms += _corrections(layer[node], state, plan.damping(node), product)
         else:
             terms = [(1.0, point.rest), (1.0, point.pulled), (1.0, _pulled_history(plan, point, product))]
         terms.append((-_right_share(plan, node), g))
@@ -337,14 +352,21 @@ def _pulled_history(plan: FilterPlan, point: AdjointState, product: JacobianProd
             # H is a multiple of what has been pulled back already, as leapfrog's always is.
             return point.pulled * (weights[id(cotangent)] / own)
     history = combine([(weights[key], cotangent) for key, cotangent in cotangents.items()])
-    return None if history is None else product(point.state, history)
+    assert point.node is not None
+    return None if history is None else product(point.state, history, plan.damping(point.node))
 
 
 class _LayerTerms(NamedTuple):
-    """At one node, Σ_j (1 - w_j) g_j and Σ_j (t_j - t_m - v_j) g_j."""
+    """At one node, Σ_j (1 - w_j) g_j and Σ_j (t_j - t_m - v_j) g_j; None where the method is not of second order."""
 
     value: Tensor
-    slope: Tensor
+    slope: Tensor | None
+
+
+def _corrections(
+    terms: _LayerTerms, state: int, step: float, product: JacobianProduct
+) -> list[tuple[float, Tensor | None]]:
+    return [(1.0, terms.value), (1.0, None if terms.slope is None else product(state, terms.slope, step))]
 
 
 def _layer_terms(
@@ -368,13 +390,14 @@ def _layer_terms(
                 moment = moment + plan.steps[node] * total
             g = cotangents[node]
             total = total if g is None else total + g
-            terms[node] = _LayerTerms(total, moment)
+            terms[node] = _LayerTerms(total, moment if plan.corrects_slope else None)
         elif plan.recurrence.positions[point.state] != node:
             continue
         # All slopes at the node, of predictors too.
         h = _equal_step(plan, node)
+        value, slope = terms[node]
         terms[node] = _LayerTerms(
-            _minus(terms[node].value, linearisation.point.mu, h), _minus(terms[node].slope, point.mu, h)
+            _minus(value, linearisation.point.mu, h), None if slope is None else _minus(slope, point.mu, h)
         )
     return {node: terms[node] for node in active}
 

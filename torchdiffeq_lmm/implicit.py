@@ -14,7 +14,10 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .linear import DENSE_LIMIT, Product, from_real, gmres, matrix_of, solve, to_real
+from .linear import Product, from_real, gmres, matrix_of, solve, to_real
+
+JACOBIAN_LIMIT = 256
+"""Newton's method keeps a matrix for the Jacobian of up to so many real unknowns."""
 
 MAX_ITERATIONS = 50
 """Of substitution, and of Newton's method from one starting point."""
@@ -103,7 +106,7 @@ class ImplicitSolver:
         self, x: Tensor, c: Tensor, weight: float, d: Tensor, slope: Slope, iterate: Slope, tolerance: Tensor
     ) -> tuple[tuple[Tensor, Tensor] | None, float]:
         """The solution, or None, and the size of the last correction."""
-        is_dense = to_real(x).numel() <= DENSE_LIMIT
+        is_dense = to_real(x).numel() <= JACOBIAN_LIMIT
 
         def correct(d: Tensor, f: Tensor) -> tuple[Tensor, float]:
             residual = c + weight * f - d

@@ -5,6 +5,7 @@ Everything is real: complex vectors are taken for real ones of twice the length.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,33 +60,44 @@ def gmres(product: Product, rhs: Tensor, tolerance: float) -> tuple[Tensor, floa
     if scale == 0.0:
         return rhs, 0.0
     residual = product(rhs)
-    beta = float(residual.norm())
-    if not beta > tolerance * scale:
-        return rhs, beta / scale
-    basis = [residual / beta]
+    remaining = float(residual.norm())
+    if not remaining > tolerance * scale:
+        return rhs, remaining / scale
     size = min(KRYLOV_LIMIT, len(rhs))
-    hessenberg = torch.zeros(size + 1, size, dtype=torch.float64)
-    target = torch.zeros(size + 1, dtype=torch.float64)
-    target[0] = beta
-    coefficients, remaining = target[:0], beta
+    basis = rhs.new_zeros(size + 1, len(rhs))
+    basis[0] = residual / remaining
+    # The least-squares problem, kept triangular by rotations.
+    triangle, target = np.zeros((size, size)), np.zeros(size + 1)
+    target[0] = remaining
+    cosines, sines = np.zeros(size), np.zeros(size)
+    used = 0
     for j in range(size):
         vector = basis[j] - product(basis[j])
+        column = np.zeros(j + 2)
         # Twice, for orthogonality to rounding.
         for _ in range(2):
-            stack = torch.stack(basis, 1)
-            components = stack.T @ vector
-            vector = vector - stack @ components
-            hessenberg[: j + 1, j] += components.to(hessenberg)
-        length = float(vector.norm())
-        hessenberg[j + 1, j] = length
-        small = hessenberg[: j + 2, : j + 1]
-        coefficients = torch.linalg.lstsq(small, target[: j + 2, None], driver="gelsd").solution[:, 0]
-        remaining = float((small @ coefficients - target[: j + 2]).norm())
-        if not remaining > tolerance * scale or length <= tolerance * 1e-3 * scale:
+            components = basis[: j + 1] @ vector
+            vector = vector - components @ basis[: j + 1]
+            column[: j + 1] += components.double().cpu().numpy()
+        column[j + 1] = length = float(vector.norm())
+        for i in range(j):
+            column[i : i + 2] = (
+                cosines[i] * column[i] + sines[i] * column[i + 1],
+                cosines[i] * column[i + 1] - sines[i] * column[i],
+            )
+        radius = float(np.hypot(column[j], column[j + 1]))
+        if not radius > 0:
             break
-        basis.append(vector / length)
-    correction = torch.stack(basis[: len(coefficients)], 1) @ coefficients.to(rhs)
-    return rhs + correction, remaining / scale
+        cosines[j], sines[j] = column[j] / radius, column[j + 1] / radius
+        column[j] = radius
+        triangle[: j + 1, j] = column[: j + 1]
+        target[j], target[j + 1] = cosines[j] * target[j], -sines[j] * target[j]
+        used, remaining = j + 1, abs(float(target[j + 1]))
+        if not (remaining > tolerance * scale and length > 0):
+            break
+        basis[j + 1] = vector / length
+    coefficients = np.linalg.solve(triangle[:used, :used], target[:used])
+    return rhs + torch.from_numpy(coefficients).to(rhs) @ basis[:used], remaining / scale
 
 
 def solve(product: Product, rhs: Tensor) -> Tensor:

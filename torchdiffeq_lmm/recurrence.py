@@ -4,11 +4,12 @@ Most states are those at the nodes, x_n. Others are means to an end: the sweeps 
 predictor gives. Every state is the last node's plus an increment; f is evaluated at most once at each.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
-from itertools import accumulate, pairwise
+from functools import cache, cached_property
+from itertools import accumulate, islice, pairwise, takewhile
 from typing import NamedTuple
 
 import torch
@@ -87,12 +88,12 @@ class Recurrence:
     start: int
     weights: Tensor | None
 
-    @property
+    @cached_property
     def nodes(self) -> list[int]:
         """The state at each node."""
         return [0, *(i + 1 for i, row in enumerate(self.rows) if row.is_node)]
 
-    @property
+    @cached_property
     def evaluated(self) -> list[bool]:
         """Of each state, whether f is evaluated at it."""
         flags = [False] * (len(self.rows) + 1)
@@ -135,23 +136,33 @@ def unroll(method: MultistepMethod, steps: Tensor) -> Recurrence:
         ValueError: the method is for equal steps, and others than the last one differ; or the steps grow so that the
             method is not stable.
     """
-    lengths = steps.tolist()
+    lengths = _lengths(method, steps)
     start = min(start_length(method), len(lengths))
-    _check_lengths(method, lengths, start)
     writer = _Writer(method)
     for swept in _swept_states(method, lengths):
         writer.write_sweep(swept)
     weights_of = _Coefficients(method, lengths)
-    _check_growth(method, lengths, [weights_of.formula(n) for n in range(start, len(lengths))])
-    for n in range(start, len(lengths)):
+    _check_growth(method, lengths, (weights_of.formula(n) for n in range(start, len(lengths))))
+    n, equal = start, 0
+    while n < len(lengths):
         writer.write_step(n, weights_of)
+        equal = equal + 1 if n > 0 and lengths[n] == lengths[n - 1] else 0
+        n += 1
+        # Once a pattern of equal steps is all that a row knows of, the rows after it are the same.
+        if n > start + writer.reach and equal > writer.reach:
+            count = sum(1 for _ in takewhile(lengths[n - 1].__eq__, islice(lengths, n, None)))
+            writer.repeat(n, count)
+            n += count
     weights = _differentiable_weights(method, steps, start) if steps.requires_grad else None
     return Recurrence(writer.rows, writer.positions, start, weights)
 
 
-def _check_lengths(method: MultistepMethod, lengths: list[float], start: int) -> None:
-    if method.closing is None or len(lengths) <= start:
-        return
+def _lengths(method: MultistepMethod, steps: Tensor) -> list[float]:
+    """The steps as numbers; checked, and equal where they are but for rounding, for methods that need that."""
+    lengths: list[float] = steps.tolist()
+    if method.closing is None or len(lengths) <= start_length(method):
+        return lengths
+    lengths = [lengths[0] if math.isclose(length, lengths[0], rel_tol=1e-9) else length for length in lengths]
     for n, length in enumerate(lengths[:-1]):
         if length != lengths[0]:
             raise ValueError(
@@ -159,13 +170,14 @@ def _check_lengths(method: MultistepMethod, lengths: list[float], start: int) ->
                 f"may differ); step {n} has length {length}, step 0 has {lengths[0]}. Use step_size, or a method with "
                 f"variable coefficients: Adams, Nyström or BDF"
             )
+    return lengths
 
 
-def _check_growth(method: MultistepMethod, lengths: list[float], formulas: Sequence[Formula]) -> None:
+def _check_growth(method: MultistepMethod, lengths: list[float], formulas: Iterable[Formula]) -> None:
     # The other roots of leapfrog and its like are on the unit circle, and their growth is bounded by that of the steps.
     if len(set(lengths[:-1])) <= 1 or len(method.on_equal_steps.increments) == 0 or not _damps(method):
         return
-    amplified = amplification([formula.increments for formula in formulas])
+    amplified = amplification(formula.increments for formula in formulas)
     if amplified > MAX_AMPLIFICATION:
         ratio = max(after / before for before, after in pairwise(lengths))
         raise ValueError(
@@ -255,6 +267,9 @@ class _Writer:
     """Writes the rows, and keeps count of the slopes: which there are, and where in their order.
 
     States and their slopes are named by their node, the sweep and the node, or `_PREDICTED`.
+
+    Attributes:
+        reach: how many of the latest nodes a row may know of.
     """
 
     def __init__(self, method: MultistepMethod) -> None:
@@ -265,11 +280,12 @@ class _Writer:
         self._count = 0
         self._latest: Hashable = 0
         self._shared: dict[Row, Row] = {}
-        self._reach = max(
+        self._slopes = max(
             len(method.on_equal_steps.slopes),
             0 if method.predictor is None else method.steps,
             method.order if method.is_implicit or method.closing is not None else 0,
         )
+        self.reach = max(method.steps, self._slopes)
 
     def write_sweep(self, swept: SweptState) -> None:
         """Write the row of a state of the start."""
@@ -306,6 +322,17 @@ class _Writer:
             self._write(_PREDICTED, n + 1, True, predicted, is_node=False)
             slopes = {_PREDICTED: formula.implicit, **slopes}
         self._write(n + 1, n + 1, True, slopes, formula.increments)
+
+    def repeat(self, n: int, count: int) -> None:
+        """Write the rows of `count` steps from step n on, which are those of the step before it."""
+        period = 1 if self._method.predictor is None else 2
+        self.rows += self.rows[-period:] * count
+        self.positions += [float(m) for m in range(n + 1, n + count + 1) for _ in range(period)]
+        self._slots = {
+            name + count: slot + period * count for name, slot in self._slots.items() if isinstance(name, int)
+        }
+        self._count += period * count
+        self._latest = n + count
 
     def _name(self, sweep: int, node: int) -> Hashable:
         return node if sweep in (0, _sweeps(self._method)) else (sweep, node)
@@ -348,8 +375,8 @@ class _Writer:
     def _needed(self, node: int) -> Keeps | None:
         """What the rows after the one of `node` may use."""
         in_start = node < start_length(self._method)
-        later = [self._slots[m] for m in range(node + 1 - self._reach, node + 1) if m in self._slots]
-        self._slots.pop(node - self._reach, None)
+        later = [self._slots[m] for m in range(node + 1 - self._slopes, node + 1) if m in self._slots]
+        self._slots.pop(node - self._slopes, None)
         if in_start:
             return None
         closing = self._method.order - 1 if self._method.closing is not None else 0
@@ -364,7 +391,7 @@ def _differentiable_weights(method: MultistepMethod, steps: Tensor, start: int) 
     for swept in _swept_states(method, steps.unbind()):
         own = [swept.implicit] if method.is_implicit else []
         parts.append(torch.stack([*swept.slopes.values(), *own]))
-    lengths = steps.tolist()
+    lengths = _lengths(method, steps)
     last = len(steps) - 1
     stop = last if start <= last and _formula_of_step(method, lengths, last)[0] is not method.formula else last + 1
     for begin, end in ((start, stop), (stop, last + 1)):
@@ -374,10 +401,16 @@ def _differentiable_weights(method: MultistepMethod, steps: Tensor, start: int) 
             behind = [steps[begin - i : end - i] for i in range(reach)]
             nodes, h = _scaled_nodes(behind), behind[0]
             weights = formula(nodes)
-            slopes, increments = [h * weight for weight in weights.slopes], weights.increments
-            own = [h * weights.implicit] if method.is_implicit or method.predictor is not None else []
+            increments = [torch.zeros_like(h) + _operand(e) for e in weights.increments]
+            slopes = [h * _operand(b) for b in weights.slopes]
+            own = [h * _operand(weights.implicit)] if method.is_implicit or method.predictor is not None else []
+            rows = [*increments, *slopes, *own]
             if method.predictor is not None:
-                increments, slopes, own = (), [h * w for w in method.predictor(nodes).slopes] + own + slopes, []
-            rows = [*(torch.zeros_like(h) + e for e in increments), *slopes, *own]
+                rows = [*(h * b for b in method.predictor(nodes).slopes), *own, *increments, *slopes]
             parts.append(torch.stack(rows, dim=1).flatten())
     return torch.cat(parts)
+
+
+def _operand(weight: Number) -> Number:
+    # A constant formula keeps its exact weights, which tensors do not take.
+    return float(weight) if isinstance(weight, Fraction) else weight

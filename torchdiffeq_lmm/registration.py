@@ -1,7 +1,7 @@
 """Which solvers torchdiffeq learns from this package, the user's own methods among them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import partial
 from numbers import Rational, Real
@@ -88,8 +88,7 @@ def register_method(name: str, alpha: Sequence[float | Fraction], beta: Sequence
             raise ValueError(
                 f"name must be new, got {name!r}, which is a method of this package already; choose another"
             )
-        return info_of(known.method)
-    solver = solver_of(method)
+    solver = known or solver_of(method)
     add_solvers({name: solver})
     SOLVERS[name] = solver
     return info_of(method)
@@ -113,11 +112,13 @@ def method_info(name: str) -> MethodInfo:
 
 def _exact(argument: str, coefficients: Sequence[float | Fraction]) -> list[Fraction]:
     exact = []
+    if not isinstance(coefficients, Iterable):
+        raise TypeError(f"{argument} must be a sequence of real numbers, got {coefficients!r}")
     for j, coefficient in enumerate(coefficients):
         if not isinstance(coefficient, Real) or isinstance(coefficient, bool):
             raise TypeError(f"{argument}[{j}] must be a real number, got {coefficient!r}")
         if isinstance(coefficient, Rational):
-            exact.append(Fraction(coefficient))
+            exact.append(Fraction(int(coefficient.numerator), int(coefficient.denominator)))
             continue
         value = float(coefficient)
         if not math.isfinite(value):

@@ -222,7 +222,8 @@ class MultistepSolver:
             )
         if tape is not None:
             recurrence = endless.until(state)
-            user_times = self._user_times(t0 + h * recurrence.times(torch.arange(n + 2).to(t0)), recurrence)
+            positions = torch.tensor(recurrence.positions).to(t0)
+            user_times = self._user_times(t0 + h * positions, recurrence)
             plan = self._plan(recurrence, _equal_steps(h, n + 1))
             trajectory = tape.attach(trajectory, user_times, recurrence, plan)
         return event_time, torch.stack([self.y0, state_at(event_time, n, trajectory)])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from itertools import accumulate
 from math import factorial
 
 import numpy as np
@@ -116,15 +117,16 @@ def layer_of(alpha: Coefficients, beta: Coefficients, tolerance: float = 1e-13) 
         return None
     modulus = max((abs(root) for root in roots(alpha)[1:]), default=0.0)
     count = 4 * len(alpha) + (int(2 * np.log(tolerance) / np.log(modulus)) if modulus > ROUNDING else 0)
-    i = np.arange(count)
-    w = _series([float(b) for b in reversed(beta)], [float(a) for a in reversed(alpha)], count)
-    v = np.convolve(w, w)[:count]
-    u = np.convolve(v, w)[:count]
-    off = np.abs(w - 1) > tolerance
+    # w - 1, by cancelling the root 1: as a difference it would drown in rounding where it decays slowly.
+    deflated = _without_root_one(alpha[::-1])
+    excess = _without_root_one([b - a for b, a in zip(beta[::-1], [*deflated, Fraction(0)], strict=True)])
+    r = _series(excess, deflated, count)
+    off = np.abs(r) > tolerance
     if order(alpha, beta) == 1:
         return Layer(_last(off), 0)
-    rest = u - i**2 / 2
-    off |= np.abs(v - i) > tolerance * count
+    off |= np.abs(1 + 2 * r.cumsum() + np.convolve(r, r)[:count]) > tolerance * count
+    w = 1 + r
+    rest = np.convolve(np.convolve(w, w)[:count], w)[:count] - np.arange(count) ** 2 / 2
     return Layer(_last(off), _last(np.abs(rest - rest[-1]) > 0.5))
 
 
@@ -132,11 +134,17 @@ def _last(flags: "np.ndarray") -> int:
     return int(np.flatnonzero(flags).max(initial=-1)) + 1
 
 
-def _series(numerator: Sequence[float], denominator: Sequence[float], count: int) -> "np.ndarray":
+def _without_root_one(polynomial: Sequence[Fraction]) -> list[Fraction]:
+    """A polynomial in 1/z that vanishes at 1, divided by 1 - 1/z."""
+    return list(accumulate(polynomial))[:-1]
+
+
+def _series(numerator: Sequence[Fraction], denominator: Sequence[Fraction], count: int) -> "np.ndarray":
+    """The first coefficients of the power series of a quotient."""
     series = np.zeros(count)
     for i in range(count):
-        series[i] = numerator[i] if i < len(numerator) else 0.0
+        series[i] = float(numerator[i]) if i < len(numerator) else 0.0
         for j in range(1, min(i, len(denominator) - 1) + 1):
-            series[i] -= denominator[j] * series[i - j]
-        series[i] /= denominator[0]
+            series[i] -= float(denominator[j]) * series[i - j]
+        series[i] /= float(denominator[0])
     return series

@@ -44,7 +44,7 @@ def march(
                 increments = [x - previous]
             terms = (*row.increments, *row.slopes)
             known = None
-            if terms:
+            if any(_counts(weight) for _, weight in terms):
                 tensors = (*_pick(increments, row.increments), *_pick(slopes, row.slopes))
                 known = linear_combination((weight for _, weight in terms), tensors)
             if row.implicit is None:
@@ -68,6 +68,10 @@ def march(
 
 def _pick(tensors: list[Tensor], terms: Terms) -> list[Tensor]:
     return [tensors[lag] for lag, _ in terms]
+
+
+def _counts(weight: Weight) -> bool:
+    return isinstance(weight, Tensor) or weight != 0.0
 
 
 def _is_two_step(increments: Terms) -> bool:

@@ -282,6 +282,11 @@ class _Linearisation:
         """The product of the transposed Jacobian with a vector."""
         return _vector_jacobian(self._graphs.get(state), vector, None, state)
 
+    def damped_product(self, state: int, vector: Tensor, step: float) -> Tensor | None:
+        """(1 - h Jᵀ)⁻¹ Jᵀ v, which is Jᵀ v up to first order in h, and bounded by v / h where J is stiff."""
+        pulled = self.product(state, vector)
+        return pulled if pulled is None or step == 0.0 else self._solve(state, step, pulled)
+
     def pull_back(self, state: int, cotangent: Tensor | None) -> Tensor | None:
         """The same for a cotangent, which has a gradient with respect to the time too."""
         return _vector_jacobian(self._graphs.get(state), cotangent, self._time_gradients, state)
@@ -290,15 +295,17 @@ class _Linearisation:
         """The cotangent D of an implicit increment, (1 - b* Jᵀ) D = rhs."""
         if self._graphs.get(state) is None:
             return rhs
+        solution = self._solve(state, weight, rhs)
+        if self._time_gradients is not None:
+            self.pull_back(state, weight * solution)
+        return solution
 
+    def _solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
         def pull_back(vector: Tensor) -> Tensor:
             pulled = self.product(state, vector)
             return torch.zeros_like(vector) if pulled is None else pulled
 
-        solution = solve_adjoint(pull_back, weight, rhs)
-        if self._time_gradients is not None:
-            self.pull_back(state, weight * solution)
-        return solution
+        return solve_adjoint(pull_back, weight, rhs)
 
 
 def _vector_jacobian(
@@ -385,7 +392,9 @@ class _AttachedSolve(torch.autograd.Function):
         if solve.plan is None:
             deque(noted(), maxlen=0)
         else:
-            cotangents_of = filtered_cotangents(solve.plan, noted(), by_node, by_slopes, linearisation.product, zero)
+            cotangents_of = filtered_cotangents(
+                solve.plan, noted(), by_node, by_slopes, linearisation.damped_product, zero
+            )
         weight_grads = None
         if saved:
             y0, *values = saved

@@ -1,0 +1,387 @@
+"""Every method by one list of tests: orders forward and of the gradient, exact gradients, and the filter's promises."""
+
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torchdiffeq
+from problems import GRIDS, LOTKA_VOLTERRA, PENDULUM, Problem, Reference, orders
+from torch import Tensor, nn
+
+import torchdiffeq_lmm
+from torchdiffeq_lmm import CostateFilter, method_info
+from torchdiffeq_lmm.methods import METHODS
+
+NAMES = [method.name for method in METHODS]
+ORDER = {method.name: method.order for method in METHODS}
+IMPLICIT = {name for name in NAMES if method_info(name).kind == "implicit"}
+STRONGLY_STABLE = {name for name in NAMES if method_info(name).oscillation != "everywhere"}
+TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+
+
+def evaluated(name: str, steps: int) -> slice:
+    """The nodes at which a method evaluates f: no BDF does at the first; at the last only those with f_{n+1} do."""
+    info = method_info(name)
+    return slice(1 if name.startswith("bdf") else 0, steps if info.beta[-1] == 0 else steps + 1)
+
+
+class PerNode:
+    """f with its own parameter at every node, and the loss of `Reference` at some of them."""
+
+    def __init__(self, problem: Problem, nodes: Tensor) -> None:
+        self.problem = problem
+        self.nodes = nodes
+        self.theta = torch.tensor(problem.theta(nodes.numpy()).T.copy()).requires_grad_()
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        index = int((self.nodes - t).abs().argmin())
+        assert self.nodes[index] == t, "f is evaluated between the nodes"
+        return self.problem.torch_f(x, self.theta[index])
+
+    def gradients(self, name: str, observed: list[int], grad_filter: object, weight: float = 1.0) -> Tensor:
+        """The gradient of every node's parameter, divided by the step after it, and by the last one at the last."""
+        x0 = torch.tensor(self.problem.x0, dtype=torch.float64)
+        options = {"grid_constructor": lambda func, y0, t: self.nodes}
+        states = torchdiffeq_lmm.odeint(
+            self, x0, self.nodes[[0, *observed]], method=name, options=options, grad_filter=grad_filter, **TIGHT
+        )
+        (0.5 * weight * (states[1:] - torch.tensor(self.problem.target)).square().sum()).backward()
+        steps = self.nodes.diff()
+        return self.theta.grad / torch.cat([steps, steps[-1:]])[:, None]
+
+
+@cache
+def reference(problem: Problem, observed: tuple[float, ...], weight: float = 1.0) -> Reference:
+    return Reference(problem, list(observed), weight)
+
+
+@cache
+def density(problem: Problem, grid: str, steps: int, observed: tuple[int, ...], weight: float) -> tuple[Tensor, Tensor]:
+    nodes = GRIDS[grid](steps, problem.horizon)
+    of = reference(problem, tuple(nodes[list(observed)].tolist()), weight)
+    return nodes, of.density(nodes, last=True)
+
+
+OBSERVATIONS: dict[str, Callable[[int], list[int]]] = {
+    "at the end": lambda n: [n],
+    "four": lambda n: [n // 4, n // 2, 3 * n // 4, n],
+    "at every node": lambda n: list(range(1, n + 1)),
+}
+
+
+def density_errors(
+    name: str, grid_filter: object, grid: str, observations: str, problem: Problem, steps: int
+) -> tuple[Tensor, slice]:
+    observed = OBSERVATIONS[observations](steps)
+    weight = 1 / len(observed)
+    nodes, exact = density(problem, grid, steps, tuple(observed), weight)
+    gradients = PerNode(problem, nodes).gradients(name, observed, grid_filter, weight)
+    return (gradients - exact).abs().amax(1), evaluated(name, steps)
+
+
+# --------------------------------------------------------------------------------------------------- orders, forward
+
+
+@pytest.mark.parametrize("grid", ["uniform", "truncated", "growing", "random"])
+@pytest.mark.parametrize("name", NAMES)
+def test_order_forward(name: str, grid: str) -> None:
+    problem = LOTKA_VOLTERRA
+    errors = []
+    for steps in (60, 120, 240):
+        nodes = GRIDS[grid](steps, problem.horizon)
+        options = {"grid_constructor": lambda func, y0, t, nodes=nodes: nodes}
+
+        def func(t: Tensor, x: Tensor) -> Tensor:
+            return problem.torch_f(x, torch.as_tensor(problem.theta(t.numpy())))
+
+        x0 = torch.tensor(problem.x0, dtype=torch.float64)
+        with torch.no_grad():
+            last = torchdiffeq.odeint(func, x0, nodes[[0, -1]], method=name, options=options, rtol=1e-13, atol=1e-13)[
+                -1
+            ]
+        errors.append(float(np.abs(last.numpy() - reference(problem, (problem.horizon,)).state(problem.horizon)).max()))
+    assert orders(errors)[-1] > ORDER[name] - 0.35, errors
+    assert errors[-1] < 0.05
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluations_per_step(name: str) -> None:
+    calls = []
+
+    def func(t: Tensor, x: Tensor) -> Tensor:
+        calls.append(t)
+        return torch.sin(x) * torch.cos(t)
+
+    counts = []
+    for end in (1, 2):
+        calls.clear()
+        t = torch.linspace(0, end, 50 * end + 1, dtype=torch.float64)
+        torchdiffeq.odeint(func, torch.ones(2, dtype=torch.float64), t, method=name)
+        counts.append(len(calls))
+    per_step = (counts[1] - counts[0]) / 50
+    stated = method_info(name).evaluations
+    if stated is None:
+        assert 1 <= per_step <= 6
+    else:
+        assert per_step == stated
+
+
+# -------------------------------------------------------------------------------------------------- orders, gradient
+
+
+@pytest.mark.parametrize(
+    ("grid", "observations"),
+    [
+        *(("uniform", observations) for observations in OBSERVATIONS),
+        *((grid, "four") for grid in GRIDS if grid != "uniform"),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_is_second_order_at_every_node(name: str, grid: str, observations: str) -> None:
+    errors = []
+    for steps in (80, 160, 320):
+        error, nodes = density_errors(name, "auto", grid, observations, PENDULUM, steps)
+        errors.append(float(error[nodes].max()))
+    expected = min(2, ORDER[name])
+    assert orders(errors)[-1] > expected - 0.2, errors
+    assert np.mean(orders(errors)) > expected - 0.4, errors
+    assert errors[-1] < (0.02 if expected == 2 else 0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unfiltered_gradient_does_not_converge(name: str) -> None:
+    """In the worst node, be it at the observation alone; Euler's methods have weights 1 everywhere."""
+    errors = []
+    for steps in (80, 160, 320):
+        error, nodes = density_errors(name, None, "uniform", "at the end", PENDULUM, steps)
+        errors.append(float(error[nodes].max()))
+    if method_info(name).oscillation == "nowhere":
+        assert np.mean(orders(errors)) == pytest.approx(1, abs=0.1)
+    else:
+        assert errors[-1] > 0.2
+        assert abs(np.mean(orders(errors))) < 0.2
+
+
+@pytest.mark.parametrize("name", sorted(STRONGLY_STABLE))
+def test_far_from_observations_the_methods_own_accuracy_stays(name: str) -> None:
+    steps = 320
+    filtered, _ = density_errors(name, "auto", "uniform", "at the end", PENDULUM, steps)
+    raw, _ = density_errors(name, None, "uniform", "at the end", PENDULUM, steps)
+    inner = slice(10, steps // 2)
+    assert filtered[inner].max() <= 1.01 * raw[inner].max()
+    assert filtered[inner].max() < {1: 0.05, 2: 5e-4, 3: 2e-6}.get(ORDER[name], 2e-7)
+
+
+@pytest.mark.parametrize("name", sorted(STRONGLY_STABLE))
+def test_where_steps_change_the_filter_is_second_order_though_auto_differentiation_is_not(name: str) -> None:
+    """Where the steps change abruptly the gradient of auto-differentiation is off far from any observation too."""
+    raw, filtered = [], []
+    for steps in (60, 120, 240):
+        around = slice(steps // 2 - 8, steps // 2 + 8)
+        for errors, grad_filter in ((raw, None), (filtered, "auto")):
+            errors.append(
+                float(density_errors(name, grad_filter, "abrupt", "at the end", PENDULUM, steps)[0][around].max())
+            )
+    assert orders(filtered)[-1] > min(2, ORDER[name]) - 0.2
+    assert filtered[-1] < 0.05 * raw[-1] if ORDER[name] > 1 else True
+
+
+# ------------------------------------------------------------------------------------------------------------ totals
+
+
+@pytest.mark.parametrize("grid", ["uniform", "growing"])
+@pytest.mark.parametrize("name", NAMES)
+def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(name: str, grid: str) -> None:
+    """θ_1(t) = 1 + φ sin 3t."""
+    of = reference(PENDULUM, (PENDULUM.horizon,))
+    times, weights = np.polynomial.legendre.leggauss(60)
+    times = (times + 1) * PENDULUM.horizon / 2
+    densities = of.density(torch.tensor([*times, PENDULUM.horizon]))[:, 0].numpy()
+    exact = float((weights * densities * np.sin(3 * times)).sum() * PENDULUM.horizon / 2)
+    errors = []
+    for steps in (60, 120, 240):
+        nodes = GRIDS[grid](steps, PENDULUM.horizon)
+        phi = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+        def func(t: Tensor, x: Tensor, phi: Tensor = phi) -> Tensor:
+            return PENDULUM.torch_f(x, torch.stack([1 + phi * torch.sin(3 * t), 1.5 + t]))
+
+        last = torchdiffeq_lmm.odeint(
+            func,
+            torch.tensor(PENDULUM.x0, dtype=torch.float64),
+            nodes[[0, -1]],
+            method=name,
+            options={"grid_constructor": lambda func, y0, t, nodes=nodes: nodes},
+            grad_filter=CostateFilter("trapezoid"),
+        )[-1]
+        (0.5 * (last - torch.tensor(PENDULUM.target)).square().sum()).backward()
+        errors.append(abs(float(phi.grad) - exact))
+    # The error may change its sign on the way, and then has no order between two steps.
+    assert all(error < 15 / steps ** min(2, ORDER[name]) for error, steps in zip(errors, (60, 120, 240), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------- exact gradients
+
+
+class Small(nn.Module):
+    """A nonlinear field in two dimensions that depends on time."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        self.weight = nn.Parameter(torch.randn(2, 2, generator=generator, dtype=torch.float64).to(dtype))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(y @ self.weight + torch.cos(2 * t)) - 0.3 * y
+
+
+TIMES = torch.tensor([0.0, 0.1, 0.22, 0.3, 0.45, 0.5, 0.62, 0.7, 0.8, 0.93, 1.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("grid", ["times", "step_size"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck_without_filter(name: str, grid: str) -> None:
+    field = Small()
+    options = {} if grid == "times" else {"step_size": 0.13, "interp": "cubic"}
+    times = TIMES if grid == "times" else TIMES[[0, 3, 5, 10]]
+
+    def solve(y0: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return torch.func.functional_call(field, {"weight": weight}, (t, y))
+
+        return torchdiffeq.odeint(func, y0, t, method=name, options=options or None, rtol=1e-12, atol=1e-14)
+
+    y0 = torch.tensor([0.4, -0.7], dtype=torch.float64, requires_grad=True)
+    inputs = (y0, times.clone().requires_grad_(), field.weight.detach().clone().requires_grad_())
+    assert torch.autograd.gradcheck(solve, inputs)
+
+
+@pytest.mark.parametrize("interp", ["linear", "cubic"])
+@pytest.mark.parametrize("grid", ["times", "step_size"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_y0_and_t_stay_exact_with_the_filter(name: str, grid: str, interp: str) -> None:
+    field = Small()
+    options = {"interp": interp} if grid == "times" else {"step_size": 0.13, "interp": interp}
+    times = TIMES if grid == "times" else TIMES[[0, 3, 5, 10]]
+    results = []
+    for grad_filter in (None, "auto"):
+        y0 = torch.tensor([0.4, -0.7], dtype=torch.float64, requires_grad=True)
+        t = times.clone().requires_grad_()
+        states = torchdiffeq_lmm.odeint(field, y0, t, method=name, options=options, grad_filter=grad_filter)
+        cotangent = torch.randn(states.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        results.append((states.detach(), *torch.autograd.grad((states * cotangent).sum(), (y0, t))))
+    for without, with_filter in zip(*results, strict=True):
+        torch.testing.assert_close(with_filter, without, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_implicit_gradients_do_not_depend_on_how_the_equation_was_solved(name: str) -> None:
+    """Loose tolerances need fewer iterations; the gradient changes with the solution and no more."""
+    if name not in IMPLICIT:
+        pytest.skip("explicit")
+    gradients = []
+    for rtol in (1e-3, 1e-12):
+        field = Small()
+        states = torchdiffeq.odeint(
+            field, torch.ones(3, 2, dtype=torch.float64), TIMES, method=name, rtol=rtol, atol=1e-3 * rtol
+        )
+        states[-1].square().sum().backward()
+        gradients.append(field.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- torchdiffeq's promises
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_dtypes_tuples_and_directions(name: str, dtype: torch.dtype) -> None:
+    """A tuple backwards in time is the same solve as a tensor forwards."""
+    field = Small(dtype if dtype.is_floating_point else torch.float64)
+    weight = field.weight.detach().to(dtype)
+    y0 = torch.tensor([0.4, -0.7]).to(dtype)
+    if dtype.is_complex:
+        y0 = y0 * (1 + 0.5j)
+    t = torch.linspace(0, 1, 12, dtype=dtype.to_real())
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return (y @ weight) * torch.cos(t) - y * y.abs()
+
+    forwards = torchdiffeq.odeint(func, y0, t, method=name)
+
+    def mirrored(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        slope = -func(-t, torch.cat([part.reshape(1) for part in y]))
+        return slope[0], slope[1:]
+
+    parts = torchdiffeq.odeint(mirrored, (y0[0], y0[1:]), -t, method=name)
+    tolerance = 100 * torch.finfo(dtype).eps
+    assert forwards.dtype is dtype
+    torch.testing.assert_close(parts[0], forwards[:, 0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(parts[1], forwards[:, 1:], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_fewer_steps_than_the_method_reaches_over(name: str, steps: int) -> None:
+    """A short solve is made by the start alone, whose order is that of its few nodes."""
+    t = torch.linspace(0, 0.05 * steps, steps + 1, dtype=torch.float64)
+    out = torchdiffeq.odeint(lambda t, y: -y * y, torch.ones(1, dtype=torch.float64), t, method=name)
+    error = (out[:, 0] - 1 / (1 + t)).abs().max()
+    assert error < steps * 0.05**2
+
+
+@pytest.mark.parametrize("interp", ["linear", "cubic"])
+@pytest.mark.parametrize("name", NAMES)
+def test_events(name: str, interp: str) -> None:
+    """y = exp(-t), at 0.97 within the start of the longer methods, and at 0.3 well after it."""
+    for level in (0.97, 0.3):
+        y0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        event_t, states = torchdiffeq.odeint_event(
+            lambda t, y: -y,
+            y0,
+            torch.tensor(0.0, dtype=torch.float64),
+            event_fn=lambda t, y, level=level: y[0] - level,
+            odeint_interface=torchdiffeq.odeint,
+            method=name,
+            options={"step_size": 0.01, "interp": interp},
+        )
+        accuracy = 0.02 if ORDER[name] == 1 else 2e-4
+        assert float(event_t.detach()) == pytest.approx(-np.log(level), abs=accuracy)
+        assert float(states[-1, 0].detach()) == pytest.approx(level, abs=1e-6)
+        (gradient,) = torch.autograd.grad(event_t, y0)
+        # The event moves by 1 / y0 with y0.
+        assert float(gradient[0]) == pytest.approx(1.0, abs=10 * accuracy)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_callbacks_come_before_every_step(name: str) -> None:
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[tuple[float, float, float]] = []
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return -y
+
+        def callback_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
+            self.seen.append((float(t), float(y), float(dt)))
+
+    field = Field()
+    out = torchdiffeq.odeint(field, torch.ones((), dtype=torch.float64), TIMES, method=name)
+    expected = [(float(a), float(y), float(b - a)) for (a, b), y in zip(pairwise(TIMES), out, strict=False)]
+    np.testing.assert_allclose(field.seen, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odeint_adjoint(name: str) -> None:
+    gradients = []
+    for odeint in (torchdiffeq.odeint, torchdiffeq.odeint_adjoint):
+        field = Small()
+        t, options = torch.tensor([0.0, 1.0], dtype=torch.float64), {"step_size": 0.01}
+        last = odeint(field, torch.ones(2, dtype=torch.float64), t, method=name, options=options)[-1]
+        last.square().sum().backward()
+        gradients.append(field.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0.05 if ORDER[name] == 1 else 1e-3)

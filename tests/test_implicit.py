@@ -1,0 +1,286 @@
+"""The equation of an implicit step, by every way there is to its solution, against SciPy's."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq, fsolve
+from torch import Tensor
+
+from torchdiffeq_lmm import implicit
+from torchdiffeq_lmm.implicit import MAX_ITERATIONS, ImplicitSolver, solve_adjoint
+
+Slope = Callable[[Tensor], Tensor]
+
+LIMIT = 32
+
+
+@pytest.fixture(autouse=True)
+def _limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that systems of moderate size are already solved in Krylov spaces."""
+    monkeypatch.setattr(implicit, "JACOBIAN_LIMIT", LIMIT)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+class Counted:
+    """f, and how often it was called for iterates and for Jacobians."""
+
+    def __init__(self, f: Slope) -> None:
+        self._f = f
+        self.slopes = self.iterates = 0
+
+    def slope(self, x: Tensor) -> Tensor:
+        self.slopes += 1
+        return self._f(x)
+
+    def iterate(self, x: Tensor) -> Tensor:
+        self.iterates += 1
+        return self._f(x)
+
+
+def solved(
+    solver: ImplicitSolver,
+    f: Counted | Slope,
+    x: Tensor,
+    weight: float,
+    known: Tensor | None = None,
+    guess: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    counted = f if isinstance(f, Counted) else Counted(f)
+    return solver.solve(x, known, weight, guess, counted.slope, counted.iterate, lambda: "of method 'm' at t = 3")
+
+
+def tight() -> ImplicitSolver:
+    return ImplicitSolver(1e-9, 1e-9)
+
+
+def reaction(stiffness: float, size: int) -> Slope:
+    """Neighbours in a ring diffuse and react."""
+
+    def f(x: Tensor) -> Tensor:
+        return stiffness * (torch.roll(x, 1) - 2 * x + torch.roll(x, -1)) - x**3 + torch.cos(x)
+
+    assert size > 2
+    return f
+
+
+def reference(f: Slope, x: Tensor, weight: float, known: Tensor) -> Tensor:
+    def residual(d: np.ndarray) -> np.ndarray:
+        d_ = torch.tensor(d)
+        return (d_ - known - weight * f(x + d_)).numpy()
+
+    found, _, status, _ = fsolve(residual, known.numpy(), xtol=1e-13, full_output=True)
+    assert status == 1 or np.abs(residual(found)).max() < 1e-10
+    return torch.tensor(found)
+
+
+# ------------------------------------------------------------------------------------------------ ways to the solution
+
+
+@pytest.mark.parametrize("size", [4, LIMIT, LIMIT + 1, 70])
+@pytest.mark.parametrize("stiffness", [0.1, 5.0, 200.0])
+def test_the_solution_is_scipys(stiffness: float, size: int) -> None:
+    f, x, known = reaction(stiffness, size), randn(size), 0.1 * randn(size, seed=1)
+    d, slope = solved(tight(), f, x, 0.3, known)
+    torch.testing.assert_close(d, reference(f, x, 0.3, known), rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(d, known + 0.3 * slope, rtol=1e-13, atol=1e-13)
+
+
+def test_substitution_newton_and_krylov_agree() -> None:
+    """The same equation four times over: alone by substitution, then with stiff company that forces Newton's method."""
+    x, known = randn(4), 0.1 * randn(4, seed=1)
+
+    def mild(x: Tensor) -> Tensor:
+        return -0.3 * x - x**3 / 20 + torch.sin(x)
+
+    expected = reference(mild, x, 0.1, known)
+    by_substitution = Counted(mild)
+    torch.testing.assert_close(solved(tight(), by_substitution, x, 0.1, known)[0], expected, rtol=1e-9, atol=1e-10)
+    assert by_substitution.slopes == 0
+    for company in (4, LIMIT):
+
+        def f(x: Tensor) -> Tensor:
+            return torch.cat([mild(x[:4]), -1e4 * x[4:]])
+
+        wide, beside = torch.cat([x, torch.ones(company)]), torch.cat([known, torch.zeros(company)])
+        by_newton = Counted(f)
+        d, _ = solved(tight(), by_newton, wide, 0.1, beside)
+        torch.testing.assert_close(d[:4], expected, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(d[4:], torch.full((company,), 1 / 1001 - 1, dtype=torch.float64), rtol=1e-9, atol=0)
+        # One evaluation makes a dense Jacobian, one each product in a Krylov space.
+        assert (by_newton.slopes == 1) == (company == 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("rate", [-0.3, -50.0])
+@pytest.mark.parametrize("shape", [(), (2, 3), (5, 9)])
+def test_linear_equations_of_any_shape_and_dtype(shape: tuple[int, ...], rate: float, dtype: torch.dtype) -> None:
+    x = randn(*shape, dtype=dtype)
+    factor = rate * (1 + 2j) if dtype.is_complex else rate
+    d, slope = solved(ImplicitSolver(1e-5, 1e-6), lambda x: factor * x, x, 0.5)
+    assert d.dtype is slope.dtype is dtype
+    torch.testing.assert_close(d, x * (0.5 * factor / (1 - 0.5 * factor)), rtol=1e-5, atol=1e-6)
+
+
+def test_newtons_method_is_damped_where_it_would_overshoot() -> None:
+    """Newton's method alone diverges from where an arcus tangens is flat."""
+    x = torch.tensor([5.0, -3.0], dtype=torch.float64)
+    d, _ = solved(tight(), lambda x: -200 * torch.atan(x), x, 0.05)
+    for start, found in zip(x.tolist(), (x + d).tolist(), strict=True):
+        assert found == pytest.approx(brentq(lambda y: y - start + 10 * np.arctan(y), -10, 10), abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_empty_states(shape: tuple[int, ...]) -> None:
+    d, slope = solved(tight(), lambda x: -x, torch.zeros(*shape), 0.5)
+    assert d.shape == slope.shape == shape
+
+
+def test_complex_states_need_no_analytic_func() -> None:
+    """f(z) = -40 Re z + 3i Im z is linear over the real numbers only."""
+    x = randn(3, dtype=torch.complex128)
+    d, _ = solved(tight(), lambda z: torch.complex(-40 * z.real, 3 * z.imag), x, 0.1)
+    torch.testing.assert_close(x + d, torch.complex(x.real / 5, x.imag / 0.7), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [4, 50])
+def test_func_without_a_graph(size: int) -> None:
+    f, x = reaction(50.0, size), randn(size)
+
+    def hidden(x: Tensor) -> Tensor:
+        return torch.tensor(f(x).detach().numpy())
+
+    d, _ = solved(tight(), hidden, x, 0.3)
+    torch.testing.assert_close(d, reference(f, x, 0.3, torch.zeros(size).double()), rtol=1e-8, atol=1e-9)
+
+
+def test_func_that_ignores_its_state() -> None:
+    parameter = torch.tensor([2.0, -1.0], requires_grad=True)
+    solver = tight()
+    solved(solver, lambda x: -1e5 * x, torch.ones(2), 1.0)
+    d, slope = solved(solver, lambda x: 3 * parameter, torch.ones(2), 0.5)
+    assert d.tolist() == pytest.approx([3.0, -1.5])
+    assert slope.tolist() == pytest.approx([6.0, -3.0])
+    assert not d.requires_grad
+
+
+def test_nothing_to_solve() -> None:
+    d, slope = solved(ImplicitSolver(0.0, 0.0), lambda x: 0 * x, torch.zeros(3), 0.5)
+    assert d.tolist() == slope.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("rtol", [1e-3, 1e-6, 1e-9])
+def test_the_tolerance_is_relative_to_the_state(rtol: float) -> None:
+    x = torch.tensor([1e-3, 1.0, 1e4], dtype=torch.float64)
+    f = Counted(lambda x: -0.9 * x)
+    d, _ = solved(ImplicitSolver(rtol, 0.0), f, x, 0.3)
+    error = ((d + x * 0.27 / 1.27) / x).abs()
+    assert float(error.max()) <= 1e-4 * rtol
+    looser = Counted(lambda x: -0.9 * x)
+    solved(ImplicitSolver(100 * rtol, 0.0), looser, x, 0.3)
+    assert looser.iterates < f.iterates
+
+
+def test_tolerances_of_each_component() -> None:
+    x = torch.ones(2, dtype=torch.float64)
+    only_first = ImplicitSolver(0.0, torch.tensor([1e-8, 1e8], dtype=torch.float64))
+    f = Counted(lambda x: torch.stack([0 * x[0], -2 * x[1]]))
+    solved(only_first, f, x, 0.3)
+    assert f.iterates == 1
+
+
+# ----------------------------------------------------------------------------------------------------- what it costs
+
+
+def test_a_good_guess_is_one_iterate() -> None:
+    f, x = Counted(lambda x: -x), torch.ones(2, dtype=torch.float64)
+    d, _ = solved(tight(), f, x, 0.2, guess=-5 / 6 * x)
+    assert d.tolist() == pytest.approx([-1 / 6] * 2, rel=1e-12)
+    assert (f.iterates, f.slopes) == (1, 0)
+    without = Counted(lambda x: -x)
+    solved(tight(), without, x, 0.2)
+    assert without.iterates > 1
+
+
+def test_the_jacobian_is_kept_as_long_as_it_serves() -> None:
+    solver, f = tight(), Counted(lambda x: -1e3 * x + torch.sin(x))
+    x = torch.ones(2, dtype=torch.float64)
+    for step in range(10):
+        before = f.iterates
+        d, _ = solved(solver, f, x, 0.1)
+        x = x + d
+        # Newton's method from the start, once substitution has failed.
+        assert step == 0 or f.iterates - before <= 5
+    assert f.slopes == 1
+
+
+def test_a_jacobian_that_serves_no_longer_is_replaced() -> None:
+    solver = tight()
+    x = torch.ones(2, dtype=torch.float64)
+    for rate, jacobians in ((-100.0, 1), (-1.0, 1), (-1e4, 1)):
+        f = Counted(lambda x: rate * x)
+        d, _ = solved(solver, f, x, 0.1)
+        torch.testing.assert_close(x + d, x / (1 - 0.1 * rate), rtol=1e-8, atol=0)
+        assert f.slopes <= jacobians
+
+
+def test_every_solver_has_its_own_jacobian() -> None:
+    for _ in range(2):
+        f = Counted(lambda x: -1e3 * x)
+        solved(tight(), f, torch.ones(2, dtype=torch.float64), 0.1)
+        assert f.slopes == 1
+
+
+def test_iterates_see_the_solution_last() -> None:
+    seen: list[Tensor] = []
+
+    def iterate(x: Tensor) -> Tensor:
+        seen.append(x.clone())
+        return -1e3 * x
+
+    x = torch.ones(2, dtype=torch.float64)
+    for solver in (tight(), ImplicitSolver(1e-3, 1e-6)):
+        d, _ = solver.solve(x, None, 0.1, None, lambda x: -1e3 * x, iterate, str)
+        torch.testing.assert_close(seen[-1], x + d, rtol=1e-7, atol=1e-7)
+
+
+# --------------------------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("size", [2, LIMIT + 1])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite(value: float, size: int) -> None:
+    with pytest.raises(RuntimeError, match="implicit equation of method 'm' at t = 3 was not solved"):
+        solved(tight(), lambda x: x + value, torch.ones(size, dtype=torch.float64), 0.5)
+
+
+def test_an_equation_without_a_solution() -> None:
+    """d = 10 + d²: the parabola lies above the line."""
+    f = Counted(lambda x: 10 + x**2)
+    with pytest.raises(RuntimeError, match="of method 'm' at t = 3 was not solved") as error:
+        solved(ImplicitSolver(1e-6, 1e-8), f, torch.zeros(2, dtype=torch.float64), 1.0)
+    for part in ("times the tolerance, 0.0001 (atol + rtol |y|)", "Use smaller steps", "larger rtol and atol"):
+        assert part in str(error.value)
+    assert f.iterates <= 5 * MAX_ITERATIONS
+
+
+# ------------------------------------------------------------------------------------------------------ the adjoint
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32])
+@pytest.mark.parametrize("shape", [(3,), (2, 2), (5, 7)])
+@pytest.mark.parametrize("weight", [0.1, 3.0])
+def test_the_adjoint_equation(weight: float, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    rhs = randn(*shape, dtype=dtype)
+    size = rhs.numel()
+    jacobian = randn(size, size, dtype=dtype, seed=1) / size
+    found = solve_adjoint(lambda v: (jacobian.mH @ v.reshape(-1)).reshape(shape), weight, rhs)
+    expected = torch.linalg.solve(torch.eye(size, dtype=dtype) - weight * jacobian.mH, rhs.reshape(-1))
+    assert found.shape == shape
+    torch.testing.assert_close(
+        found.reshape(-1), expected, rtol=1e3 * torch.finfo(dtype).eps, atol=1e-4 if dtype is torch.float32 else 1e-12
+    )

@@ -1,0 +1,137 @@
+"""What is told of a method, against the book."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+import torchdiffeq
+from textbook import TEXTBOOK
+
+import torchdiffeq_lmm
+from torchdiffeq_lmm import MethodInfo, method_info
+
+by_name = pytest.mark.parametrize("name", TEXTBOOK)
+
+OSCILLATION = {
+    **dict.fromkeys(("leapfrog", "nystrom3", "milne_simpson"), "everywhere"),
+    **dict.fromkeys(("ab1", "bdf1"), "nowhere"),
+}
+
+
+@by_name
+def test_the_theory_is_that_of_the_book(name: str) -> None:
+    info, book = method_info(name), TEXTBOOK[name]
+    assert info.name == name
+    assert (info.order, info.error_constant) == (book.order, book.error_constant)
+    assert (info.alpha, info.beta, info.steps) == (book.alpha, book.beta, len(book.alpha) - 1)
+    assert info.roots[0] == pytest.approx(1, abs=1e-9)
+    assert len(info.roots) == info.steps
+    assert info.any_grid
+
+
+@by_name
+def test_kind_and_evaluations(name: str) -> None:
+    info = method_info(name)
+    if name.startswith("abm"):
+        assert (info.kind, info.evaluations) == ("predictor-corrector", 2)
+    elif name.startswith(("am", "bdf", "milne")):
+        assert (info.kind, info.evaluations) == ("implicit", None)
+    else:
+        assert (info.kind, info.evaluations) == ("explicit", 1)
+
+
+@by_name
+def test_evaluations_are_those_of_a_step(name: str) -> None:
+    evaluations = method_info(name).evaluations
+    counts = []
+    for steps in (20, 30):
+        calls: list[float] = []
+
+        def func(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            calls.append(float(t))
+            return -y
+
+        torchdiffeq.odeint(func, torch.ones(1), torch.linspace(0, 1, steps + 1), method=name)
+        counts.append(len(calls))
+    if evaluations is None:
+        assert counts[0] >= 20
+        assert counts[1] >= 30
+    else:
+        assert counts[1] - counts[0] == 10 * evaluations
+
+
+@by_name
+def test_weights_and_oscillation(name: str) -> None:
+    """For constant f, the weights are what auto-differentiation gives to a parameter of every node."""
+    info, steps = method_info(name), 40
+    assert info.oscillation == OSCILLATION.get(name, "near observations")
+    theta = torch.zeros(steps + 1, dtype=torch.float64, requires_grad=True)
+    t = torch.linspace(0, steps, steps + 1, dtype=torch.float64)
+    y = torchdiffeq.odeint(
+        lambda time, y: theta[round(float(time))] + 0 * y, torch.zeros((), dtype=torch.float64), t, method=name
+    )
+    (grad,) = torch.autograd.grad(y[-1], theta)
+    backwards = grad.flip(0).tolist()
+    if not name.startswith("abm"):
+        assert [float(weight) for weight in info.weights] == pytest.approx(backwards[: len(info.weights)], abs=1e-9)
+    inside = [weight - 1 for weight in backwards[15:25]]
+    if info.oscillation == "everywhere":
+        assert min(inside) < -0.1
+        assert max(inside) > 0.1
+    elif not name.startswith("bdf"):
+        assert inside == pytest.approx([0] * 10, abs=1e-9)
+    near = [weight - 1 for weight in backwards[1:15]]
+    if info.oscillation == "nowhere":
+        assert near == pytest.approx([0] * 14, abs=1e-9)
+
+
+def test_leapfrog_in_print() -> None:
+    assert str(method_info("leapfrog")).splitlines() == [
+        "leapfrog",
+        "  order:                2",
+        "  error constant:       1/6",
+        "  formula:              x[n+2] - x[n] = h (2 f[n+1])",
+        "  kind:                 explicit, 2 steps",
+        "  evaluations per step: 1",
+        "  roots of rho:         1, -1",
+        "  effective weights:    0, 2, 0, 2, 0, 2, 0, 2, ...",
+        "  gradient by AD:       oscillates everywhere",
+        "  grids:                any",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("bdf1", "formula: x[n+1] - x[n] = h (f[n+1])"),
+        ("bdf1", "kind: implicit, 1 step"),
+        ("bdf1", "evaluations per step: as many as its equation takes"),
+        ("bdf1", "gradient by AD: does not oscillate"),
+        ("bdf2", "formula: x[n+2] - 4/3 x[n+1] + 1/3 x[n] = h (2/3 f[n+2])"),
+        ("bdf2", "roots of rho: 1, 0.3333"),
+        ("bdf3", "roots of rho: 1, 0.3182+0.2839i, 0.3182-0.2839i"),
+        ("ab2", "formula: x[n+2] - x[n+1] = h (3/2 f[n+1] - 1/2 f[n])"),
+        ("ab2", "gradient by AD: oscillates in a layer before every observation"),
+        ("am3", "error constant: -1/24"),
+        ("abm3", "kind: predictor-corrector, 3 steps"),
+    ],
+)
+def test_lines_in_print(name: str, line: str) -> None:
+    assert line in [" ".join(printed.split()) for printed in str(method_info(name)).splitlines()]
+
+
+@pytest.mark.parametrize("name", ["euler", "filtered_midpoint", "", "AB2", None])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(ValueError, match="name must be one of 'leapfrog', 'ab1'") as error:
+        method_info(name)
+    assert f"got {name!r}" in str(error.value)
+    assert "filtered_midpoint" not in str(error.value).split("got")[0]
+
+
+def test_it_is_immutable() -> None:
+    info = method_info("ab2")
+    assert isinstance(info, MethodInfo)
+    assert isinstance(info.error_constant, Fraction)
+    with pytest.raises(AttributeError):
+        info.order = 3
+    assert torchdiffeq_lmm.MethodInfo is MethodInfo

@@ -1,0 +1,217 @@
+"""Stiff problems by BDF, on grids suited to them, against SciPy's Radau."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import torchdiffeq
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+import torchdiffeq_lmm
+
+
+@dataclass(frozen=True)
+class Stiff:
+    """A stiff problem y' = f(y) on [0, end]."""
+
+    name: str
+    f: Callable[[Tensor], Tensor]
+    y0: tuple[float, ...]
+    end: float
+
+
+def van_der_pol(y: Tensor) -> Tensor:
+    return torch.stack([y[1], 1000 * (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+def robertson(y: Tensor) -> Tensor:
+    a, b, c = 0.04 * y[0], 1e4 * y[1] * y[2], 3e7 * y[1] ** 2
+    return torch.stack([b - a, a - b - c, c])
+
+
+HIRES_MATRIX = torch.zeros(8, 8, dtype=torch.float64)
+for row, column, rate in (
+    *((0, 0, -1.71), (0, 1, 0.43), (0, 2, 8.32), (1, 0, 1.71), (1, 1, -8.75), (2, 2, -10.03), (2, 3, 0.43)),
+    *((2, 4, 0.035), (3, 1, 8.32), (3, 2, 1.71), (3, 3, -1.12), (4, 4, -1.745), (4, 5, 0.43), (4, 6, 0.43)),
+    *((5, 3, 0.69), (5, 4, 1.71), (5, 5, -0.43), (5, 6, 0.69), (6, 6, -1.81), (7, 6, 1.81)),
+):
+    HIRES_MATRIX[row, column] = rate
+HIRES_PRODUCT = torch.tensor([0, 0, 0, 0, 0, -280.0, 280.0, -280.0], dtype=torch.float64)
+HIRES_SOURCE = torch.tensor([0.0007, 0, 0, 0, 0, 0, 0, 0], dtype=torch.float64)
+
+
+def hires(y: Tensor) -> Tensor:
+    return HIRES_MATRIX @ y + HIRES_PRODUCT * (y[5] * y[7]) + HIRES_SOURCE
+
+
+VAN_DER_POL = Stiff("van der Pol", van_der_pol, (2.0, 0.0), 2000.0)
+ROBERTSON = Stiff("Robertson", robertson, (1.0, 0.0, 0.0), 1e4)
+HIRES = Stiff("HIRES", hires, (1.0, 0, 0, 0, 0, 0, 0, 0.0057), 321.8122)
+PROBLEMS = {problem.name: problem for problem in (VAN_DER_POL, ROBERTSON, HIRES)}
+
+
+def radau(problem: Stiff, rtol: float, atol: float, y0: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The steps that Radau takes, and the state at the end."""
+
+    def tensor(y: np.ndarray) -> Tensor:
+        return torch.tensor(y, dtype=torch.float64)
+
+    done = solve_ivp(
+        lambda t, y: problem.f(tensor(y)).numpy(),
+        (0.0, problem.end),
+        problem.y0 if y0 is None else y0,
+        method="Radau",
+        rtol=rtol,
+        atol=atol,
+        jac=lambda t, y: torch.autograd.functional.jacobian(problem.f, tensor(y)).numpy(),
+    )
+    return done.t, done.y[:, -1]
+
+
+@cache
+def reference(name: str) -> np.ndarray:
+    return radau(PROBLEMS[name], 1e-9, 1e-14)[1]
+
+
+@cache
+def coarse_grid(name: str) -> np.ndarray:
+    return radau(PROBLEMS[name], 1e-4, 1e-8)[0]
+
+
+def refined(grid: np.ndarray, parts: int) -> Tensor:
+    """A grid with every step of `grid` divided."""
+    count = len(grid) - 1
+    return torch.tensor(np.interp(np.linspace(0, count, count * parts + 1), np.arange(count + 1), grid))
+
+
+def on(nodes: Tensor) -> dict[str, Callable[..., Tensor]]:
+    return {"grid_constructor": lambda func, y0, t: nodes}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "parts", "accuracy"),
+    [
+        ("van der Pol", "bdf4", 16, 2e-6),
+        ("Robertson", "bdf1", 16, 1e-2),
+        ("Robertson", "bdf2", 16, 3e-4),
+        ("Robertson", "bdf3", 16, 1e-5),
+        ("Robertson", "bdf4", 16, 5e-7),
+        ("Robertson", "bdf5", 16, 5e-8),
+        ("Robertson", "bdf6", 16, 5e-9),
+        ("Robertson", "am2", 16, 1e-4),
+        ("HIRES", "bdf2", 8, 4e-3),
+        ("HIRES", "bdf3", 8, 1e-4),
+        ("HIRES", "bdf4", 8, 3e-6),
+        ("HIRES", "bdf5", 8, 5e-7),
+    ],
+)
+def test_against_radau(name: str, method: str, parts: int, accuracy: float) -> None:
+    problem, nodes = PROBLEMS[name], refined(coarse_grid(name), parts)
+    y0 = torch.tensor(problem.y0, dtype=torch.float64)
+    with torch.no_grad():
+        y = torchdiffeq.odeint(lambda t, y: problem.f(y), y0, nodes[[0, -1]], method=method, options=on(nodes))[-1]
+    exact = reference(name)
+    assert (np.abs(y.numpy() - exact) <= accuracy * (np.abs(exact) + 1e-6)).all(), y.numpy() / exact - 1
+
+
+def test_gradient_of_a_stiff_solve_is_that_of_the_flow() -> None:
+    """∂y(T)/∂k for Robertson's fastest rate k, against differences of Radau; with the filter and without."""
+    nodes = refined(coarse_grid("Robertson"), 16)
+
+    def with_rate(k: Tensor) -> Callable[[Tensor], Tensor]:
+        def f(y: Tensor) -> Tensor:
+            a, b, c = 0.04 * y[0], 1e4 * y[1] * y[2], 3e7 * k * y[1] ** 2
+            return torch.stack([b - a, a - b - c, c])
+
+        return f
+
+    ends = [
+        radau(Stiff("", with_rate(torch.tensor(k, dtype=torch.float64)), ROBERTSON.y0, ROBERTSON.end), 1e-11, 1e-15)[1]
+        for k in (0.999, 1.001)
+    ]
+    expected = (ends[1] - ends[0])[0] / 0.002
+    for grad_filter in (None, torchdiffeq_lmm.CostateFilter("trapezoid")):
+        k = torch.ones((), dtype=torch.float64, requires_grad=True)
+        f = with_rate(k)
+        y0 = torch.tensor(ROBERTSON.y0, dtype=torch.float64)
+        y = torchdiffeq_lmm.odeint(
+            lambda t, y, f=f: f(y), y0, nodes[[0, -1]], method="bdf3", options=on(nodes), grad_filter=grad_filter
+        )
+        (gradient,) = torch.autograd.grad(y[-1, 0], k)
+        assert float(gradient) == pytest.approx(expected, rel=1e-3 if grad_filter is None else 2e-2)
+
+
+@pytest.mark.parametrize("method", ["bdf1", "bdf2", "bdf3", "bdf4", "bdf5", "bdf6"])
+def test_coarse_steps_far_beyond_explicit_stability(method: str) -> None:
+    """y' = -10⁴ (y - cos t) - sin t from y = cos t, by steps of 500 time constants."""
+    t = torch.linspace(0, 5, 101, dtype=torch.float64)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return -1e4 * (y - torch.cos(t)) - torch.sin(t)
+
+    y = torchdiffeq.odeint(func, torch.ones(1, dtype=torch.float64), t, method=method)
+    assert (y[:, 0] - torch.cos(t)).abs().max() < 1e-4
+
+
+def test_an_initial_transient_is_damped() -> None:
+    """The solution falls from 3 to cos t within a step."""
+    t = torch.linspace(0, 5, 101, dtype=torch.float64)
+    y = torchdiffeq.odeint(
+        lambda t, y: -1e4 * (y - torch.cos(t)) - torch.sin(t),
+        torch.full((1,), 3.0, dtype=torch.float64),
+        t,
+        method="bdf4",
+    )
+    assert (y[10:, 0] - torch.cos(t[10:])).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("method", "ratio"), [("bdf3", 1.9), ("bdf4", 1.5), ("bdf5", 1.3), ("bdf6", 1.25)])
+def test_steps_that_grow_too_fast_are_refused(method: str, ratio: float) -> None:
+    nodes = torch.tensor(np.cumsum([0.0, *(1e-12 * ratio ** np.arange(70))]))
+    calls = []
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        calls.append(t)
+        return -y
+
+    with pytest.raises(ValueError, match=rf"{method}.*not stable on this grid.*grow by up to {ratio}") as raised:
+        torchdiffeq.odeint(func, torch.ones(1, dtype=torch.float64), nodes[[0, -1]], method=method, options=on(nodes))
+    assert "lower order" in str(raised.value)
+    assert not calls
+
+
+def test_an_equation_without_a_solution_is_an_error() -> None:
+    """y' = y² + 1 by a step that the implicit Euler method has no real solution for."""
+    t = torch.tensor([0.0, 0.5, 1.5, 4.0], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"method 'bdf1' at t = 1\.5.*not solved.*smaller steps"):
+        torchdiffeq.odeint(lambda t, y: y * y + 1, torch.zeros(1, dtype=torch.float64), t, method="bdf1")
+
+
+def test_a_function_that_gives_nan_is_an_error() -> None:
+    t = torch.linspace(0, 1, 6, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="method 'bdf2' at t = 0"):
+        torchdiffeq.odeint(lambda t, y: torch.sqrt(y - 2), torch.ones(1, dtype=torch.float64), t, method="bdf2")
+
+
+@pytest.mark.parametrize("size", [8, 300])
+def test_a_stiff_system_of_any_size(size: int) -> None:
+    """The heat equation in `size` points: by its matrix where it is small, matrix-free where it is large."""
+    width = 1 / (size + 1)
+    x = width * torch.arange(1, size + 1, dtype=torch.float64)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(y, (1, 1))
+        return (padded[2:] - 2 * y + padded[:-2]) / width**2
+
+    y0 = torch.sin(torch.pi * x).requires_grad_()
+    t = torch.linspace(0, 0.2, 31, dtype=torch.float64)
+    y = torchdiffeq.odeint(func, y0, t, method="bdf4")[-1]
+    rate = -4 / width**2 * np.sin(np.pi * width / 2) ** 2
+    decay = np.exp(0.2 * rate)
+    torch.testing.assert_close(y, decay * y0, rtol=1e-5, atol=1e-8)
+    (gradient,) = torch.autograd.grad(y @ torch.sin(torch.pi * x), y0)
+    torch.testing.assert_close(gradient, decay * torch.sin(torch.pi * x), rtol=1e-5, atol=1e-8)
