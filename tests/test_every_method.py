@@ -23,7 +23,7 @@ TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
 
 def evaluated(name: str, steps: int) -> slice:
-    """The nodes at which a method evaluates f: no BDF does at the first; at the last only those with f_{n+1} do."""
+    """The nodes whose slopes are in the formula: f_0 in no BDF, the last one only where there is an f_{n+1}."""
     info = method_info(name)
     return slice(1 if name.startswith("bdf") else 0, steps if info.beta[-1] == 0 else steps + 1)
 
@@ -220,7 +220,7 @@ def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(nam
         (0.5 * (last - torch.tensor(PENDULUM.target)).square().sum()).backward()
         errors.append(abs(float(phi.grad) - exact))
     # The error may change its sign on the way, and then has no order between two steps.
-    assert all(error < 15 / steps ** min(2, ORDER[name]) for error, steps in zip(errors, (60, 120, 240), strict=True))
+    assert all(error < 20 / steps ** min(2, ORDER[name]) for error, steps in zip(errors, (60, 120, 240), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- exact gradients

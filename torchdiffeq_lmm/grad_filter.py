@@ -284,7 +284,8 @@ def filtered_cotangents(
         state, node = point.state, point.node
         if node is None:
             at = int(positions[state])
-            if at == positions[state] and raw[at]:
+            # A start may reach beyond an event.
+            if at == positions[state] and at < len(raw) and raw[at]:
                 # What a predictor evaluates at a node has its share of the node's cotangent, or all of it.
                 owner = plan.recurrence.nodes[at]
                 width = plan.widths[owner if owner in plan.widths else state]

@@ -227,16 +227,19 @@ def _check_monotonic(nodes: Tensor, sign: int) -> None:
 
 
 def _grid(nodes: Tensor, eps: float) -> Grid:
-    steps = nodes.diff()
-    if nodes.requires_grad:
-        return Grid(nodes, steps)
+    exact = nodes.detach()
+    lengths = exact.diff()
     # Equal steps, or equal ones and a last one, whose nodes have been rounded, are equal steps all the same.
-    rounding = _ULPS * eps * float(nodes.abs().max())
-    for count in (len(steps), len(steps) - 1):
+    rounding = _ULPS * eps * float(exact.abs().max())
+    for count in (len(lengths), len(lengths) - 1):
         if count > 1:
-            equal = float(nodes[count] - nodes[0]) / count
-            deviation = nodes[: count + 1] - nodes[0] - equal * torch.arange(count + 1, dtype=torch.float64)
+            equal = float(exact[count] - exact[0]) / count
+            deviation = exact[: count + 1] - exact[0] - equal * torch.arange(count + 1, dtype=torch.float64)
             if float(deviation.abs().max()) <= min(rounding, 0.01 * equal):
-                steps[:count] = equal
+                lengths[:count] = equal
                 break
-    return Grid(nodes, steps)
+    if nodes.requires_grad:
+        # The value is exact, the gradient that of the differences.
+        differences = nodes.diff()
+        lengths = lengths + (differences - differences.detach())
+    return Grid(nodes, lengths)

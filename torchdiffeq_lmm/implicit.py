@@ -9,6 +9,7 @@ Deuflhard, *Newton Methods for Nonlinear Problems*, 3.3, for their damping.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -45,11 +46,13 @@ class ImplicitSolver:
 
     Args:
         rtol, atol: torchdiffeq's tolerances, numbers or tensors that broadcast with the state.
+        precision: the relative precision of func's values, the unit in the last place of their dtype.
     """
 
-    def __init__(self, rtol: float | Tensor, atol: float | Tensor) -> None:
+    def __init__(self, rtol: float | Tensor, atol: float | Tensor, precision: float) -> None:
         self._rtol = rtol
         self._atol = atol
+        self._precision = precision
         self._uses_newton = False
         self._jacobian: Tensor | None = None
 
@@ -78,21 +81,23 @@ class ImplicitSolver:
             d and f(x + d), which satisfy the equation to rounding.
 
         Raises:
-            RuntimeError: no iteration converges.
+            RuntimeError: no iteration converges, or func gives what is not finite.
         """
         with torch.no_grad():
-            c = torch.zeros_like(x) if known is None else known
-            start = c if guess is None else c + weight * guess
-            tolerance = (SAFETY * (self._atol + self._rtol * x.abs())).to(x.abs())
-            largest = float(x.abs().max()) if x.numel() else 0.0
-            tolerance = tolerance.clamp(min=_ROUNDING * torch.finfo(x.dtype).eps * largest)
-            found = None if self._uses_newton else _substitute(x, c, weight, start, iterate, tolerance)
+            equation = _Equation(x, torch.zeros_like(x) if known is None else known, weight, slope, iterate, self._size)
+            start = equation.c if guess is None else equation.c + weight * guess
+            found = None if self._uses_newton else _substitute(equation, start)
             size = 0.0
             # A guess from a past of much smaller steps may be far off; then better none.
-            for beginning in (start, c):
+            for beginning in (start, equation.c):
                 if found is None:
                     self._uses_newton = True
-                    found, size = self._newton(x, c, weight, beginning, slope, iterate, tolerance)
+                    found, size = self._newton(equation, beginning)
+        if found is None and not size < torch.inf:
+            raise RuntimeError(
+                f"the implicit equation {where()} was not solved, because func returned NaN or infinity there. Check "
+                f"func; or use smaller steps, by step_size or grid_constructor"
+            )
         if found is None:
             raise RuntimeError(
                 f"the implicit equation {where()} was not solved: the last Newton correction is {size:.3g} times the "
@@ -102,32 +107,54 @@ class ImplicitSolver:
             )
         return found
 
-    def _newton(
-        self, x: Tensor, c: Tensor, weight: float, d: Tensor, slope: Slope, iterate: Slope, tolerance: Tensor
-    ) -> tuple[tuple[Tensor, Tensor] | None, float]:
+    def _size(self, correction: Tensor, x: Tensor, d: Tensor, change: Tensor) -> float:
+        """The largest component of a correction in terms of the tolerance; NaN where one is.
+
+        Args:
+            correction: of d.
+            x: the state that d is added to.
+            d: the increment.
+            change: b* f, by whose rounding d is uncertain.
+        """
+        if correction.numel() == 0:
+            return 0.0
+        # In the precision of a norm, for a small state may underflow in its own.
+        level = torch.maximum(x.abs(), (x + d).abs()).to(torch.promote_types(x.dtype.to_real(), torch.float32))
+        rounding = _ROUNDING * torch.finfo(x.dtype).eps * level.max() + _ROUNDING * self._precision * change.abs().max()
+        tolerance = torch.clamp(SAFETY * (self._atol + self._rtol * level), min=float(rounding))
+        excess = correction.abs() / tolerance
+        # Nothing to correct is no excess, even over a tolerance of 0.
+        return float(excess.where(correction != 0, 0).max())
+
+    def _newton(self, equation: "_Equation", d: Tensor) -> tuple[tuple[Tensor, Tensor] | None, float]:
         """The solution, or None, and the size of the last correction."""
+        x, c, weight = equation.x, equation.c, equation.weight
         is_dense = to_real(x).numel() <= JACOBIAN_LIMIT
 
-        def correct(d: Tensor, f: Tensor) -> tuple[Tensor, float]:
+        def correct(d: Tensor, f: Tensor) -> tuple[Tensor, float, float]:
+            """The correction, its size, and the level that it has to lower."""
             residual = c + weight * f - d
             if not bool(torch.isfinite(residual).all()):
-                return residual, torch.inf
+                return residual, torch.inf, torch.inf
             if is_dense:
                 if self._jacobian is None:
-                    self._jacobian = _jacobian(slope, x + d)
+                    self._jacobian = _jacobian(equation.slope, x + d)
                 matrix = torch.eye(to_real(x).numel()).to(self._jacobian) - weight * self._jacobian
                 # A singular matrix gives what is not finite, and is caught so.
                 correction = from_real(torch.linalg.solve_ex(matrix, to_real(residual)).result, x)
-            elif _size(residual, tolerance) > 1:
-                correction = from_real(gmres(_derivative(slope, x + d, f, weight), to_real(residual), _INEXACT)[0], x)
+            elif equation.size(residual, x, d, weight * f) > 1:
+                product = _derivative(equation.slope, x + d, f, weight)
+                correction = from_real(gmres(product, to_real(residual), _INEXACT)[0], x)
             else:
                 correction = residual
-            size = _size(correction, tolerance)
-            return correction, size if size == size else torch.inf
+            size = equation.size(correction, x, d, weight * f)
+            size = size if size == size else torch.inf
+            # By one matrix for all, corrections can be compared; by Jacobians of their own they cannot.
+            return correction, size, size if is_dense else float(residual.abs().max())
 
         is_fresh = not is_dense or self._jacobian is None
-        f = iterate(x + d)
-        correction, size = correct(d, f)
+        f = equation.iterate(x + d)
+        correction, size, level = correct(d, f)
         damping = 1.0
         for _ in range(MAX_ITERATIONS):
             if size <= 1:
@@ -137,11 +164,11 @@ class ImplicitSolver:
             if size == torch.inf or damping < _SHORTEST:
                 break
             trial = d + damping * correction
-            f = iterate(x + trial)
-            next_correction, next_size = correct(trial, f)
-            if next_size < size:
-                is_slow = next_size > _SLOW * size
-                d, correction, size = trial, next_correction, next_size
+            f = equation.iterate(x + trial)
+            next_correction, next_size, next_level = correct(trial, f)
+            if next_level < level:
+                is_slow = next_level > _SLOW * level
+                d, correction, size, level = trial, next_correction, next_size, next_level
                 damping = min(1.0, 2 * damping)
                 is_fresh = not is_dense
             elif is_fresh:
@@ -149,35 +176,39 @@ class ImplicitSolver:
                 continue
             else:
                 is_slow = True
-                f = iterate(x + d)
+                f = equation.iterate(x + d)
             if is_slow and not is_fresh:
                 self._jacobian, is_fresh = None, True
-                correction, size = correct(d, f)
+                correction, size, level = correct(d, f)
         self._jacobian = None
         return None, size
 
 
-def _substitute(
-    x: Tensor, c: Tensor, weight: float, d: Tensor, iterate: Slope, tolerance: Tensor
-) -> tuple[Tensor, Tensor] | None:
+@dataclass(frozen=True)
+class _Equation:
+    """d = c + b* f(x + d): see `ImplicitSolver.solve`, and `ImplicitSolver._size` for the size of a correction."""
+
+    x: Tensor
+    c: Tensor
+    weight: float
+    slope: Slope
+    iterate: Slope
+    size: Callable[[Tensor, Tensor, Tensor, Tensor], float]
+
+
+def _substitute(equation: _Equation, d: Tensor) -> tuple[Tensor, Tensor] | None:
     previous = torch.inf
     for _ in range(MAX_ITERATIONS):
-        f = iterate(x + d)
-        following = c + weight * f
-        size = _size(following - d, tolerance)
+        f = equation.iterate(equation.x + d)
+        change = equation.weight * f
+        following = equation.c + change
+        size = equation.size(following - d, equation.x, d, change)
         if size <= 1:
             return following, f
         if not size <= _SLOW * previous:
             return None
         d, previous = following, size
     return None
-
-
-def _size(correction: Tensor, tolerance: Tensor) -> float:
-    """The largest component of a correction in terms of the tolerance; NaN where one is."""
-    excess = correction.abs() / tolerance
-    # Nothing to correct is no excess, even over a tolerance of 0.
-    return float(excess.where(correction != 0, 0).max()) if correction.numel() else 0.0
 
 
 def _jacobian(slope: Slope, x: Tensor) -> Tensor:
@@ -187,7 +218,7 @@ def _jacobian(slope: Slope, x: Tensor) -> Tensor:
         f = slope(leaf)
         rows = []
         if f.requires_grad:
-            for unit in torch.eye(to_real(x).numel(), dtype=x.dtype.to_real(), device=x.device):
+            for unit in torch.eye(to_real(x).numel(), device=x.device).to(to_real(x)):
                 (row,) = torch.autograd.grad(f, leaf, from_real(unit, x), retain_graph=True, allow_unused=True)
                 if row is None:
                     break
@@ -222,4 +253,5 @@ def solve_adjoint(pull_back: Slope, weight: float, rhs: Tensor) -> Tensor:
         weight: b*.
         rhs: r, of the shape of a state.
     """
-    return from_real(solve(lambda v: weight * to_real(pull_back(from_real(v, rhs))), to_real(rhs)), rhs)
+    eps = torch.finfo(rhs.dtype).eps
+    return from_real(solve(lambda v: weight * to_real(pull_back(from_real(v, rhs))), to_real(rhs), eps), rhs)

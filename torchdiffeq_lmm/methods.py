@@ -75,8 +75,14 @@ class MultistepMethod:
 
     @property
     def uses_first_slope(self) -> bool:
-        """Whether it evaluates f at t_0; a formula with no slope but the new one does not."""
+        """Whether f at t_0 takes part; in a formula with no slope but the new one it does not."""
         return not self.is_implicit or any(self.on_equal_steps.slopes)
+
+    @property
+    def remembers_slopes(self) -> bool:
+        """Whether it uses other slopes than the latest, for steps or for its start."""
+        uses_one = self.predictor is None and not self.is_implicit and len(self.on_equal_steps.slopes) == 1
+        return not uses_one or self.order > 2
 
     @property
     def evaluations(self) -> int | None:

@@ -291,14 +291,16 @@ class _Writer:
         """Write the row of a state of the start."""
         method = self._method
         name = self._name(swept.sweep, swept.node)
-        evaluates = not method.is_implicit or (method.uses_first_slope and not self._count)
+        guess = self._name(swept.sweep - 1, swept.node) if swept.sweep > 1 else self._name(1, swept.node - 1)
+        if swept.node == 1 and swept.sweep == 1:
+            guess = 0
         self._write(
             name,
             swept.node,
-            evaluates=evaluates,
+            evaluates=not method.is_implicit or not self._count,
             slopes={self._name(*key): weight for key, weight in swept.slopes.items()},
             implicit=swept.implicit if method.is_implicit else None,
-            guess={self._name(swept.sweep - 1, swept.node): 1.0} if swept.sweep > 1 else None,
+            guess={guess: 1.0} if method.is_implicit else None,
             is_node=name == swept.node,
         )
 
@@ -308,7 +310,8 @@ class _Writer:
         formula = coefficients.formula(n)
         slopes: dict[Hashable, Number] = {n - i: weight for i, weight in enumerate(formula.slopes)}
         if method.is_implicit:
-            evaluates = n == 0 and method.uses_first_slope
+            # f at t_0 serves the guess, if nothing else.
+            evaluates = n == 0
             known = [m for m in range(n, n - method.order, -1) if m in self._slots or (m == 0 and evaluates)]
             guess: dict[Hashable, Number] = {}
             if known:

@@ -83,15 +83,14 @@ def register_method(name: str, alpha: Sequence[float | Fraction], beta: Sequence
         closing = partial(adams_moulton_formula if any(exact_beta[:-1]) else bdf_formula, p)
     method = MultistepMethod(name, p, len(exact_alpha) - 1, formula, closing=closing)
     known = SOLVERS.get(name)
-    if known is not None:
-        if not isinstance(known.method, MultistepMethod) or known.method.on_equal_steps != method.on_equal_steps:
-            raise ValueError(
-                f"name must be new, got {name!r}, which is a method of this package already; choose another"
-            )
+    if known is not None and (
+        not isinstance(known.method, MultistepMethod) or known.method.on_equal_steps != method.on_equal_steps
+    ):
+        raise ValueError(f"name must be new, got {name!r}, which is a method of this package already; choose another")
     solver = known or solver_of(method)
     add_solvers({name: solver})
     SOLVERS[name] = solver
-    return info_of(method)
+    return method_info(name)
 
 
 def method_info(name: str) -> MethodInfo:

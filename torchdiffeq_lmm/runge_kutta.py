@@ -28,6 +28,7 @@ class TwoStageMethod:
     order: int = 2
     steps: int = 1
     is_implicit: bool = False
+    remembers_slopes: bool = True
 
     def unroll(self, steps: Tensor) -> Recurrence:
         """The rows on a grid: see `recurrence.unroll`."""

@@ -96,7 +96,7 @@ class MultistepSolver:
             )
         self._reverse = hosted.reversed
         self._callback_step = hosted.callback_step
-        self._vector_field = VectorField(hosted, y0, perturb)
+        self._vector_field = VectorField(hosted, y0, perturb, copies=self.method.remembers_slopes)
 
     @classmethod
     def valid_callbacks(cls) -> set[str]:
@@ -186,7 +186,7 @@ class MultistepSolver:
             return self._inside(n, (event_time - time(n)) / h, h, trajectory)
 
         def user_time(state: int) -> Tensor:
-            side: Side = "left" if self.method.is_implicit and state else "right"
+            side = self._side(beginning, endless.counterpart(state))
             return self._vector_field.user_times(time(endless.position(state)), side)
 
         evaluate = self._evaluator(tape, lambda state: time(endless.position(state)), user_time, None)
@@ -242,12 +242,19 @@ class MultistepSolver:
         return grid, place(t, grid)
 
     def _user_times(self, times: Tensor, recurrence: Recurrence) -> Tensor:
-        right = self._vector_field.user_times(times)
-        if not (self.perturb and self.method.is_implicit):
-            return right
-        # What an implicit row evaluates is at the end of its step.
-        at_end = torch.tensor([False, *(row.implicit is not None for row in recurrence.rows)], device=right.device)
-        return torch.where(at_end, self._vector_field.user_times(times, "left"), right)
+        if not self.perturb:
+            return self._vector_field.user_times(times)
+        sides = [self._side(recurrence, state) for state in range(len(times))]
+        return torch.stack(
+            [self._vector_field.user_times(time, side) for time, side in zip(_entries(times), sides, strict=True)]
+        )
+
+    def _side(self, recurrence: Recurrence, state: int) -> Side:
+        """From which side of its time a state sees f, with `perturb`: that of the step in which it is evaluated."""
+        row = recurrence.rows[state - 1] if state else None
+        if recurrence.positions[state] % 1:
+            return "neither"
+        return "right" if row is None or (row.is_node and row.implicit is None) else "left"
 
     def _tape(self, differentiate_times: bool) -> Tape | None:
         if (self.grad_filter is None and not self.method.is_implicit) or not torch.is_grad_enabled():
@@ -270,7 +277,7 @@ class MultistepSolver:
         user_time: Callable[[int], Tensor],
         wanted: Mapping[int, int] | None,
     ) -> "_Evaluator":
-        implicit = ImplicitSolver(self.rtol, self.atol)
+        implicit = ImplicitSolver(self.rtol, self.atol, self._vector_field.precision)
         return _Evaluator(self._vector_field, tape, implicit, self.method.name, time, user_time, wanted)
 
     def _wanted(self, placements: Sequence[Placement], evaluated: Sequence[bool]) -> "_Wanted":
@@ -428,13 +435,17 @@ class _Endless:
 
     def position(self, state: int) -> float:
         """Where a state is, in steps."""
-        beyond = max(0, -((len(self._beginning.rows) - state) // self._period))
-        return self._beginning.positions[state - beyond * self._period] + beyond
+        earlier = self.counterpart(state)
+        return self._beginning.positions[earlier] + (state - earlier) // self._period
 
     def is_node(self, state: int) -> bool:
         """Whether a state is at a node."""
+        return self._beginning.rows[self.counterpart(state) - 1].is_node
+
+    def counterpart(self, state: int) -> int:
+        """The state of the beginning that is made in the same way."""
         beyond = max(0, -((len(self._beginning.rows) - state) // self._period))
-        return self._beginning.rows[state - beyond * self._period - 1].is_node
+        return state - beyond * self._period
 
     def until(self, state: int) -> Recurrence:
         """The recurrence that ends with a state."""

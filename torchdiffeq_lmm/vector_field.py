@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .host import HostedFunction
 
-Side = Literal["left", "right"]
+Side = Literal["left", "right", "neither"]
 
 
 class VectorField:
@@ -22,18 +22,21 @@ class VectorField:
         hosted: the user's function.
         y0: the solver's initial state; every state has its shape, dtype and device.
         perturb: as torchdiffeq's option: evaluate a hair to the right (left) of a node that a step begins (ends) at.
+        copies: whether the value is wanted for longer than to the next evaluation. func may return the same memory
+            again and again.
 
     Attributes:
         time_dtype: the real dtype in which func is given its times.
     """
 
-    def __init__(self, hosted: HostedFunction, y0: Tensor, perturb: bool) -> None:
+    def __init__(self, hosted: HostedFunction, y0: Tensor, perturb: bool, copies: bool = False) -> None:
         self._call: Callable[[Tensor, Any], Any] = hosted.call
         self._reversed = hosted.reversed
         self._shapes = hosted.shapes
         self._offsets = [0, *accumulate(shape.numel() for shape in hosted.shapes or ())][:-1]
         self._mixes_dtypes = hosted.is_adjoint
         self._perturb = perturb
+        self._copies = copies and hosted.shapes is None
         self._device = y0.device
         self.time_dtype = y0.dtype.to_real()
 
@@ -41,14 +44,21 @@ class VectorField:
         """From the solver's times, of any shape, to what the user's function is given for them.
 
         That is torchdiffeq's promise: the real dtype and the device of the state, the user's direction of time and,
-        with `perturb`, the neighbouring number on the given side. Differentiable.
+        with `perturb`, the neighbouring number on the given side, if any. Differentiable.
         """
         times = times.to(self._device, self.time_dtype)
-        if self._perturb:
+        if self._perturb and side != "neither":
             with torch.no_grad():
                 nudge = torch.nextafter(times, times + (1 if side == "right" else -1)) - times
             times = times + nudge
         return -times if self._reversed else times
+
+    @property
+    def precision(self) -> float:
+        """The unit in the last place of func's values, under autocast too."""
+        device = self._device.type
+        lowered = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.time_dtype
+        return max(torch.finfo(lowered).eps, torch.finfo(self.time_dtype).eps)
 
     def __call__(self, user_time: Tensor, x: Tensor) -> Tensor:
         """Evaluate the user's function.
@@ -73,7 +83,9 @@ class VectorField:
                 for offset, shape in zip(self._offsets, self._shapes, strict=True)
             )
             slope = torch.cat([part.reshape(-1) for part in self._components(self._call(user_time, state), x)])
-        return -slope if self._reversed else slope
+        if self._reversed:
+            return -slope
+        return slope.clone() if self._copies else slope
 
     def _components(self, slopes: Any, x: Tensor) -> tuple[Tensor, ...]:
         assert self._shapes is not None
