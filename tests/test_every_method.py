@@ -385,3 +385,114 @@ def test_odeint_adjoint(name: str) -> None:
         last.square().sum().backward()
         gradients.append(field.weight.grad)
     torch.testing.assert_close(*gradients, rtol=0, atol=0.05 if ORDER[name] == 1 else 1e-3)
+
+
+@pytest.mark.parametrize("grad_filter", [None, "auto"])
+@pytest.mark.parametrize("name", NAMES)
+def test_func_may_return_the_same_memory_again(name: str, grad_filter: str | None) -> None:
+    buffer = torch.empty(2, dtype=torch.float64)
+    rate = torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+    def fresh(t: Tensor, y: Tensor) -> Tensor:
+        return -rate * y
+
+    results = [
+        torchdiffeq_lmm.odeint(func, torch.ones(2, dtype=torch.float64), TIMES, method=name, grad_filter=grad_filter)
+        for func in (fresh, lambda t, y: buffer.copy_(fresh(t, y)))
+    ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_to_t_changes_nothing_else(name: str) -> None:
+    """Equal steps are equal steps also where they carry a gradient."""
+    results = []
+    for requires_grad in (False, True):
+        field = Small()
+        t = torch.linspace(0, 1, 25, dtype=torch.float64).requires_grad_(requires_grad)
+        states = torchdiffeq_lmm.odeint(field, torch.ones(2, dtype=torch.float64), t, method=name, grad_filter="auto")
+        states.square().sum().backward()
+        results.append((states.detach(), field.weight.grad))
+    for without, with_gradient in zip(*results, strict=True):
+        torch.testing.assert_close(with_gradient, without, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", ["step", "trapezoid"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_event_within_the_start_can_be_filtered(name: str, weights: str) -> None:
+    """The event is at a fixed time, so that the gradient of the state there is that of exp(-k t)."""
+    k = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    event_t, states = torchdiffeq_lmm.odeint(
+        lambda t, y: -k * y,
+        torch.ones(1, dtype=torch.float64),
+        torch.tensor([0.0, 1.0], dtype=torch.float64),
+        event_fn=lambda t, y: t - 0.055,
+        method=name,
+        options={"step_size": 0.02},
+        grad_filter=CostateFilter(weights),
+    )
+    assert float(event_t) == pytest.approx(0.055, abs=1e-6)
+    states[-1].sum().backward()
+    # Step weights count up to the end of the last step.
+    assert float(k.grad) == pytest.approx(-0.055 * np.exp(-0.9 * 0.055), rel=0.05 if weights == "trapezoid" else 0.6)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), ()])
+@pytest.mark.parametrize("name", NAMES)
+def test_states_of_any_number_of_elements(name: str, shape: tuple[int, ...]) -> None:
+    y0 = torch.ones(shape, dtype=torch.float64, requires_grad=True)
+    states = torchdiffeq_lmm.odeint(lambda t, y: -y, y0, TIMES, method=name, grad_filter="auto")
+    assert states.shape == (len(TIMES), *shape)
+    states.sum().backward()
+    assert y0.grad.shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rate", [1.0, 100.0])
+@pytest.mark.parametrize("name", sorted(IMPLICIT))
+def test_implicit_methods_in_half_precision(name: str, rate: float, dtype: torch.dtype) -> None:
+    if rate > 1 and not name.startswith("bdf"):
+        pytest.skip("not for stiff problems")
+    y0 = torch.ones(2, dtype=dtype, requires_grad=True)
+    states = torchdiffeq.odeint(lambda t, y: -rate * y, y0, torch.linspace(0, 1, 9), method=name)
+    states[-1].sum().backward()
+    assert states.dtype is dtype
+    assert states[-1].tolist() == pytest.approx([np.exp(-rate)] * 2, abs=0.05)
+    assert y0.grad.tolist() == pytest.approx([np.exp(-rate)] * 2, abs=0.05)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in NAMES if name.startswith("bdf")))
+def test_stiff_float32_states_may_start_at_zero(name: str) -> None:
+    t = torch.linspace(0, 1, 11)
+    states = torchdiffeq.odeint(lambda t, y: -1000 * (y - torch.cos(t)), torch.zeros(1), t, method=name)
+    torch.testing.assert_close(states[5:, 0], torch.cos(t[5:]), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(name: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+    y0 = torch.ones(3, 4)
+    t = torch.linspace(0, 1, 11)
+    exact = torchdiffeq.odeint(lambda t, y: net(y), y0, t, method=name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = torchdiffeq.odeint(lambda t, y: net(y), y0, t, method=name)
+    states[-1].square().sum().backward()
+    torch.testing.assert_close(states, exact, rtol=0.1, atol=0.1)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("name", ["abm2", "abm4", "am2", "bdf2"])
+def test_perturb_sees_a_jump_of_f_from_the_side_of_the_step(name: str, direction: int) -> None:
+    """What is evaluated at the end of a step is before the jump there, what begins a step is after it."""
+    sides: dict[str, set[bool]] = {"at the jump": set()}
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        if abs(float(t) - direction * 0.5) < 1e-9:
+            sides["at the jump"].add(direction * float(t) < 0.5)
+        return -y * (1.0 if direction * t < 0.5 else 3.0)
+
+    t = direction * torch.tensor([0.0, 1.0], dtype=torch.float64)
+    options = {"step_size": 0.125, "perturb": True}
+    torchdiffeq.odeint(func, torch.ones(1, dtype=torch.float64), t, method=name, options=options)
+    assert sides["at the jump"] == ({True} if name in IMPLICIT else {True, False})

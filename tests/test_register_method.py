@@ -300,3 +300,32 @@ def test_backward_differences_of_seven_steps_and_more(k: int) -> None:
         power = np.convolve(power, [-1.0, 1.0])
         alpha[k - j :] += power / j
     refused(alpha, [*[0.0] * k, 1.0], ValueError, "root condition", "outside the unit circle")
+
+
+@pytest.mark.parametrize("options", [None, {"step_size": 0.2}, {"step_size": 0.13}])
+def test_a_method_of_ones_own_with_a_gradient_to_t(options: dict[str, float] | None) -> None:
+    register_method("own", [-1, 0, 1], [0, 2, 0])
+    results = []
+    for requires_grad in (False, True):
+        t = torch.linspace(0, 1, 6, dtype=torch.float64).requires_grad_(requires_grad)
+        y = torchdiffeq.odeint(lambda t, y: -y, torch.ones(1, dtype=torch.float64), t, method="own", options=options)
+        results.append(y.detach())
+    torch.testing.assert_close(*results, rtol=1e-14, atol=1e-14)
+    y[-1].sum().backward()
+    assert torch.isfinite(t.grad).all()
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    assert register_method("own", np.array([-1, 0, 1]), np.array([0, 2, 0])).alpha == (-1, 0, 1)
+
+
+def test_what_is_no_sequence_is_refused() -> None:
+    with pytest.raises(TypeError, match="alpha must be a sequence of real numbers, got None"):
+        register_method("own", None, [1, 0])
+
+
+def test_registered_again_after_unregister_it_is_back() -> None:
+    register_method("own", [-1, 0, 1], [0, 2, 0])
+    torchdiffeq_lmm.unregister()
+    register_method("own", [-1, 0, 1], [0, 2, 0])
+    torchdiffeq.odeint(lambda t, y: -y, torch.ones(1), torch.linspace(0, 1, 5), method="own")

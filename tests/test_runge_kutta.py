@@ -133,3 +133,18 @@ def test_other_methods_of_torchdiffeq_are_refused(method: str | None) -> None:
         torchdiffeq_lmm.odeint(
             lambda t, y: -y, torch.ones(1), torch.linspace(0, 1, 3), method=method, grad_filter="auto"
         )
+
+
+@pytest.mark.parametrize("method", STAGES)
+def test_perturb_sees_a_jump_as_torchdiffeq_does(method: str) -> None:
+    results = [
+        odeint(
+            lambda t, y: -y * (1 if t < 0.5 else 3.0),
+            torch.ones(1, dtype=torch.float64),
+            torch.tensor([0.0, 1.0], dtype=torch.float64),
+            method=method,
+            options={"step_size": 0.25, "perturb": True},
+        )
+        for odeint in (torchdiffeq.odeint, filtered_odeint)
+    ]
+    torch.testing.assert_close(*results, rtol=1e-14, atol=0)
