@@ -26,6 +26,9 @@ cotangents μ_m / h in response to a unit observation at node j, by the method's
 
 The sums over j are themselves adjoint recursions, without any Jacobian. They vanish as the layer ends.
 
+Both use Jᵀ as if h J were small. With an implicit method it need not be, and (1 - h Jᵀ / 4)⁻¹ Jᵀ takes its place: the
+same as h goes to 0, and bounded for stiff problems, as their costate is.
+
 Where E observes node m, p jumps there by g_m; the filtered costate is the mean of both limits.
 """
 
@@ -49,10 +52,10 @@ CellWeights = Literal["step", "trapezoid"]
 
 
 class JacobianProduct(Protocol):
-    """The product of the transposed Jacobian at a state with a vector; None is 0."""
+    """The product of the transposed Jacobian at a state with a vector."""
 
     def __call__(self, state: int, vector: Tensor, step: float) -> Tensor | None:
-        """Return (1 - h Jᵀ)⁻¹ Jᵀ v."""
+        """Return (1 - h Jᵀ)⁻¹ Jᵀ v for a step h, or Jᵀ v where that is 0; None is 0."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ class FilterPlan:
 
     def damping(self, node: int) -> float:
         """The step by which products with the Jacobian at a node are damped; 0 for explicit methods."""
-        return self.steps[max(0, node - 1)] if self.is_implicit else 0.0
+        return self.steps[max(0, node - 1)] / 4 if self.is_implicit else 0.0
 
 
 def plan_filter(

@@ -283,7 +283,7 @@ class _Linearisation:
         return _vector_jacobian(self._graphs.get(state), vector, None, state)
 
     def damped_product(self, state: int, vector: Tensor, step: float) -> Tensor | None:
-        """(1 - h Jᵀ)⁻¹ Jᵀ v, which is Jᵀ v up to first order in h, and bounded by v / h where J is stiff."""
+        """(1 - h Jᵀ)⁻¹ Jᵀ v."""
         pulled = self.product(state, vector)
         return pulled if pulled is None or step == 0.0 else self._solve(state, step, pulled)
 
