@@ -82,17 +82,18 @@ def odeint(
         t: the output times, of shape (n,), strictly increasing or decreasing; with `event_fn` two of them, of which the
             second only gives the direction.
         rtol, atol, method, options, event_fn: as in `torchdiffeq.odeint`.
-        grad_filter: None for plain auto-differentiation; ``"leapfrog"`` or a `LeapfrogFilter`, with
-            ``method="leapfrog"``, for gradients of time-varying parameters that converge to those of the flow.
-            Gradients with respect to y0 and t stay those of auto-differentiation. Where all steps share their
-            parameters no filter is needed, and the default weights would do harm: see `LeapfrogFilter`.
+        grad_filter: None for plain auto-differentiation; ``"auto"`` or a `CostateFilter`, with a method of this package
+            or torchdiffeq's ``"midpoint"`` or ``"heun2"``, for gradients of time-varying parameters that converge to
+            those of the flow; ``"leapfrog"`` or a `LeapfrogFilter`, with ``method="leapfrog"`` alone. Gradients with
+            respect to y0 and t stay those of auto-differentiation. Where all steps share their parameters no filter is
+            needed, and the default weights would do harm: see `CostateFilter`.
 
             With a filter, the arguments of func are cut off from what came before: func may use them only for what it
             returns. What it stores on the side for the loss, a running cost say, would lose its gradient with respect
             to earlier steps; make it part of the state. Of `y0` or `t` captured from outside it makes parameters.
-            `callback_step` and `event_fn` are given states without a graph. Hooks on tensors inside func run twice in
-            the backward pass, once for the states and once for the parameters. A backward pass with
-            ``create_graph=True`` raises a RuntimeError.
+            `callback_step` and `event_fn` are given states without a graph. Hooks on tensors inside func run two or
+            three times in the backward pass, for the states, the costate and the parameters. A backward pass with
+            ``create_graph=True`` raises a RuntimeError. All this holds for implicit methods without a filter, too.
 
     Returns:
         As `torchdiffeq.odeint`: the states at `t`, of shape (n, *y0.shape), or a tuple of such; with `event_fn` the
@@ -101,10 +102,12 @@ def odeint(
     Raises:
         ValueError: `grad_filter` is unknown, is for another method, or is given here and in `options`.
         TypeError: `grad_filter` is neither None, a name nor a filter.
+        RuntimeError: the equation of an implicit step was not solved.
         Others where `torchdiffeq.odeint` raises them; and, for a method of this package, TypeErrors and ValueErrors
         that name a wrong option, a wrong grid, or what func returned, before the first step.
 
-    Source: Xu, Chen, Li, Wright, *Correcting auto-differentiation in neural-ODE training* (arXiv 2306.02192).
+    Source: Xu, Chen, Li, Wright, *Correcting auto-differentiation in neural-ODE training* (arXiv 2306.02192), for
+    leapfrog, midpoint and heun2 on equal steps.
     """
     options = dict(options or {})
     if grad_filter is not None and options.get("grad_filter") is not None:

@@ -45,8 +45,9 @@ class MultistepSolver:
         grid_constructor: ``grid_constructor(func, y0, t)`` returns the nodes, as torchdiffeq's option.
         interp: "linear" or "cubic": how outputs between nodes are made.
         perturb: evaluate func a hair beside the nodes, as torchdiffeq's option.
-        grad_filter: None, "leapfrog" or a `LeapfrogFilter`: see there.
-        unused: rtol, atol and norm, of which only atol is used, for events; anything else is warned of.
+        grad_filter: None, "auto", "leapfrog" or a `CostateFilter`: see there.
+        unused: rtol and atol, for implicit steps, the latter for events too; norm, which nothing uses; anything else
+            is warned of.
 
     Raises:
         TypeError: y0, step_size or grad_filter is of a wrong type.
