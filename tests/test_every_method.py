@@ -387,9 +387,10 @@ def test_odeint_adjoint(name: str) -> None:
     torch.testing.assert_close(*gradients, rtol=0, atol=0.05 if ORDER[name] == 1 else 1e-3)
 
 
+@pytest.mark.parametrize("options", [None, {"step_size": 0.07, "interp": "cubic", "perturb": True}], ids=["", "cubic"])
 @pytest.mark.parametrize("grad_filter", [None, "auto"])
 @pytest.mark.parametrize("name", NAMES)
-def test_func_may_return_the_same_memory_again(name: str, grad_filter: str | None) -> None:
+def test_func_may_return_the_same_memory_again(name: str, grad_filter: str | None, options: dict | None) -> None:
     buffer = torch.empty(2, dtype=torch.float64)
     rate = torch.tensor([1.0, 2.0], dtype=torch.float64)
 
@@ -397,10 +398,14 @@ def test_func_may_return_the_same_memory_again(name: str, grad_filter: str | Non
         return -rate * y
 
     results = [
-        torchdiffeq_lmm.odeint(func, torch.ones(2, dtype=torch.float64), TIMES, method=name, grad_filter=grad_filter)
+        torchdiffeq_lmm.odeint(
+            func, torch.ones(2, dtype=torch.float64), times, method=name, options=options, grad_filter=grad_filter
+        )
+        for times in (TIMES, torch.tensor([0.0, 1.0, 1.5, 1.8], dtype=torch.float64))
         for func in (fresh, lambda t, y: buffer.copy_(fresh(t, y)))
     ]
-    assert torch.equal(*results)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[2], results[3])
 
 
 @pytest.mark.parametrize("name", NAMES)

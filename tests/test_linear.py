@@ -91,7 +91,7 @@ def test_stiff_equations_of_large_size_are_given_up(small_spaces: int) -> None:
     spectrum = -torch.logspace(-2, 8, size, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=f"linear equation in {size} unknowns was not solved") as error:
         solve(lambda v: spectrum * v, randn(size), EPS)
-    assert f"after {linear.MAX_RESTARTS} restarts; use smaller steps" in str(error.value)
+    assert "GMRES stopped at a relative residual of" in str(error.value)
 
 
 def test_large_equations_that_are_easy_are_solved() -> None:

@@ -215,3 +215,37 @@ def test_a_stiff_system_of_any_size(size: int) -> None:
     torch.testing.assert_close(y, decay * y0, rtol=1e-5, atol=1e-8)
     (gradient,) = torch.autograd.grad(y @ torch.sin(torch.pi * x), y0)
     torch.testing.assert_close(gradient, decay * torch.sin(torch.pi * x), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rate", [1e4, 1e6])
+def test_a_start_far_from_the_solution_is_not_taken_for_it(rate: float, dtype: torch.dtype) -> None:
+    """y' = -rate (y³ - 8) from 1: the slope at the first guess is larger than all that follows, by far."""
+    t = torch.tensor([0.0, 1.0], dtype=dtype)
+    y = torchdiffeq.odeint(lambda t, y: -rate * (y**3 - 8), torch.ones(1, dtype=dtype), t, method="bdf1")
+    assert float(y[-1]) == pytest.approx(2.0, rel=1e-4)
+
+
+def test_a_steep_equation_without_a_solution_is_an_error() -> None:
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="was not solved"):
+        torchdiffeq.odeint(
+            lambda t, y: torch.exp(50 * y * y) + 1, torch.zeros(1, dtype=torch.float64), t, method="bdf1"
+        )
+
+
+def test_a_singular_equation_is_an_error() -> None:
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="was not solved"):
+        torchdiffeq.odeint(lambda t, y: y + 1, torch.zeros(1, dtype=torch.float64), t, method="bdf1")
+
+
+@pytest.mark.parametrize("size", [2, 100, 2000])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_cotangents_that_are_not_finite_are_passed_on(scale: float, size: int) -> None:
+    """As automatic loss scaling counts on."""
+    y0 = torch.ones(size, dtype=torch.float64, requires_grad=True)
+    t = torch.linspace(0, 1, 6, dtype=torch.float64)
+    y = torchdiffeq.odeint(lambda t, y: -torch.sin(y), y0, t, method="bdf2")
+    (scale * y[-1].sum()).backward()
+    assert not torch.isfinite(y0.grad).any()

@@ -1,12 +1,14 @@
 """Linear multistep methods for torchdiffeq, with gradients that converge to those of the underlying flow.
 
-Importing the package registers its methods: ``torchdiffeq.odeint(..., method="leapfrog")``.
+Importing the package registers its methods: ``torchdiffeq.odeint(..., method="ab3")``, ``"bdf2"``, ``"leapfrog"``, ...
+`method_info` tells of each.
 """
 
-from .grad_filter import CostateFilter, LeapfrogFilter, filter_gradient, register_grad_filter
+from .grad_filter import CostateFilter, LeapfrogFilter
 from .interface import odeint
 from .method_info import MethodInfo
 from .registration import method_info, register, register_method, unregister
+from .stack_filter import filter_gradient, register_grad_filter
 
 __all__ = [
     "CostateFilter",

@@ -1,14 +1,13 @@
 """The discrete adjoint of a recurrence: what auto-differentiation computes, state by state backwards."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .combination import linear_combination
-from .recurrence import Row
+from .recurrence import Layout, Row
 
 Contributions = list[tuple[float, Tensor]]
 """A sum of cotangents of increments, as weights and cotangents."""
@@ -115,29 +114,6 @@ def discrete_adjoint(
             slopes.setdefault(layout.slope(state - 1, lag), []).append((float(b), increment))
 
 
-class Layout:
-    """Which slopes and increments the lags of rows mean.
-
-    Attributes:
-        node_before: for each state, the last node that is reached with it.
-    """
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.node_before = list(accumulate((row.is_node for row in rows), initial=0))
-        self._evaluated: list[int] = []
-        self._counts: list[int] = []
-        for i, row in enumerate(rows):
-            if row.evaluates:
-                self._evaluated.append(i)
-            self._counts.append(len(self._evaluated))
-            if row.implicit is not None:
-                self._evaluated.append(i + 1)
-
-    def slope(self, row: int, lag: int) -> int:
-        """The state whose slope a row means by a lag."""
-        return self._evaluated[self._counts[row] - 1 - lag]
-
-
 def weight_gradients(
     rows: Sequence[Row], increments: Sequence[Tensor | None], states: Mapping[int, Tensor], slopes: Mapping[int, Tensor]
 ) -> Tensor:
@@ -155,11 +131,12 @@ def weight_gradients(
     """
     layout = Layout(rows)
     at_node = [0, *(i + 1 for i, row in enumerate(rows) if row.is_node)]
-    gradients: list[float | Tensor] = []
+    zero = torch.zeros((), dtype=torch.float64, device=states[0].device)
+    gradients: list[Tensor] = []
     for i, row in enumerate(rows):
         cotangent = increments[i + 1]
         if cotangent is None:
-            gradients.extend([0.0] * len(row.weights))
+            gradients.extend([zero] * len(row.weights))
             continue
         for lag, _ in row.increments:
             node = layout.node_before[i] - lag
@@ -167,7 +144,7 @@ def weight_gradients(
         gradients.extend(_inner(cotangent, slopes[layout.slope(i, lag)]) for lag, _ in row.slopes)
         if row.implicit is not None:
             gradients.append(_inner(cotangent, slopes[i + 1]))
-    return torch.stack([torch.as_tensor(gradient, dtype=torch.float64, device="cpu") for gradient in gradients])
+    return torch.stack(gradients).cpu()
 
 
 def combine(contributions: Contributions) -> Tensor | None:
@@ -182,4 +159,4 @@ def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a.conj() * b).sum().real
+    return (a.conj() * b).sum().real.double()

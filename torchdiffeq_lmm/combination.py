@@ -16,8 +16,7 @@ def linear_combination(weights: Iterable[Weight], tensors: Iterable[Tensor]) -> 
         tensors: as many floating or complex tensors of one shape, dtype and device.
 
     Returns:
-        A tensor of that shape, dtype and device; one of `tensors` itself where its weight is the number 1
-        and it stands alone.
+        A new tensor of that shape, dtype and device.
     """
     total: Tensor | None = None
     for weight, tensor in zip(weights, tensors, strict=True):
@@ -26,9 +25,6 @@ def linear_combination(weights: Iterable[Weight], tensors: Iterable[Tensor]) -> 
             term = (weight * tensor).to(tensor.dtype)
             total = term if total is None else total + term
         elif weight != 0.0:
-            if total is None:
-                total = tensor if weight == 1.0 else tensor * weight
-            else:
-                total = add(total, tensor, alpha=weight)
+            total = tensor * weight if total is None else add(total, tensor, alpha=weight)
     assert total is not None, "linear_combination needs a weight that is not the number 0"
     return total

@@ -18,7 +18,9 @@ MAX_AMPLIFICATION = 1e8
 
 
 def amplification(increment_weights: Iterable[Sequence[float]]) -> float:
-    """By how much d_{n+1} = Σ_i e[n, i] d_{n-i} amplifies increments, at most, over any stretch of steps.
+    """By how much d_{n+1} = Σ_i e[n, i] d_{n-i} amplifies increments over the worst stretch of steps.
+
+    Up to a small factor: a stretch is begun anew wherever the amplification has fallen below 1.
 
     Args:
         increment_weights: e[n] of one step after the other, all of the same length.
@@ -29,10 +31,9 @@ def amplification(increment_weights: Iterable[Sequence[float]]) -> float:
         companion = np.eye(len(weights), k=-1)
         companion[0] = weights
         product = companion if product is None else companion @ product
-        norm = float(np.linalg.norm(product, 2))
+        norm = float(np.linalg.norm(product))
         largest = max(largest, norm)
         if norm < 1:
-            # What has been damped below an error made here no longer counts.
             product = None
         elif norm > MAX_AMPLIFICATION**2:
             break

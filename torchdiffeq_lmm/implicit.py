@@ -78,7 +78,7 @@ class ImplicitSolver:
             where: returns the step in words, for messages.
 
         Returns:
-            d and f(x + d), which satisfy the equation to rounding.
+            d and f(x + d), with d = c + b* f to rounding, and f to the tolerance.
 
         Raises:
             RuntimeError: no iteration converges, or func gives what is not finite.
@@ -89,14 +89,14 @@ class ImplicitSolver:
             found = None if self._uses_newton else _substitute(equation, start)
             size = 0.0
             # A guess from a past of much smaller steps may be far off; then better none.
-            for beginning in (start, equation.c):
+            for beginning in (start,) if guess is None else (start, equation.c):
                 if found is None:
                     self._uses_newton = True
                     found, size = self._newton(equation, beginning)
-        if found is None and not size < torch.inf:
+        if found is None and size == torch.inf:
             raise RuntimeError(
-                f"the implicit equation {where()} was not solved, because func returned NaN or infinity there. Check "
-                f"func; or use smaller steps, by step_size or grid_constructor"
+                f"the implicit equation {where()} was not solved, because func returned NaN or infinity there, or the "
+                f"equation is singular. Check func; or use smaller steps, by step_size or grid_constructor"
             )
         if found is None:
             raise RuntimeError(
@@ -114,14 +114,14 @@ class ImplicitSolver:
             correction: of d.
             x: the state that d is added to.
             d: the increment.
-            change: b* f, by whose rounding d is uncertain.
+            change: d - c, which is b* f at the solution, and by whose rounding d is uncertain.
         """
         if correction.numel() == 0:
             return 0.0
         # In the precision of a norm, for a small state may underflow in its own.
         level = torch.maximum(x.abs(), (x + d).abs()).to(torch.promote_types(x.dtype.to_real(), torch.float32))
         rounding = _ROUNDING * torch.finfo(x.dtype).eps * level.max() + _ROUNDING * self._precision * change.abs().max()
-        tolerance = torch.clamp(SAFETY * (self._atol + self._rtol * level), min=float(rounding))
+        tolerance = torch.clamp(SAFETY * (self._atol + self._rtol * level), min=rounding)
         excess = correction.abs() / tolerance
         # Nothing to correct is no excess, even over a tolerance of 0.
         return float(excess.where(correction != 0, 0).max())
@@ -139,15 +139,15 @@ class ImplicitSolver:
             if is_dense:
                 if self._jacobian is None:
                     self._jacobian = _jacobian(equation.slope, x + d)
-                matrix = torch.eye(to_real(x).numel()).to(self._jacobian) - weight * self._jacobian
+                matrix = torch.eye(len(self._jacobian), device=x.device).to(self._jacobian) - weight * self._jacobian
                 # A singular matrix gives what is not finite, and is caught so.
                 correction = from_real(torch.linalg.solve_ex(matrix, to_real(residual)).result, x)
-            elif equation.size(residual, x, d, weight * f) > 1:
+            elif equation.size(residual, x, d, d - c) > 1:
                 product = _derivative(equation.slope, x + d, f, weight)
                 correction = from_real(gmres(product, to_real(residual), _INEXACT)[0], x)
             else:
                 correction = residual
-            size = equation.size(correction, x, d, weight * f)
+            size = equation.size(correction, x, d, d - c)
             size = size if size == size else torch.inf
             # By one matrix for all, corrections can be compared; by Jacobians of their own they cannot.
             return correction, size, size if is_dense else float(residual.abs().max())
@@ -156,12 +156,12 @@ class ImplicitSolver:
         f = equation.iterate(x + d)
         correction, size, level = correct(d, f)
         damping = 1.0
-        for _ in range(MAX_ITERATIONS):
+        for iteration in range(MAX_ITERATIONS + 1):
             if size <= 1:
                 # The slope by the equation: f itself would amplify what is left of the error by the Jacobian.
                 d = d + correction
                 return (d, (d - c) / weight), size
-            if size == torch.inf or damping < _SHORTEST:
+            if size == torch.inf or damping < _SHORTEST or iteration == MAX_ITERATIONS:
                 break
             trial = d + damping * correction
             f = equation.iterate(x + trial)
@@ -231,15 +231,16 @@ def _jacobian(slope: Slope, x: Tensor) -> Tensor:
 def _derivative(slope: Slope, x: Tensor, f: Tensor, weight: float) -> Product:
     """From v to b* J v, by differences along v."""
     relative = sqrt(torch.finfo(x.dtype).eps)
+    sizes = x.abs()
+    least = max(1e-3 * float(sizes.max()), relative)
 
     def product(v: Tensor) -> Tensor:
         direction = from_real(v, x)
-        length = float(direction.abs().max())
-        if length == 0.0:
-            return torch.zeros_like(v)
-        # Where v is large, x may be smaller than elsewhere.
-        local = float(x.abs()[direction.abs() >= 0.1 * length].max())
-        epsilon = relative * max(local, 1e-3 * float(x.abs().max()), relative) / length
+        lengths = direction.abs()
+        length = lengths.max()
+        # Where v is large, x may be smaller than elsewhere; where v is 0, so is the product.
+        local = sizes.where(lengths >= 0.1 * length, 0).max().clamp(min=least)
+        epsilon = relative * local / length.clamp(min=torch.finfo(length.dtype).tiny)
         return to_real(slope(x + epsilon * direction) - f) * (weight / epsilon)
 
     return product
@@ -252,6 +253,9 @@ def solve_adjoint(pull_back: Slope, weight: float, rhs: Tensor) -> Tensor:
         pull_back: from a cotangent v to Jᵀ v.
         weight: b*.
         rhs: r, of the shape of a state.
+
+    Raises:
+        RuntimeError: the equation is singular, or was not solved: see `linear.solve`.
     """
     eps = torch.finfo(rhs.dtype).eps
     return from_real(solve(lambda v: weight * to_real(pull_back(from_real(v, rhs))), to_real(rhs), eps), rhs)

@@ -49,7 +49,7 @@ def matrix_of(product: Product, like: Tensor) -> Tensor:
 
 
 def gmres(product: Product, rhs: Tensor, tolerance: float) -> tuple[Tensor, float]:
-    """Solve (1 - A) z = r by GMRES from z = r, restarted where the Krylov space is full.
+    """Solve (1 - A) z = r by GMRES, from z = r if A is small, else from 0; restarted where the Krylov space is full.
 
     Args:
         product: from v to A v.
@@ -66,6 +66,8 @@ def gmres(product: Product, rhs: Tensor, tolerance: float) -> tuple[Tensor, floa
         return rhs, 0.0
     solution, residual = rhs, product(rhs)
     remaining = float(residual.norm())
+    if remaining > scale:
+        solution, residual, remaining = torch.zeros_like(rhs), rhs, scale
     for restart in range(MAX_RESTARTS + 1):
         if not remaining > tolerance * scale:
             break
@@ -83,7 +85,7 @@ def _krylov(product: Product, residual: Tensor, tolerance: float) -> tuple[Tenso
     """The best correction for a residual in its Krylov space, and what it leaves of the residual."""
     remaining = float(residual.norm())
     size = min(KRYLOV_LIMIT, len(residual))
-    basis = residual.new_zeros(size + 1, len(residual))
+    basis = residual.new_empty(size + 1, len(residual))
     basis[0] = residual / remaining
     # The least-squares problem, kept triangular by rotations.
     triangle, target = np.zeros((size, size)), np.zeros(size + 1)
@@ -132,14 +134,17 @@ def solve(product: Product, rhs: Tensor, eps: float) -> Tensor:
     """
     if len(rhs) == 0:
         return rhs
+    if not bool(torch.isfinite(rhs).all()):
+        # As everywhere in autograd, what is not finite is passed on.
+        return rhs * torch.nan
     if len(rhs) > DENSE_LIMIT:
         solution, remaining = gmres(product, rhs, tolerance=10 * eps)
         if remaining <= 1e4 * eps:
             return solution
         if len(rhs) > FALLBACK_LIMIT:
             raise RuntimeError(
-                f"a linear equation in {len(rhs)} unknowns was not solved: GMRES left a relative residual of "
-                f"{remaining:.2g} after {MAX_RESTARTS} restarts; use smaller steps"
+                f"a linear equation in {len(rhs)} unknowns was not solved: GMRES stopped at a relative residual of "
+                f"{remaining:.2g}; use smaller steps"
             )
     matrix = torch.eye(len(rhs), dtype=rhs.dtype, device=rhs.device) - matrix_of(product, rhs)
     exact: Tensor = torch.linalg.solve(matrix, rhs)

@@ -21,7 +21,8 @@ class MethodInfo:
         steps: k.
         kind: "explicit", "predictor-corrector" or "implicit".
         evaluations: of func per step; None where an equation is solved.
-        error_constant: C_{p+1} / σ(1): the local error of a step is h^{p+1} C x^{(p+1)} to leading order.
+        error_constant: C = C_{p+1} / σ(1), by which methods are compared: a step misses x by σ(1) C h^{p+1} x^{(p+1)}
+            to leading order.
         alpha: α_0, ..., α_k, exact, with α_k = 1. Of the corrector, where there is a predictor.
         beta: β_0, ..., β_k, exact.
         roots: those of ρ(z) = Σ α_j zʲ, the largest first.

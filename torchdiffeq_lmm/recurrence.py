@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property
-from itertools import accumulate, islice, pairwise, takewhile
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -77,8 +77,8 @@ class Recurrence:
 
     Attributes:
         rows: with numbers for weights.
-        positions: of each state, in steps: n at node n, n + ½ in the middle of the step after it.
-        start: K, the number of steps that the start makes.
+        positions: of each state, in steps: n at node n, n + c at the fraction c of the step after it.
+        start: K, the number of steps that the start makes; 0 for one-step methods.
         weights: all weights e, b, b* of all rows, in their order, of shape (n,), float64 on the CPU, with their graph
             to the grid; None where the grid has none.
     """
@@ -119,6 +119,29 @@ class Recurrence:
         return (1 - rest) * nodes[before] + rest * nodes[(before + 1).clamp(max=len(nodes) - 1)]
 
 
+class Layout:
+    """Which slopes and increments the lags of rows mean.
+
+    Attributes:
+        node_before: for each state, the last node that is reached with it.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.node_before = list(accumulate((row.is_node for row in rows), initial=0))
+        self._evaluated: list[int] = []
+        self._counts: list[int] = []
+        for i, row in enumerate(rows):
+            if row.evaluates:
+                self._evaluated.append(i)
+            self._counts.append(len(self._evaluated))
+            if row.implicit is not None:
+                self._evaluated.append(i + 1)
+
+    def slope(self, row: int, lag: int) -> int:
+        """The state whose slope a row means by a lag."""
+        return self._evaluated[self._counts[row] - 1 - lag]
+
+
 def start_length(method: MultistepMethod) -> int:
     """K: the formula needs k - 1 steps behind it, and the start's polynomials enough slopes for the order."""
     slopes = method.order if method.closing is not None else method.order - 1
@@ -150,9 +173,9 @@ def unroll(method: MultistepMethod, steps: Tensor) -> Recurrence:
         n += 1
         # Once a pattern of equal steps is all that a row knows of, the rows after it are the same.
         if n > start + writer.reach and equal > writer.reach:
-            count = sum(1 for _ in takewhile(lengths[n - 1].__eq__, islice(lengths, n, None)))
-            writer.repeat(n, count)
-            n += count
+            end = next((m for m in range(n, len(lengths)) if lengths[m] != lengths[n - 1]), len(lengths))
+            writer.repeat(n, end - n)
+            n = end
     weights = _differentiable_weights(method, steps, start) if steps.requires_grad else None
     return Recurrence(writer.rows, writer.positions, start, weights)
 

@@ -66,7 +66,7 @@ def register_method(name: str, alpha: Sequence[float | Fraction], beta: Sequence
         TypeError: `name` is not a string, or a coefficient not a real number.
         ValueError: the coefficients do not make a method: they are too few, of different lengths, not finite, α_k is
             0, the method is not consistent, or violates the root condition. Or `name` is taken by another method of
-            this package.
+            this package; by the same one it may be, and nothing changes.
         RuntimeError: torchdiffeq has a method of that name that is not ours.
 
     Source: Hairer, Nørsett, Wanner, *Solving Ordinary Differential Equations I*, III.2 and III.3.
@@ -84,7 +84,9 @@ def register_method(name: str, alpha: Sequence[float | Fraction], beta: Sequence
     method = MultistepMethod(name, p, len(exact_alpha) - 1, formula, closing=closing)
     known = SOLVERS.get(name)
     if known is not None and (
-        not isinstance(known.method, MultistepMethod) or known.method.on_equal_steps != method.on_equal_steps
+        not isinstance(known.method, MultistepMethod)
+        or known.method.predictor is not None
+        or known.method.on_equal_steps != method.on_equal_steps
     ):
         raise ValueError(f"name must be new, got {name!r}, which is a method of this package already; choose another")
     solver = known or solver_of(method)

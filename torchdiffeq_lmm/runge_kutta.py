@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,10 +26,10 @@ class TwoStageMethod:
     name: str
     substitutes: str
     stage: Fraction
-    order: int = 2
-    steps: int = 1
-    is_implicit: bool = False
-    remembers_slopes: bool = True
+    order: ClassVar[int] = 2
+    steps: ClassVar[int] = 1
+    is_implicit: ClassVar[bool] = False
+    remembers_slopes: ClassVar[bool] = True
 
     def unroll(self, steps: Tensor) -> Recurrence:
         """The rows on a grid: see `recurrence.unroll`."""

@@ -1,14 +1,16 @@
 """A multistep method in the form in which torchdiffeq calls its solvers: from options and times to states."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, cycle, islice
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .combination import Weight
-from .grad_filter import FilterPlan, plan_filter, resolve_grad_filter
+from .endless import Endless
+from .filter_plan import FilterPlan, plan_filter
+from .grad_filter import resolve_grad_filter
 from .grid import (
     Grid,
     GridConstructor,
@@ -24,7 +26,7 @@ from .host import MAX_EVENT_STEPS, find_event, unwrap, warn_of_unused_options
 from .implicit import ImplicitSolver
 from .interpolation import Interpolation, check_interpolation, cubic_hermite, linear, slide
 from .methods import LEAPFROG, MultistepMethod
-from .recurrence import Recurrence, Row, unroll
+from .recurrence import Recurrence, unroll
 from .runge_kutta import TwoStageMethod
 from .stepping import march
 from .tape import Tape, Trajectory
@@ -174,7 +176,7 @@ class MultistepSolver:
         t0 = t0.to(self.y0.device, self._vector_field.time_dtype)
         tape = self._tape(t0.requires_grad)
         beginning = self._unroll(_equal_steps(h, 2 * self.method.steps + 2 * self.method.order + 2))
-        endless = _Endless(beginning)
+        endless = Endless(beginning)
 
         def time(position: float) -> Tensor:
             return t0 + position * h
@@ -269,7 +271,7 @@ class MultistepSolver:
         if self.grad_filter is None:
             return None
         method = None if isinstance(self.method, TwoStageMethod) else self.method
-        return plan_filter(self.grad_filter, recurrence, steps, method)
+        return plan_filter(self.grad_filter.weights, recurrence, steps, method)
 
     def _evaluator(
         self,
@@ -399,8 +401,8 @@ class _Evaluator:
         """f at a node, outside the recurrence."""
         user_time = self._vector_field.user_times(self._time(state), side="left" if node else "right")
         if self._tape is not None:
-            return self._tape.evaluate_end(node, user_time, x)
-        return self._vector_field(user_time, x)
+            return self._tape.evaluate_end(node, user_time, x).clone()
+        return self._vector_field(user_time, x).clone()
 
     def forget(self, state: int) -> None:
         """Drop the slopes before a state."""
@@ -417,41 +419,6 @@ class _Evaluator:
         if key is not None:
             # func may return the same memory again and again.
             self.kept[key] = slope.clone()
-
-
-class _Endless:
-    """The rows of a solve without an end, in equal steps.
-
-    Args:
-        beginning: the rows of so many steps that the last ones are as all after them.
-    """
-
-    def __init__(self, beginning: Recurrence) -> None:
-        self._beginning = beginning
-        self._period = beginning.nodes[-1] - beginning.nodes[-2]
-
-    def rows(self) -> Iterator[Row]:
-        """All rows."""
-        return chain(self._beginning.rows, cycle(self._beginning.rows[-self._period :]))
-
-    def position(self, state: int) -> float:
-        """Where a state is, in steps."""
-        earlier = self.counterpart(state)
-        return self._beginning.positions[earlier] + (state - earlier) // self._period
-
-    def is_node(self, state: int) -> bool:
-        """Whether a state is at a node."""
-        return self._beginning.rows[self.counterpart(state) - 1].is_node
-
-    def counterpart(self, state: int) -> int:
-        """The state of the beginning that is made in the same way."""
-        beyond = max(0, -((len(self._beginning.rows) - state) // self._period))
-        return state - beyond * self._period
-
-    def until(self, state: int) -> Recurrence:
-        """The recurrence that ends with a state."""
-        positions = [self.position(earlier) for earlier in range(state + 1)]
-        return Recurrence(list(islice(self.rows(), state)), positions, self._beginning.start, None)
 
 
 def solver_of(method: MultistepMethod | TwoStageMethod) -> type[MultistepSolver]:

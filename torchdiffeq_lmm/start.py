@@ -12,6 +12,7 @@ Source: Dutt, Greengard, Rokhlin, *Spectral deferred correction methods for ordi
 here at the grid's own nodes.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -56,20 +57,19 @@ def deferred_corrections(
     for sweep in range(1, sweeps + 1):
         for node in range(1, last + 1):
             base = node - 1 if sweep == sweeps else 0
-            slopes: dict[tuple[int, int], Number] = {}
-
-            def add(of_sweep: int, at: int, weight: Number, slopes: dict[tuple[int, int], Number] = slopes) -> None:
-                key = (of_sweep if at else 0, at)
-                slopes[key] = slopes[key] + weight if key in slopes else weight
-
+            slopes: defaultdict[tuple[int, int], Number] = defaultdict(int)
             for n in range(base, node):
                 at = n + 1 if is_implicit else n
                 # At node 0 all sweeps have the same slope, and the difference vanishes.
                 if at < node and (at > 0 or sweep == 1):
-                    add(sweep, at, steps[n])
+                    slopes[_slope(sweep, at)] += steps[n]
                 if sweep > 1 and at > 0:
-                    add(sweep - 1, at, -steps[n])
+                    slopes[_slope(sweep - 1, at)] -= steps[n]
                 if sweep > 1:
                     for i, weight in enumerate(quadrature[n], first):
-                        add(sweep - 1, i, weight)
-            yield SweptState(sweep, node, base, slopes, steps[node - 1] if is_implicit else 0)
+                        slopes[_slope(sweep - 1, i)] += weight
+            yield SweptState(sweep, node, base, dict(slopes), steps[node - 1] if is_implicit else 0)
+
+
+def _slope(sweep: int, node: int) -> tuple[int, int]:
+    return (sweep if node else 0, node)

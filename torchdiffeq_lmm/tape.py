@@ -18,7 +18,8 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .adjoint import AdjointState, discrete_adjoint, plus, weight_gradients
-from .grad_filter import FilterPlan, filtered_cotangents
+from .costate import filtered_cotangents
+from .filter_plan import FilterPlan
 from .implicit import solve_adjoint
 from .recurrence import Recurrence, Row
 from .vector_field import VectorField
@@ -369,8 +370,9 @@ class _AttachedSolve(torch.autograd.Function):
         by_slopes: list[Tensor | None] = [None] * len(solve.at_node)
         of_evaluations = [*(node_of.get(state, -1) for state in solve.states), *solve.ends]
         for node, graph, cotangent in zip(of_evaluations, solve.graphs, direct, strict=True):
-            pulled = _vector_jacobian(graph, cotangent, time_grads, solve.at_node[node])
-            by_slopes[node] = plus(by_slopes[node], pulled)
+            if cotangent is not None:
+                pulled = _vector_jacobian(graph, cotangent, time_grads, solve.at_node[node])
+                by_slopes[node] = plus(by_slopes[node], pulled)
         linearisation = _Linearisation(solve, time_grads)
         total = [plus(node, slope) for node, slope in zip(by_node, by_slopes, strict=True)]
         backwards = discrete_adjoint(solve.rows, total, linearisation, zero)

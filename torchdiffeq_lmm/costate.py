@@ -1,0 +1,166 @@
+"""From the cotangents of auto-differentiation to those of the underlying flow: the gradient filter.
+
+For x' = f(t, x, θ(t)) and a loss E, the gradient in function space is the density (∂f/∂θ)ᵀ p, with the costate
+p' = -Jᵀ p, J = ∂f/∂x. Auto-differentiation hands the parameter of the m-th evaluation (∂f_m/∂θ)ᵀ μ_m, μ_m = ∂E/∂f_m.
+Through a multistep method, μ_m / h does not converge to p: everywhere where ρ has a root on the unit circle besides 1,
+as leapfrog's has; before every observation, for as long as the other roots need to die out, where it has none.
+
+**At any node, on any grid.** Shift the whole discrete solution up to node m along the flow: x_m by δ, a slope f_l
+before by J_l δ, an increment d_l by h_{l-1} J_l δ, up to terms of second order in h. The response of E is pᵀ δ up to
+the order of the method, because the shifted past is the past of a solution. By the adjoint recursion it is the sum of
+what each part of the past contributes, so that
+
+    p_m = P_m + J_mᵀ H_m + O(h²),      H_m = Σ_{l<m} ∂E/∂f_l + Σ_{l≤m} h_{l-1} ∂E/∂d_l,
+
+both derivatives by the rows after node m alone, and P_m = ∂E/∂x_m with the past held fixed. For leapfrog, H_m is a
+multiple of μ_m, J_mᵀ of which is known: p_m is a mean of P_m and P_{m+1}, on a uniform grid the average ¼, ½, ¼ of
+neighbouring cotangents in Xu, Chen, Li, Wright, *Correcting auto-differentiation in neural-ODE training* (arXiv
+2306.02192). For other methods it costs one more product with J_mᵀ.
+
+**Between equal steps, for methods whose other roots are inside the unit circle.** There μ_m / h is p_m to the method's
+own order as soon as the layer before an observation is over, and that is better than second order. Within the layer,
+the first two terms of the difference are known: those of the method for x' = J_m x, expanded in J_m. With w and v the
+cotangents μ_m / h in response to a unit observation at node j, by the method's rows for J = 0 and to first order in J,
+
+    p_m = μ_m / h + Σ_{j≥m} ((1 - w_j) g_j + J_mᵀ (t_j - t_m - v_j) g_j) + O(h²),      g_j = ∂E/∂x_j.
+
+The sums over j are themselves adjoint recursions, without any Jacobian. They vanish as the layer ends.
+
+Both use Jᵀ as if h J were small. With an implicit method it need not be, and (1 - h Jᵀ / 4)⁻¹ Jᵀ takes its place: the
+same as h goes to 0, and bounded for stiff problems, as their costate is.
+
+Where E observes node m, p jumps there by g_m; the filtered costate is the mean of both limits.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from .adjoint import AdjointState, combine, plus
+from .combination import linear_combination
+from .filter_plan import FilterPlan
+from .layer import LayerTerms, layer_terms
+
+
+class JacobianProduct(Protocol):
+    """The product of the transposed Jacobian at a state with a vector."""
+
+    def __call__(self, state: int, vector: Tensor, step: float) -> Tensor | None:
+        """Return (1 - h Jᵀ)⁻¹ Jᵀ v for a step h, or Jᵀ v where that is 0; None is 0."""
+
+
+def filtered_cotangents(
+    plan: FilterPlan,
+    backwards: Iterable[AdjointState],
+    seen: Sequence[Tensor | None],
+    seen_by_slopes: Sequence[Tensor | None],
+    product: JacobianProduct,
+    zero: Tensor,
+) -> dict[int, Tensor]:
+    """The cotangents ω p̃ of the slopes, by state; 0 where a state is missing.
+
+    Args:
+        plan: what to do where.
+        backwards: the states of `discrete_adjoint`, as they come.
+        seen: g_0, ..., g_N, None for a node that E does not see.
+        seen_by_slopes: of each node, Jᵀ times what E sees of slopes there.
+        product: the product with the transposed Jacobian at a state.
+        zero: a state of zeros.
+    """
+    positions = plan.recurrence.positions
+    cotangents = [plus(node, slope) for node, slope in zip(seen, seen_by_slopes, strict=True)]
+    distances = _distances(cotangents)
+    raw = [flag and (d is None or d >= plan.near) for flag, d in zip(plan.raw, distances, strict=True)]
+    in_layer = [m for m, d in enumerate(distances) if raw[m] and d is not None and d <= plan.layer]
+    layer = layer_terms(plan, in_layer, cotangents, zero)
+    filtered: dict[int, Tensor] = {}
+    stages: list[int] = []
+    next_window = zero
+    for point in backwards:
+        state, node = point.state, point.node
+        if node is None:
+            at = int(positions[state])
+            # A start may reach beyond an event.
+            if at == positions[state] and at < len(raw) and raw[at]:
+                # What a predictor evaluates at a node has its share of the node's cotangent, or all of it.
+                owner = plan.recurrence.nodes[at]
+                width = plan.widths[owner if owner in plan.widths else state]
+                terms: list[tuple[float, Tensor | None]] = [(1 / plan.equal_step(at), point.mu)]
+                if state in plan.widths and at in layer:
+                    terms += _corrections(layer[at], state, plan.damping(at), product)
+                _add_up(filtered, state, width, terms)
+            elif state in plan.widths:
+                stages.append(state)
+            continue
+        g = seen[node]
+        after = point.window if g is None else point.window - g
+        for stage in stages:
+            width, fraction = plan.widths[stage], positions[stage] - node
+            filtered[stage] = linear_combination((width * (1 - fraction), width * fraction), (after, next_window))
+        stages, next_window = [], point.window
+        if state not in plan.widths:
+            continue
+        if raw[node]:
+            terms = [(1 / plan.equal_step(node), point.mu)]
+            if node in layer:
+                terms += _corrections(layer[node], state, plan.damping(node), product)
+        else:
+            terms = [(1.0, point.rest), (1.0, point.pulled), (1.0, _pulled_history(plan, point, product))]
+        terms.append((-_right_share(plan, node), g))
+        _add_up(filtered, state, plan.widths[state], terms)
+    return filtered
+
+
+def _add_up(filtered: dict[int, Tensor], state: int, width: float, terms: list[tuple[float, Tensor | None]]) -> None:
+    total = combine([(width * weight, tensor) for weight, tensor in terms if tensor is not None])
+    if total is not None:
+        filtered[state] = total
+
+
+def _right_share(plan: FilterPlan, node: int) -> float:
+    """How much of the filtered costate at a node is the limit from the right."""
+    steps = plan.steps
+    before = steps[node - 1] if node > 0 else 0.0
+    after = steps[node] if node < len(steps) else 0.0
+    state = plan.recurrence.nodes[node]
+    if node > 0 and state - 1 in plan.widths and plan.recurrence.positions[state - 1] == node:
+        # A stage at the same time takes the limit from the left.
+        return 1.0
+    return after / (before + after)
+
+
+def _pulled_history(plan: FilterPlan, point: AdjointState, product: JacobianProduct) -> Tensor | None:
+    """Jᵀ H: what a shift of the slopes and increments before a node along the flow would do."""
+    weights: dict[int, float] = {}
+    cotangents: dict[int, Tensor] = {}
+    shares = [(1.0, contributions) for contributions in point.slopes_before.values()]
+    shares += [(plan.steps[node - 1], contributions) for node, contributions in point.increments_before.items()]
+    for share, contributions in shares:
+        for weight, cotangent in contributions:
+            weights[id(cotangent)] = weights.get(id(cotangent), 0.0) + share * weight
+            cotangents[id(cotangent)] = cotangent
+    if len(weights) == len(point.later) == 1 and point.pulled is not None:
+        ((own, cotangent),) = point.later
+        if id(cotangent) in weights:
+            # H is a multiple of what has been pulled back already, as leapfrog's always is.
+            return point.pulled * (weights[id(cotangent)] / own)
+    history = combine([(weights[key], cotangent) for key, cotangent in cotangents.items()])
+    assert point.node is not None
+    return None if history is None else product(point.state, history, plan.damping(point.node))
+
+
+def _corrections(
+    terms: LayerTerms, state: int, step: float, product: JacobianProduct
+) -> list[tuple[float, Tensor | None]]:
+    return [(1.0, terms.value), (1.0, None if terms.slope is None else product(state, terms.slope, step))]
+
+
+def _distances(cotangents: Sequence[Tensor | None]) -> list[int | None]:
+    """From each node, how many nodes it is to the next observation; None if there is none."""
+    distances: list[int | None] = []
+    distance: int | None = None
+    for cotangent in reversed(cotangents):
+        distance = 0 if cotangent is not None else None if distance is None else distance + 1
+        distances.append(distance)
+    return distances[::-1]

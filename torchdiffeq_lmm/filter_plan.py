@@ -1,0 +1,135 @@
+"""What the gradient filter does where: known from the grid and the method, before there are any cotangents."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal
+
+from torch import Tensor
+
+from .methods import MultistepMethod
+from .recurrence import Recurrence
+from .stability import coefficients, layer_of
+
+CellWeights = Literal["step", "trapezoid"]
+
+
+@dataclass(frozen=True)
+class FilterPlan:
+    """What the filter knows of a solve before there are any cotangents.
+
+    Attributes:
+        recurrence: the rows.
+        steps: h, of length N.
+        widths: ω by state, for the states whose slopes receive a costate.
+        raw: of the nodes, which are between equal steps far enough for μ_m / h to be p_m but for the layer.
+        layer: how many nodes before an observation its layer is over for sure.
+        near: how many of them are so near that the formula for any node is the more accurate one.
+        corrects_slope: whether the method is of second order, so that the term of first order in J is known there.
+        is_implicit: whether the method is, and the problem may be stiff.
+    """
+
+    recurrence: Recurrence
+    steps: list[float]
+    widths: dict[int, float]
+    raw: list[bool]
+    layer: int
+    near: int
+    corrects_slope: bool
+    is_implicit: bool
+
+    def equal_step(self, node: int) -> float:
+        """The length of the steps around a node between equal ones."""
+        return self.steps[max(0, node - 1)] if node < len(self.steps) else self.steps[max(0, node - 2)]
+
+    def damping(self, node: int) -> float:
+        """The step by which products with the Jacobian at a node are damped; 0 for explicit methods."""
+        return self.steps[max(0, node - 1)] / 4 if self.is_implicit else 0.0
+
+
+def plan_filter(
+    weights: CellWeights, recurrence: Recurrence, steps: Tensor, method: MultistepMethod | None
+) -> FilterPlan:
+    """Work out what the filter does where.
+
+    Args:
+        weights: ω.
+        recurrence: the rows.
+        steps: h, of shape (N,).
+        method: the method; None for one-step methods, whose evaluations between the nodes have parameters of their own.
+    """
+    lengths = steps.tolist()
+    nodes = list(accumulate(lengths, initial=0.0))
+    evaluated, at_node = recurrence.evaluated, set(recurrence.nodes)
+    states = [state for state, flag in enumerate(evaluated) if flag and (method is None or state in at_node)]
+    last = recurrence.nodes[-1]
+    if method is not None and len(lengths) > recurrence.start and evaluated[last - 1] and last - 1 not in at_node:
+        # Only a predictor evaluates f at the last node.
+        states.append(last - 1)
+    times = [_time_at(recurrence.positions[state], nodes) for state in states]
+    widths = dict(zip(states, cell_widths(times, nodes[-1], weights), strict=True))
+
+    implicit = method is not None and method.is_implicit
+    layer = None if method is None else layer_of(*coefficients(method.on_equal_steps, method.steps))
+    is_uniform = len(set(lengths[:-1])) <= 1
+    # At second order μ_m / h is no better than the formula for any node, and two formulas are worse than one.
+    if method is None or layer is None or (method.order <= 2 and not is_uniform):
+        return FilterPlan(recurrence, lengths, widths, [False] * (len(lengths) + 1), 0, 0, False, implicit)
+    # A slope takes part in k steps, and the effects of first order of a change of the step reach as far again.
+    reach = method.steps
+    raw = raw_nodes(lengths, recurrence.start, reach, max(layer.length, layer.near) + 2 * reach)
+    return FilterPlan(recurrence, lengths, widths, raw, layer.length + reach, layer.near, method.order > 1, implicit)
+
+
+def _time_at(position: float, nodes: Sequence[float]) -> float:
+    before = int(position)
+    rest = position - before
+    return nodes[before] if rest == 0 else (1 - rest) * nodes[before] + rest * nodes[before + 1]
+
+
+def cell_widths(times: Sequence[float], end: float, weights: CellWeights) -> list[float]:
+    """What each evaluation owns of the time from 0 to `end`.
+
+    Args:
+        times: of the evaluations, not decreasing. Where two are equal, the first belongs to the step before and the
+            second to the step after; they share in proportion to these.
+        end: of the solve.
+        weights: "step": up to the next time; the last one up to the end, or if it is there, as much as the one before.
+            "trapezoid": half-way to the times on either side, and all up to the ends.
+    """
+    distinct = sorted(set(times))
+    gaps = [after - before for before, after in pairwise(distinct)]
+    if weights == "step":
+        rest = end - distinct[-1]
+        widths = [*gaps, rest if rest > 0 else gaps[-1] if gaps else end]
+    else:
+        bounds = [0.0, *((before + after) / 2 for before, after in pairwise(distinct)), end]
+        widths = [after - before for before, after in pairwise(bounds)]
+    shared, repeated = [], Counter(times)
+    for i, width in enumerate(widths):
+        if repeated[distinct[i]] == 2:
+            left = gaps[i - 1] / (gaps[i - 1] + gaps[i])
+            shared += [left * width, (1 - left) * width]
+        else:
+            shared.append(width)
+    return shared
+
+
+def raw_nodes(lengths: Sequence[float], start: int, reach: int, layer: int) -> list[bool]:
+    """At which nodes μ_m / h is the costate but for the layer before an observation.
+
+    All rows that use the slope there must be of equal steps, and so must those of a layer of nodes after it; the last
+    step may be another.
+    """
+    count = len(lengths)
+    # How many steps, the last one aside, are equal from each on.
+    run = [1] * count
+    for n in range(count - 3, -1, -1):
+        run[n] = run[n + 1] + 1 if lengths[n] == lengths[n + 1] else 1
+    raw = [False] * (count + 1)
+    for m in range(start + 1, count + 1):
+        first = max(0, m - reach)
+        needed = min(m + layer, count - 1) - first
+        raw[m] = run[first] >= needed
+    return raw
