@@ -37,7 +37,7 @@ def march(
             slopes.insert(0, evaluate(number, latest))
         if previous is not None and row.implicit is None and _is_two_step(row.increments):
             # x cancels, and one addition does for three.
-            latest = linear_combination((1.0, *(b for _, b in row.slopes)), (previous, *_pick(slopes, row.slopes)))
+            latest = linear_combination((*(b for _, b in row.slopes), 1.0), (*_pick(slopes, row.slopes), previous))
             increments = []
         else:
             if previous is not None and row.increments and not increments:
