@@ -175,6 +175,21 @@ def test_far_from_observations_the_methods_own_accuracy_stays(name: str) -> None
     assert filtered[inner].max() < {1: 0.05, 2: 5e-4, 3: 2e-6}.get(ORDER[name], 2e-7)
 
 
+@pytest.mark.parametrize("name", ["ab4", "abm5", "am4", "bdf4"])
+def test_nodes_that_were_added_up_are_equally_spaced(name: str) -> None:
+    """They differ by more than rounding from a linspace, and the accuracy between observations must not suffer."""
+    steps = 160
+    nodes = torch.full((steps,), PENDULUM.horizon / steps, dtype=torch.float64).cumsum(0)
+    nodes = torch.cat([torch.zeros(1, dtype=torch.float64), nodes])
+    exact = reference(PENDULUM, (float(nodes[-1]),)).density(nodes, last=True)
+    inner = slice(10, steps // 2)
+    errors = [
+        float((PerNode(PENDULUM, nodes).gradients(name, [steps], grad_filter) - exact)[inner].abs().max())
+        for grad_filter in ("auto", None)
+    ]
+    assert errors[0] <= 1.01 * errors[1]
+
+
 @pytest.mark.parametrize("name", sorted(STRONGLY_STABLE))
 def test_where_steps_change_the_filter_is_second_order_though_auto_differentiation_is_not(name: str) -> None:
     """Where the steps change abruptly the gradient of auto-differentiation is off far from any observation too."""

@@ -249,3 +249,23 @@ def test_cotangents_that_are_not_finite_are_passed_on(scale: float, size: int) -
     y = torchdiffeq.odeint(lambda t, y: -torch.sin(y), y0, t, method="bdf2")
     (scale * y[-1].sum()).backward()
     assert not torch.isfinite(y0.grad).any()
+
+
+@pytest.mark.parametrize("grid", ["equal", "growing"])
+@pytest.mark.parametrize("rate", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("method", ["bdf1", "bdf2", "bdf3", "bdf4", "bdf5"])
+def test_the_filter_stays_bounded_where_the_costate_decays_within_a_step(method: str, rate: float, grid: str) -> None:
+    """y' = -rate (y - θ): all of ∂y(T)/∂θ = 1 is within 1 / rate before the end."""
+    steps = torch.ones(100, dtype=torch.float64)
+    if grid == "growing":
+        steps = torch.exp(0.01 * torch.arange(100, dtype=torch.float64))
+    nodes = torch.cat([torch.zeros(1, dtype=torch.float64), (steps / steps.sum()).cumsum(0)])
+    theta = torch.zeros(len(nodes), dtype=torch.float64, requires_grad=True)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return -rate * (y - theta[int((nodes - t).abs().argmin())])
+
+    y = torchdiffeq_lmm.odeint(func, torch.zeros(1, dtype=torch.float64), nodes, method=method, grad_filter="auto")
+    (gradient,) = torch.autograd.grad(y[-1].sum(), theta)
+    assert 0.5 < float(gradient.sum()) < 9
+    assert gradient[:-30].abs().max() < 1e-3

@@ -26,8 +26,8 @@ cotangents μ_m / h in response to a unit observation at node j, by the method's
 
 The sums over j are themselves adjoint recursions, without any Jacobian. They vanish as the layer ends.
 
-Both use Jᵀ as if h J were small. With an implicit method it need not be, and (1 - h Jᵀ / 4)⁻¹ Jᵀ takes its place: the
-same as h goes to 0, and bounded for stiff problems, as their costate is.
+Both are of the form V + Jᵀ S, as if h J were small. With a BDF method it need not be, and R (V + R Jᵀ (S - τ V)) takes
+its place, R = (1 - τ Jᵀ)⁻¹, τ = h / 4: the same as h goes to 0, and 0 for stiff components, as their costate is.
 
 Where E observes node m, p jumps there by g_m; the filtered costate is the mean of both limits.
 """
@@ -40,14 +40,14 @@ from torch import Tensor
 from .adjoint import AdjointState, combine, plus
 from .combination import linear_combination
 from .filter_plan import FilterPlan
-from .layer import LayerTerms, layer_terms
+from .layer import layer_terms
 
 
-class JacobianProduct(Protocol):
-    """The product of the transposed Jacobian at a state with a vector."""
+class Expansion(Protocol):
+    """What is known of a costate up to first order in the Jacobian at a state."""
 
-    def __call__(self, state: int, vector: Tensor, step: float) -> Tensor | None:
-        """Return (1 - h Jᵀ)⁻¹ Jᵀ v for a step h, or Jᵀ v where that is 0; None is 0."""
+    def __call__(self, state: int, value: Tensor | None, slope: Tensor | None, step: float) -> Tensor | None:
+        """Return V + Jᵀ S, damped by a step τ if it is not 0; None is 0."""
 
 
 def filtered_cotangents(
@@ -55,7 +55,7 @@ def filtered_cotangents(
     backwards: Iterable[AdjointState],
     seen: Sequence[Tensor | None],
     seen_by_slopes: Sequence[Tensor | None],
-    product: JacobianProduct,
+    expand: Expansion,
     zero: Tensor,
 ) -> dict[int, Tensor]:
     """The cotangents ω p̃ of the slopes, by state; 0 where a state is missing.
@@ -65,7 +65,7 @@ def filtered_cotangents(
         backwards: the states of `discrete_adjoint`, as they come.
         seen: g_0, ..., g_N, None for a node that E does not see.
         seen_by_slopes: of each node, Jᵀ times what E sees of slopes there.
-        product: the product with the transposed Jacobian at a state.
+        expand: V + Jᵀ S at a state.
         zero: a state of zeros.
     """
     positions = plan.recurrence.positions
@@ -88,7 +88,7 @@ def filtered_cotangents(
                 width = plan.widths[owner if owner in plan.widths else state]
                 terms: list[tuple[float, Tensor | None]] = [(1 / plan.equal_step(at), point.mu)]
                 if state in plan.widths and at in layer:
-                    terms += _corrections(layer[at], state, plan.damping(at), product)
+                    terms.append((1.0, expand(state, *layer[at], plan.damping(at))))
                 _add_up(filtered, state, width, terms)
             elif state in plan.widths:
                 stages.append(state)
@@ -101,13 +101,15 @@ def filtered_cotangents(
         stages, next_window = [], point.window
         if state not in plan.widths:
             continue
+        # What E sees of the node comes after half of its cell.
+        jump = None if g is None else -_right_share(plan, node) * g
         if raw[node]:
             terms = [(1 / plan.equal_step(node), point.mu)]
-            if node in layer:
-                terms += _corrections(layer[node], state, plan.damping(node), product)
+            value, slope = layer.get(node, (None, None))
         else:
-            terms = [(1.0, point.rest), (1.0, point.pulled), (1.0, _pulled_history(plan, point, product))]
-        terms.append((-_right_share(plan, node), g))
+            factor, slope = _history(plan, point)
+            terms, value = [(factor, point.pulled)], plus(point.rest, point.pulled)
+        terms.append((1.0, expand(state, plus(value, jump), slope, plan.damping(node))))
         _add_up(filtered, state, plan.widths[state], terms)
     return filtered
 
@@ -130,8 +132,11 @@ def _right_share(plan: FilterPlan, node: int) -> float:
     return after / (before + after)
 
 
-def _pulled_history(plan: FilterPlan, point: AdjointState, product: JacobianProduct) -> Tensor | None:
-    """Jᵀ H: what a shift of the slopes and increments before a node along the flow would do."""
+def _history(plan: FilterPlan, point: AdjointState) -> tuple[float, Tensor | None]:
+    """H: what a shift of the slopes and increments before a node along the flow would do.
+
+    As a multiple of μ, whose product with Jᵀ is known, and the rest.
+    """
     weights: dict[int, float] = {}
     cotangents: dict[int, Tensor] = {}
     shares = [(1.0, contributions) for contributions in point.slopes_before.values()]
@@ -143,17 +148,9 @@ def _pulled_history(plan: FilterPlan, point: AdjointState, product: JacobianProd
     if len(weights) == len(point.later) == 1 and point.pulled is not None:
         ((own, cotangent),) = point.later
         if id(cotangent) in weights:
-            # H is a multiple of what has been pulled back already, as leapfrog's always is.
-            return point.pulled * (weights[id(cotangent)] / own)
-    history = combine([(weights[key], cotangent) for key, cotangent in cotangents.items()])
-    assert point.node is not None
-    return None if history is None else product(point.state, history, plan.damping(point.node))
-
-
-def _corrections(
-    terms: LayerTerms, state: int, step: float, product: JacobianProduct
-) -> list[tuple[float, Tensor | None]]:
-    return [(1.0, terms.value), (1.0, None if terms.slope is None else product(state, terms.slope, step))]
+            # As leapfrog's always is.
+            return weights[id(cotangent)] / own, None
+    return 0.0, combine([(weights[key], cotangent) for key, cotangent in cotangents.items()])
 
 
 def _distances(cotangents: Sequence[Tensor | None]) -> list[int | None]:

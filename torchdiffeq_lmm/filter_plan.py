@@ -1,5 +1,6 @@
 """What the gradient filter does where: known from the grid and the method, before there are any cotangents."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class FilterPlan:
         layer: how many nodes before an observation its layer is over for sure.
         near: how many of them are so near that the formula for any node is the more accurate one.
         corrects_slope: whether the method is of second order, so that the term of first order in J is known there.
-        is_implicit: whether the method is, and the problem may be stiff.
+        is_damped: whether products with Jacobians are damped, for the method is one for stiff problems.
     """
 
     recurrence: Recurrence
@@ -37,15 +38,15 @@ class FilterPlan:
     layer: int
     near: int
     corrects_slope: bool
-    is_implicit: bool
+    is_damped: bool
 
     def equal_step(self, node: int) -> float:
         """The length of the steps around a node between equal ones."""
         return self.steps[max(0, node - 1)] if node < len(self.steps) else self.steps[max(0, node - 2)]
 
     def damping(self, node: int) -> float:
-        """The step by which products with the Jacobian at a node are damped; 0 for explicit methods."""
-        return self.steps[max(0, node - 1)] / 4 if self.is_implicit else 0.0
+        """τ at a node: the step by which the formulas are damped; 0 where they are not."""
+        return self.steps[max(0, node - 1)] / 4 if self.is_damped else 0.0
 
 
 def plan_filter(
@@ -70,16 +71,17 @@ def plan_filter(
     times = [_time_at(recurrence.positions[state], nodes) for state in states]
     widths = dict(zip(states, cell_widths(times, nodes[-1], weights), strict=True))
 
-    implicit = method is not None and method.is_implicit
+    # A formula with no slope but the new one is a BDF, or its like.
+    is_damped = method is not None and not method.uses_first_slope
     layer = None if method is None else layer_of(*coefficients(method.on_equal_steps, method.steps))
-    is_uniform = len(set(lengths[:-1])) <= 1
+    is_uniform = all(_are_equal(length, lengths[0]) for length in lengths[:-1])
     # At second order μ_m / h is no better than the formula for any node, and two formulas are worse than one.
     if method is None or layer is None or (method.order <= 2 and not is_uniform):
-        return FilterPlan(recurrence, lengths, widths, [False] * (len(lengths) + 1), 0, 0, False, implicit)
+        return FilterPlan(recurrence, lengths, widths, [False] * (len(lengths) + 1), 0, 0, False, is_damped)
     # A slope takes part in k steps, and the effects of first order of a change of the step reach as far again.
     reach = method.steps
     raw = raw_nodes(lengths, recurrence.start, reach, max(layer.length, layer.near) + 2 * reach)
-    return FilterPlan(recurrence, lengths, widths, raw, layer.length + reach, layer.near, method.order > 1, implicit)
+    return FilterPlan(recurrence, lengths, widths, raw, layer.length + reach, layer.near, method.order > 1, is_damped)
 
 
 def _time_at(position: float, nodes: Sequence[float]) -> float:
@@ -116,6 +118,11 @@ def cell_widths(times: Sequence[float], end: float, weights: CellWeights) -> lis
     return shared
 
 
+def _are_equal(length: float, other: float) -> bool:
+    # Nodes that were added up have been rounded.
+    return math.isclose(length, other, rel_tol=1e-9)
+
+
 def raw_nodes(lengths: Sequence[float], start: int, reach: int, layer: int) -> list[bool]:
     """At which nodes μ_m / h is the costate but for the layer before an observation.
 
@@ -126,7 +133,7 @@ def raw_nodes(lengths: Sequence[float], start: int, reach: int, layer: int) -> l
     # How many steps, the last one aside, are equal from each on.
     run = [1] * count
     for n in range(count - 3, -1, -1):
-        run[n] = run[n + 1] + 1 if lengths[n] == lengths[n + 1] else 1
+        run[n] = run[n + 1] + 1 if _are_equal(lengths[n], lengths[n + 1]) else 1
     raw = [False] * (count + 1)
     for m in range(start + 1, count + 1):
         first = max(0, m - reach)

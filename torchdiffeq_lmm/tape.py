@@ -283,10 +283,15 @@ class _Linearisation:
         """The product of the transposed Jacobian with a vector."""
         return _vector_jacobian(self._graphs.get(state), vector, None, state)
 
-    def damped_product(self, state: int, vector: Tensor, step: float) -> Tensor | None:
-        """(1 - h Jᵀ)⁻¹ Jᵀ v."""
-        pulled = self.product(state, vector)
-        return pulled if pulled is None or step == 0.0 else self._solve(state, step, pulled)
+    def expand(self, state: int, value: Tensor | None, slope: Tensor | None, step: float) -> Tensor | None:
+        """V + Jᵀ S; with a step τ > 0, R (V + R Jᵀ (S - τ V)), R = (1 - τ Jᵀ)⁻¹."""
+        if step > 0.0 and value is not None and self._graphs.get(state) is not None:
+            slope = plus(slope, -step * value)
+        pulled = None if slope is None else self.product(state, slope)
+        if step == 0.0 or pulled is None:
+            return plus(value, pulled)
+        pulled = self._solve(state, step, pulled)
+        return self._solve(state, step, pulled if value is None else value + pulled)
 
     def pull_back(self, state: int, cotangent: Tensor | None) -> Tensor | None:
         """The same for a cotangent, which has a gradient with respect to the time too."""
@@ -394,9 +399,7 @@ class _AttachedSolve(torch.autograd.Function):
         if solve.plan is None:
             deque(noted(), maxlen=0)
         else:
-            cotangents_of = filtered_cotangents(
-                solve.plan, noted(), by_node, by_slopes, linearisation.damped_product, zero
-            )
+            cotangents_of = filtered_cotangents(solve.plan, noted(), by_node, by_slopes, linearisation.expand, zero)
         weight_grads = None
         if saved:
             y0, *values = saved
