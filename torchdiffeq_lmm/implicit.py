@@ -87,12 +87,12 @@ class ImplicitSolver:
             equation = _Equation(x, torch.zeros_like(x) if known is None else known, weight, slope, iterate, self._size)
             start = equation.c if guess is None else equation.c + weight * guess
             found = None if self._uses_newton else _substitute(equation, start)
-            size = 0.0
+            size = residual = 0.0
             # A guess from a past of much smaller steps may be far off; then better none.
             for beginning in (start,) if guess is None else (start, equation.c):
                 if found is None:
                     self._uses_newton = True
-                    found, size = self._newton(equation, beginning)
+                    found, size, residual = self._newton(equation, beginning)
         if found is None and size == torch.inf:
             raise RuntimeError(
                 f"the implicit equation {where()} was not solved, because func returned NaN or infinity there, or the "
@@ -100,10 +100,10 @@ class ImplicitSolver:
             )
         if found is None:
             raise RuntimeError(
-                f"the implicit equation {where()} was not solved: the last Newton correction is {size:.3g} times the "
-                f"tolerance, {SAFETY:g} (atol + rtol |y|). Use smaller steps there, by step_size or grid_constructor; "
-                f"a BDF method of lower order, if the problem is stiff or the steps grow fast; or larger rtol and "
-                f"atol, if func is exact to no more digits"
+                f"the implicit equation {where()} was not solved: its residual is {residual:.3g}, and the last Newton "
+                f"correction {size:.3g} times the tolerance, {SAFETY:g} (atol + rtol |y|). Use smaller steps there, by "
+                f"step_size or grid_constructor; a BDF method of lower order, if the problem is stiff or the steps "
+                f"grow fast; or larger rtol and atol, if func is exact to no more digits"
             )
         return found
 
@@ -126,8 +126,8 @@ class ImplicitSolver:
         # Nothing to correct is no excess, even over a tolerance of 0.
         return float(excess.where(correction != 0, 0).max())
 
-    def _newton(self, equation: "_Equation", d: Tensor) -> tuple[tuple[Tensor, Tensor] | None, float]:
-        """The solution, or None, and the size of the last correction."""
+    def _newton(self, equation: "_Equation", d: Tensor) -> tuple[tuple[Tensor, Tensor] | None, float, float]:
+        """The solution, or None; the size of the last correction, and the residual that it is for."""
         x, c, weight = equation.x, equation.c, equation.weight
         is_dense = to_real(x).numel() <= JACOBIAN_LIMIT
 
@@ -160,15 +160,15 @@ class ImplicitSolver:
             if size <= 1:
                 # The slope by the equation: f itself would amplify what is left of the error by the Jacobian.
                 d = d + correction
-                return (d, (d - c) / weight), size
+                return (d, (d - c) / weight), size, 0.0
             if size == torch.inf or damping < _SHORTEST or iteration == MAX_ITERATIONS:
                 break
             trial = d + damping * correction
-            f = equation.iterate(x + trial)
-            next_correction, next_size, next_level = correct(trial, f)
+            trial_f = equation.iterate(x + trial)
+            next_correction, next_size, next_level = correct(trial, trial_f)
             if next_level < level:
                 is_slow = next_level > _SLOW * level
-                d, correction, size, level = trial, next_correction, next_size, next_level
+                d, f, correction, size, level = trial, trial_f, next_correction, next_size, next_level
                 damping = min(1.0, 2 * damping)
                 is_fresh = not is_dense
             elif is_fresh:
@@ -181,7 +181,7 @@ class ImplicitSolver:
                 self._jacobian, is_fresh = None, True
                 correction, size, level = correct(d, f)
         self._jacobian = None
-        return None, size
+        return None, size, float((c + weight * f - d).abs().max())
 
 
 @dataclass(frozen=True)
