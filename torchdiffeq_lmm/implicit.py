@@ -32,6 +32,9 @@ _SLOW = 0.3
 _SHORTEST = 1e-4
 """A Newton correction that has to be damped by more leads nowhere."""
 
+_STAGNANT = 1e-2 / SAFETY
+"""Corrections of up to so many tolerances are accepted where none makes the next one smaller."""
+
 _ROUNDING = 8
 """Corrections of so many units in the last place of the state are rounding."""
 
@@ -130,6 +133,9 @@ class ImplicitSolver:
         """The solution, or None; the size of the last correction, and the residual that it is for."""
         x, c, weight = equation.x, equation.c, equation.weight
         is_dense = to_real(x).numel() <= JACOBIAN_LIMIT
+        # The same for all iterates, unlike the tolerance.
+        sizes = x.abs().to(torch.promote_types(x.dtype.to_real(), torch.float32))
+        scale = torch.clamp(self._atol + self._rtol * sizes, min=torch.finfo(x.dtype).eps * (1 + sizes.max()))
 
         def correct(d: Tensor, f: Tensor) -> tuple[Tensor, float, float]:
             """The correction, its size, and the level that it has to lower."""
@@ -150,7 +156,8 @@ class ImplicitSolver:
             size = equation.size(correction, x, d, d - c)
             size = size if size == size else torch.inf
             # By one matrix for all, corrections can be compared; by Jacobians of their own they cannot.
-            return correction, size, size if is_dense else float(residual.abs().max())
+            level = float(((correction if is_dense else residual).abs() / scale).max())
+            return correction, size, level if level == level else torch.inf
 
         is_fresh = not is_dense or self._jacobian is None
         f = equation.iterate(x + d)
@@ -172,6 +179,8 @@ class ImplicitSolver:
                 damping = min(1.0, 2 * damping)
                 is_fresh = not is_dense
             elif is_fresh:
+                if size <= _STAGNANT:
+                    break
                 damping /= 2
                 continue
             else:
@@ -180,6 +189,10 @@ class ImplicitSolver:
             if is_slow and not is_fresh:
                 self._jacobian, is_fresh = None, True
                 correction, size, level = correct(d, f)
+        if size <= _STAGNANT:
+            # Rounding forbids more, as where stiff terms cancel in single precision.
+            equation.iterate(x + d)
+            return (d, (d - c) / weight), size, 0.0
         self._jacobian = None
         return None, size, float((c + weight * f - d).abs().max())
 

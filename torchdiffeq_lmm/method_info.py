@@ -29,7 +29,8 @@ class MethodInfo:
         weights: w_0, w_1, ..., by which f counts i nodes before an observation, in steps: the series of σ/ρ. They are
             also, for constant f, what auto-differentiation hands to the parameters there.
         oscillation: where the gradient of auto-differentiation oscillates around the functional gradient: everywhere,
-            if ρ has another root on the unit circle; in a layer before every observation and nowhere else; nowhere.
+            if ρ has another root on the unit circle; in a layer before every observation, and where the method starts;
+            nowhere.
         any_grid: whether it keeps its order when the steps differ; else only the last step may.
     """
 
