@@ -86,7 +86,9 @@ def nodes_of(steps: Tensor) -> np.ndarray:
 
 def interpolants(t: Sequence[float], values: Sequence[np.ndarray]) -> list[Polynomial]:
     """The polynomials through the values, one for each component."""
-    return [Polynomial.fit(t, column, len(t) - 1) for column in np.transpose(values)]
+    # A single node spans no domain.
+    domain = None if len(t) > 1 else [t[0] - 1, t[0] + 1]
+    return [Polynomial.fit(t, column, len(t) - 1, domain=domain) for column in np.transpose(values)]
 
 
 def integral(t: Sequence[float], values: Sequence[np.ndarray], start: float, end: float) -> np.ndarray:
