@@ -390,7 +390,9 @@ class _AttachedSolve(torch.autograd.Function):
         def noted() -> Iterator[AdjointState]:
             nonlocal window
             for point in backwards:
-                raw[point.state], window = point.mu, point.window
+                window = point.window
+                if solve.plan is None:
+                    raw[point.state] = point.mu
                 if saved:
                     increments[point.state] = point.increment
                 yield point
