@@ -176,7 +176,7 @@ def unroll(method: MultistepMethod, steps: Tensor) -> Recurrence:
             end = next((m for m in range(n, len(lengths)) if lengths[m] != lengths[n - 1]), len(lengths))
             writer.repeat(n, end - n)
             n = end
-    weights = _differentiable_weights(method, steps, start) if steps.requires_grad else None
+    weights = _differentiable_weights(method, steps, lengths, start) if steps.requires_grad else None
     return Recurrence(writer.rows, writer.positions, start, weights)
 
 
@@ -411,13 +411,12 @@ class _Writer:
         )
 
 
-def _differentiable_weights(method: MultistepMethod, steps: Tensor, start: int) -> Tensor:
+def _differentiable_weights(method: MultistepMethod, steps: Tensor, lengths: Sequence[float], start: int) -> Tensor:
     """The weights of all rows as one tensor with the graph of `steps`."""
     parts = []
     for swept in _swept_states(method, steps.unbind()):
         own = [swept.implicit] if method.is_implicit else []
         parts.append(torch.stack([*swept.slopes.values(), *own]))
-    lengths = _lengths(method, steps)
     last = len(steps) - 1
     stop = last if start <= last and _formula_of_step(method, lengths, last)[0] is not method.formula else last + 1
     for begin, end in ((start, stop), (stop, last + 1)):

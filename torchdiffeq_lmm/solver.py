@@ -192,7 +192,9 @@ class MultistepSolver:
             side = self._side(beginning, endless.counterpart(state))
             return self._vector_field.user_times(time(endless.position(state)), side)
 
-        evaluate = self._evaluator(tape, lambda state: time(endless.position(state)), user_time, None)
+        # Straight lines need no slopes.
+        wanted: dict[int, int] | None = None if self.interp == "cubic" else {}
+        evaluate = self._evaluator(tape, lambda state: time(endless.position(state)), user_time, wanted)
         x = x_before = self._start(tape)
         sign = event_sign(0, x)
         before, n = 0, 0

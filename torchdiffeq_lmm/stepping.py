@@ -44,11 +44,12 @@ def march(
                 increments = [x - previous]
             terms = (*row.increments, *row.slopes)
             known = None
-            if any(_counts(weight) for _, weight in terms):
+            # The weights of an implicit row may cancel to 0; an explicit one needs a slope.
+            if row.implicit is None or any(_counts(weight) for _, weight in terms):
                 tensors = (*_pick(increments, row.increments), *_pick(slopes, row.slopes))
                 known = linear_combination((weight for _, weight in terms), tensors)
             if row.implicit is None:
-                assert known is not None, "an explicit row needs a slope"
+                assert known is not None
                 increment = known
             else:
                 guess = None

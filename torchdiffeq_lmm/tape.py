@@ -21,7 +21,7 @@ from .adjoint import AdjointState, discrete_adjoint, plus, weight_gradients
 from .costate import filtered_cotangents
 from .filter_plan import FilterPlan
 from .implicit import solve_adjoint
-from .recurrence import Recurrence, Row
+from .recurrence import Recurrence
 from .vector_field import VectorField
 
 
@@ -131,8 +131,7 @@ class Tape:
         if recurrence.weights is not None:
             history = {state: self._evaluations[state].values for state in states}
         solve = _Solve(
-            rows=recurrence.rows,
-            at_node=at_node,
+            recurrence=recurrence,
             plan=plan,
             states=states,
             ends=list(self._end_evaluations),
@@ -247,8 +246,7 @@ class _Solve:
     Evaluations are counted from 0: those of the recurrence, in the order of the states, then those of ends.
 
     Attributes:
-        rows: those of the recurrence.
-        at_node: the state at each node.
+        recurrence: its rows.
         plan: the filter, if any.
         states: those at which the recurrence evaluates f.
         ends: the nodes at which f is evaluated besides.
@@ -257,8 +255,7 @@ class _Solve:
         slope_outputs: the evaluations whose values it returns after them.
     """
 
-    rows: list[Row]
-    at_node: list[int]
+    recurrence: Recurrence
     plan: FilterPlan | None
     states: list[int]
     ends: list[int]
@@ -363,28 +360,29 @@ class _AttachedSolve(torch.autograd.Function):
         if seen is None:
             return (None,) * len(ctx.needs_input_grad)
         zero = torch.zeros_like(seen)
-        by_node: list[Tensor | None] = [None] * len(solve.at_node)
+        rows, at_node = solve.recurrence.rows, solve.recurrence.nodes
+        by_node: list[Tensor | None] = [None] * len(at_node)
         direct: list[Tensor | None] = [None] * len(solve.graphs)
         for node, cotangent in zip(solve.state_outputs, cotangents, strict=False):
             by_node[node] = cotangent
         for evaluation, cotangent in zip(solve.slope_outputs, cotangents[len(solve.state_outputs) :], strict=True):
             direct[evaluation] = plus(direct[evaluation], cotangent)
 
-        time_grads = zero.new_zeros(len(solve.rows) + 1, dtype=zero.dtype.to_real()) if ctx.times_need_grad else None
-        node_of = {state: node for node, state in enumerate(solve.at_node)}
-        by_slopes: list[Tensor | None] = [None] * len(solve.at_node)
+        time_grads = zero.new_zeros(len(rows) + 1, dtype=zero.dtype.to_real()) if ctx.times_need_grad else None
+        node_of = {state: node for node, state in enumerate(at_node)}
+        by_slopes: list[Tensor | None] = [None] * len(at_node)
         of_evaluations = [*(node_of.get(state, -1) for state in solve.states), *solve.ends]
         for node, graph, cotangent in zip(of_evaluations, solve.graphs, direct, strict=True):
             if cotangent is not None:
-                pulled = _vector_jacobian(graph, cotangent, time_grads, solve.at_node[node])
+                pulled = _vector_jacobian(graph, cotangent, time_grads, at_node[node])
                 by_slopes[node] = plus(by_slopes[node], pulled)
         linearisation = _Linearisation(solve, time_grads)
         total = [plus(node, slope) for node, slope in zip(by_node, by_slopes, strict=True)]
-        backwards = discrete_adjoint(solve.rows, total, linearisation, zero)
+        backwards = discrete_adjoint(rows, total, linearisation, zero)
 
         saved = ctx.saved_tensors
         raw: dict[int, Tensor | None] = {}
-        increments: list[Tensor | None] = [None] * (len(solve.rows) + 1)
+        increments: list[Tensor | None] = [None] * (len(rows) + 1)
         window = zero
 
         def noted() -> Iterator[AdjointState]:
@@ -407,7 +405,7 @@ class _AttachedSolve(torch.autograd.Function):
             y0, *values = saved
             states = dict(zip(solve.states, values[: len(solve.states)], strict=True))
             slopes = dict(zip(solve.states, values[len(solve.states) :], strict=True))
-            weight_grads = weight_gradients(solve.rows, increments, {0: y0, **states}, slopes)
+            weight_grads = weight_gradients(rows, increments, {0: y0, **states}, slopes)
         of_handles = [*(cotangents_of.get(state) for state in solve.states), *(None for _ in solve.ends)]
         return (
             None,
