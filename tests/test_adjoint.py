@@ -12,7 +12,7 @@ from torchdiffeq_lmm.adjoint import Layout, combine, discrete_adjoint, plus, wei
 from torchdiffeq_lmm.combination import Weight
 from torchdiffeq_lmm.methods import METHODS, MultistepMethod
 from torchdiffeq_lmm.recurrence import Row, unroll
-from torchdiffeq_lmm.stepping import march
+from torchdiffeq_lmm.stepping import History, march
 
 
 class Random:
@@ -97,7 +97,7 @@ class Linear:
         return made - x, self.slope(state, made)
 
     def states(self, rows: list[Row]) -> dict[int, Tensor]:
-        return {0: self.x0, **dict(march(self.x0, rows, self.slope, self.solve_step))}
+        return {0: self.x0, **dict(march(History(self.x0), rows, self.slope, self.solve_step))}
 
     def error(self, states: dict[int, Tensor]) -> Tensor:
         at = [0, *(i + 1 for i, row in enumerate(self.rows) if row.is_node)]

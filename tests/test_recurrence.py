@@ -24,7 +24,7 @@ from torchdiffeq_lmm.methods import (
     constant_formula,
 )
 from torchdiffeq_lmm.recurrence import Keeps, Recurrence, Row, start_length, unroll
-from torchdiffeq_lmm.stepping import march
+from torchdiffeq_lmm.stepping import History, march
 
 # The steps that the start makes: enough for the formula's memory and for polynomials of the method's order.
 START_LENGTHS = {
@@ -80,7 +80,7 @@ def states_of(recurrence: Recurrence, steps: Tensor) -> np.ndarray:
         return torch.tensor(pendulum(times[state], x.numpy()))
 
     x0 = torch.tensor([1.0, 0.5], dtype=torch.float64)
-    states = dict(march(x0, recurrence.rows, slope, solve_by_substitution(slope)))
+    states = dict(march(History(x0), recurrence.rows, slope, solve_by_substitution(slope)))
     return torch.stack([x0, *(states[state] for state in recurrence.nodes[1:])]).numpy()
 
 
@@ -167,7 +167,7 @@ def test_the_guess_extrapolates_the_slopes(name: str) -> None:
         return slope, slope
 
     x0 = torch.zeros((), dtype=torch.float64)
-    assert len(list(march(x0, recurrence.rows, lambda state, _: torch.tensor(slopes(times[state])), solve))) >= 12
+    assert len(list(march(History(x0), recurrence.rows, lambda state, _: torch.tensor(slopes(times[state])), solve))) >= 12
     for guess, slope in guesses[-6:]:
         assert guess == pytest.approx(slope, rel=1e-9)
 
@@ -242,7 +242,7 @@ def test_memory_does_not_grow_with_the_steps(method: MultistepMethod) -> None:
 
     x0 = torch.ones((), dtype=torch.float64)
     counts = []
-    for _, state in march(x0, recurrence.rows, slope, solve):
+    for _, state in march(History(x0), recurrence.rows, slope, solve):
         assert torch.isfinite(state)
         counts.append(sum(made() is not None for made in alive))
     # Those of a predictor come between those of the nodes.

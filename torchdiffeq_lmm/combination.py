@@ -19,12 +19,20 @@ def linear_combination(weights: Iterable[Weight], tensors: Iterable[Tensor]) -> 
         A new tensor of that shape, dtype and device.
     """
     total: Tensor | None = None
+    is_new = False
     for weight, tensor in zip(weights, tensors, strict=True):
         if isinstance(weight, Tensor):
             # A 0-d state would otherwise be promoted to the dtype of the weight.
             term = (weight * tensor).to(tensor.dtype)
             total = term if total is None else total + term
-        elif weight != 0.0:
-            total = tensor * weight if total is None else add(total, tensor, alpha=weight)
+        elif weight == 0.0:
+            continue
+        elif total is None:
+            # A first term of weight 1 costs no operation of its own.
+            total, is_new = (tensor, False) if weight == 1.0 else (tensor * weight, True)
+            continue
+        else:
+            total = add(total, tensor, alpha=weight)
+        is_new = True
     assert total is not None, "linear_combination needs a weight that is not the number 0"
-    return total
+    return total if is_new else total.clone()

@@ -28,7 +28,7 @@ from .interpolation import Interpolation, check_interpolation, cubic_hermite, li
 from .methods import LEAPFROG, MultistepMethod
 from .recurrence import Recurrence, unroll
 from .runge_kutta import TwoStageMethod
-from .stepping import march
+from .stepping import History, march
 from .tape import Tape, Trajectory
 from .vector_field import Side, VectorField
 
@@ -138,7 +138,7 @@ class MultistepSolver:
         rows = recurrence.rows if tape is not None else recurrence.differentiable_rows()
         node, x = 0, self._start(tape)
         node_times = _entries(times[at_node])
-        for state, made in chain([(0, x)], march(x, rows, evaluate, evaluate.solve_implicit)):
+        for state, made in chain([(0, x)], march(History(x), rows, evaluate, evaluate.solve_implicit)):
             if state != at_node[node]:
                 continue
             if node in wanted.states and node > 0:
@@ -200,7 +200,7 @@ class MultistepSolver:
         before, n = 0, 0
         if self._callback_step is not None:
             self._callback_step(time(0), x, time(1) - time(0))
-        for state, made in march(x, endless.rows(), evaluate, evaluate.solve_implicit):
+        for state, made in march(History(x), endless.rows(), evaluate, evaluate.solve_implicit):
             if not endless.is_node(state):
                 continue
             if event_sign(n + 1, made) != sign:

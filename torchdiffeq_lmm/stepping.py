@@ -1,8 +1,10 @@
 """The stepping loop: runs the rows of a recurrence."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, add
 
 from .combination import Weight, linear_combination
 from .recurrence import Row, Terms
@@ -13,35 +15,71 @@ Evaluate = Callable[[int, Tensor], Tensor]
 SolveImplicit = Callable[[int, Tensor, Tensor | None, Weight, Tensor | None], tuple[Tensor, Tensor]]
 """From the number of a state, x, Σ e d + Σ b f (None for 0), b* and a guess for the slope to increment and slope."""
 
+_MAX_RATIO = 16.0
+
+_FORMS = 8
+"""How many different rows of late are remembered; on most grids there are no more."""
+
+
+@dataclass
+class History:
+    """What the rows to come know of the past, at a node.
+
+    Attributes:
+        x: its state.
+        previous: the state of the node before it, None at the first one.
+        increments: d, the latest one first, as far as they are kept.
+        slopes: f, likewise.
+    """
+
+    x: Tensor
+    previous: Tensor | None = None
+    increments: list[Tensor] = field(default_factory=list)
+    slopes: list[Tensor] = field(default_factory=list)
+
+    def copy(self) -> "History":
+        """The same past, to go on from another time."""
+        return History(self.x, self.previous, self.increments[:], self.slopes[:])
+
 
 def march(
-    y0: Tensor, rows: Iterable[Row], evaluate: Evaluate, solve_implicit: SolveImplicit
+    history: History, rows: Iterable[Row], evaluate: Evaluate, solve_implicit: SolveImplicit, first: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
     """Make one state after the other: X = x + Σ e d + Σ b f + b* f(X), with x the state of the last node.
 
     Args:
-        y0: x_0, state 0.
+        history: what the rows begin with, x_0 alone where they are all rows. It is kept up to date.
         rows: how each state is made.
         evaluate: f at a state.
         solve_implicit: the solution of an implicit row.
+        first: the number of the state of `history`.
 
     Yields:
-        The number of each state from 1 on, and the state.
+        The number of each state made, and the state.
     """
-    previous: Tensor | None = None
-    latest = x = y0
-    increments: list[Tensor] = []
-    slopes: list[Tensor] = []
-    for number, row in enumerate(rows):
+    latest = history.x
+    increments, slopes = history.increments, history.slopes
+    forms: dict[int, tuple[Row, _Form]] = {}
+    for number, row in enumerate(rows, first):
+        if id(row) not in forms:
+            if len(forms) == _FORMS:
+                forms.clear()
+            # With the row, for its number is another's once it is gone.
+            forms[id(row)] = row, _form_of(row)
+        form = forms[id(row)][1]
+        x, previous = history.x, history.previous
         if row.evaluates:
             slopes.insert(0, evaluate(number, latest))
-        if previous is not None and row.implicit is None and _is_two_step(row.increments):
+        if form.is_two_step and previous is not None:
             # x cancels, and one addition does for three.
-            latest = linear_combination((*(b for _, b in row.slopes), 1.0), (*_pick(slopes, row.slopes), previous))
-            increments = []
+            weights = (1.0, *(weight for _, weight in row.slopes))
+            latest = linear_combination(weights, (previous, *_pick(slopes, row.slopes)))
+            increments.clear()
+        elif form.ratios:
+            latest = add(x, _mean(form.ratios, _pick(slopes, row.slopes)), alpha=form.scale)
         else:
             if previous is not None and row.increments and not increments:
-                increments = [x - previous]
+                increments.append(x - previous)
             terms = (*row.increments, *row.slopes)
             known = None
             # The weights of an implicit row may cancel to 0; an explicit one needs a slope.
@@ -61,10 +99,44 @@ def march(
             if row.is_node:
                 increments.insert(0, increment)
         if row.is_node:
-            previous, x = x, latest
+            history.previous, history.x = x, latest
         if row.keeps is not None:
             del slopes[row.keeps.slopes :], increments[row.keeps.increments :]
         yield number + 1, latest
+
+
+class _Form(NamedTuple):
+    """How a row is carried out with the fewest operations.
+
+    Attributes:
+        is_two_step: whether it is X = x_{n-1} + Σ b f.
+        scale, ratios: where the row has slopes alone and nobody needs its increment, X = x + scale Σ ratio f, with 1
+            for the first ratio; else no ratios.
+    """
+
+    is_two_step: bool
+    scale: float = 1.0
+    ratios: tuple[float, ...] = ()
+
+
+def _form_of(row: Row) -> _Form:
+    if row.implicit is not None:
+        return _Form(False)
+    if len(row.increments) == 1:
+        e = row.increments[0][1]
+        # A tensor carries a gradient even where its value is -1.
+        return _Form(isinstance(e, float) and e == -1.0)
+    weights = [weight for _, weight in row.slopes if isinstance(weight, float)]
+    if row.increments or row.keeps is None or row.keeps.increments or not weights or len(weights) < len(row.slopes):
+        return _Form(False)
+    # Where the first weight is small, others would overflow in half precision.
+    if max(map(abs, weights)) > _MAX_RATIO * abs(weights[0]):
+        return _Form(False)
+    return _Form(False, weights[0], tuple(weight / weights[0] for weight in weights))
+
+
+def _mean(ratios: tuple[float, ...], tensors: list[Tensor]) -> Tensor:
+    return linear_combination(ratios, tensors) if len(tensors) > 1 else tensors[0]
 
 
 def _pick(tensors: list[Tensor], terms: Terms) -> list[Tensor]:
@@ -73,8 +145,3 @@ def _pick(tensors: list[Tensor], terms: Terms) -> list[Tensor]:
 
 def _counts(weight: Weight) -> bool:
     return isinstance(weight, Tensor) or weight != 0.0
-
-
-def _is_two_step(increments: Terms) -> bool:
-    # A tensor carries a gradient even where its value is -1.
-    return len(increments) == 1 and isinstance(increments[0][1], float) and increments[0][1] == -1.0
