@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.adjoint import Layout, combine, discrete_adjoint, plus, weight_gradients
+from torchdiffeq_lmm.adjoint import Contributions, Layout, combine, discrete_adjoint, plus, weight_gradients
 from torchdiffeq_lmm.combination import Weight
 from torchdiffeq_lmm.methods import METHODS, MultistepMethod
 from torchdiffeq_lmm.recurrence import Row, unroll
@@ -106,14 +106,14 @@ class Linear:
 
     # The protocol of `discrete_adjoint`.
 
-    def pull_back(self, state: int, cotangent: Tensor | None) -> Tensor | None:
-        return None if cotangent is None else self.matrices[state].mH @ cotangent
+    def pull_back(self, state: int, cotangent: Contributions) -> Contributions:
+        return [(weight, self.matrices[state].mH @ tensor) for weight, tensor in cotangent]
 
     def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
         return torch.linalg.solve(torch.eye(self.size, dtype=rhs.dtype) - weight * self.matrices[state].mH, rhs)
 
 
-def total(contributions: list[tuple[float, Tensor]] | None, like: Tensor) -> Tensor:
+def total(contributions: Contributions | None, like: Tensor) -> Tensor:
     return sum((weight * tensor for weight, tensor in contributions or []), torch.zeros_like(like))
 
 
@@ -140,7 +140,7 @@ def test_gradients_are_those_of_autograd(seed: int, count: int, implicit: bool, 
     assert backwards[-1].node == 0
     for step in backwards:
         expected = problem.forcing[step.state].grad
-        found = torch.zeros(2, dtype=torch.float64) if step.mu is None else step.mu
+        found = total(step.mu, problem.x0.detach())
         torch.testing.assert_close(found, torch.zeros_like(found) if expected is None else expected)
 
 
@@ -161,9 +161,21 @@ def test_weight_gradients_are_those_of_autograd(seed: int, implicit: bool, stage
         increments: list[Tensor | None] = [None] * len(states)
         for step in discrete_adjoint(problem.rows, problem.cotangents, problem, torch.zeros(2, dtype=dtype)):
             increments[step.state] = step.increment
-    found = weight_gradients(problem.rows, increments, states, slopes)
-    assert found.dtype is torch.float64
-    torch.testing.assert_close(found, weights.grad)
+    layout = Layout(problem.rows)
+    at_node = [0, *(i + 1 for i, row in enumerate(problem.rows) if row.is_node)]
+    found = []
+    for i, row in enumerate(problem.rows):
+
+        def difference(lag: int) -> Tensor:
+            node = layout.node_before[i] - lag
+            return states[at_node[node]] - states[at_node[node - 1]]
+
+        def slope(lag: int) -> Tensor:
+            return slopes[i + 1 if lag < 0 else layout.slope(i, lag)]
+
+        found += weight_gradients(row, increments[i + 1], difference, slope)
+    assert all(gradient.dtype is torch.float64 for gradient in found)
+    torch.testing.assert_close(torch.stack(found), weights.grad)
 
 
 @by_kind
@@ -212,7 +224,7 @@ def test_cotangents_of_the_history_are_those_of_a_restart(seed: int, implicit: b
         leaves = [leaf, *slopes.values(), *increments.values()]
         grads = torch.autograd.grad(error, leaves, allow_unused=True)
         found = [
-            step.rest if own else step.window,
+            step.shift - total(step.pulled, leaf) if own else step.window,
             *(total(step.slopes_before.get(s), leaf) for s in slopes if s < step.state),
             total(step.later if own else None, leaf),
             *(total(step.increments_before.get(n), leaf) for n in increments),
@@ -238,10 +250,10 @@ def test_windows_are_the_running_sum() -> None:
         Row(True, ((0, -4.0),), ((0, 0.6),), None, (), True, None),
     ]
     ones = torch.ones(1, dtype=torch.float64)
-    pulled = {0: 0.5 * ones, 1: None, 2: 0.25 * ones, 3: None}
+    pulled = {0: [(0.5, ones)], 1: [], 2: [(1.0, 0.25 * ones)], 3: []}
 
     class Given:
-        def pull_back(self, state: int, cotangent: Tensor | None) -> Tensor | None:
+        def pull_back(self, state: int, cotangent: Contributions) -> Contributions:
             return pulled[state]
 
         def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
@@ -249,7 +261,7 @@ def test_windows_are_the_running_sum() -> None:
 
     steps = list(discrete_adjoint(rows, [None, ones, None, 3 * ones], Given(), 0 * ones))
     assert [float(step.window) for step in steps] == [3.0, 3.25, 4.25, 4.75]
-    assert [float(step.rest) for step in steps] == [3.0, 3.0, 4.25, 4.25]
+    assert [float(step.shift) for step in steps] == [3.0, 3.25, 4.25, 4.75]
 
 
 def test_lags_mean_the_latest_slopes() -> None:
@@ -269,12 +281,8 @@ def test_lags_mean_the_latest_slopes() -> None:
     assert layout.node_before == [0, 0, 1, 2, 2]
 
 
-def test_sums_with_nothing_in_them() -> None:
+def test_sums() -> None:
     one = torch.ones(2)
-    assert combine([]) is None
-    assert combine([(0.0, one)]) is None
     assert torch.equal(combine([(2.0, one), (-0.5, one)]), 1.5 * one)
-    assert plus(None, None) is None
-    assert plus(one, None) is one
-    assert plus(None, one) is one
-    assert torch.equal(plus(one, one), 2 * one)
+    assert plus(one, []) is one
+    assert torch.equal(plus(one, [(2.0, one), (-0.5, one)]), 2.5 * one)

@@ -167,7 +167,9 @@ def test_the_guess_extrapolates_the_slopes(name: str) -> None:
         return slope, slope
 
     x0 = torch.zeros((), dtype=torch.float64)
-    assert len(list(march(History(x0), recurrence.rows, lambda state, _: torch.tensor(slopes(times[state])), solve))) >= 12
+    assert (
+        len(list(march(History(x0), recurrence.rows, lambda state, _: torch.tensor(slopes(times[state])), solve))) >= 12
+    )
     for guess, slope in guesses[-6:]:
         assert guess == pytest.approx(slope, rel=1e-9)
 

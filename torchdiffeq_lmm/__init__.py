@@ -4,6 +4,7 @@ Importing the package registers its methods: ``torchdiffeq.odeint(..., method="a
 `method_info` tells of each.
 """
 
+from .backward import Checkpoint, Reversible
 from .grad_filter import CostateFilter, LeapfrogFilter
 from .interface import odeint
 from .method_info import MethodInfo
@@ -11,9 +12,11 @@ from .registration import method_info, register, register_method, unregister
 from .stack_filter import filter_gradient, register_grad_filter
 
 __all__ = [
+    "Checkpoint",
     "CostateFilter",
     "LeapfrogFilter",
     "MethodInfo",
+    "Reversible",
     "filter_gradient",
     "method_info",
     "odeint",

@@ -1,6 +1,6 @@
 """The discrete adjoint of a recurrence: what auto-differentiation computes, state by state backwards."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -10,21 +10,21 @@ from .combination import linear_combination
 from .recurrence import Layout, Row
 
 Contributions = list[tuple[float, Tensor]]
-"""A sum of cotangents of increments, as weights and cotangents."""
+"""A sum of cotangents, as weights and cotangents; nothing is 0."""
 
 
 class Linearisation(Protocol):
     """The Jacobians J of f at the states, transposed."""
 
-    def pull_back(self, state: int, cotangent: Tensor | None) -> Tensor | None:
-        """Return Jᵀ times a cotangent of the slope at a state. None is 0."""
+    def pull_back(self, state: int, cotangent: Contributions) -> Contributions:
+        """Return Jᵀ times a cotangent of the slope at a state. Called once for every state, the last one first."""
 
     def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
         """Return the solution D of (1 - b* Jᵀ) D = rhs."""
 
 
 class AdjointState(NamedTuple):
-    """The cotangents around one state X. None stands for 0.
+    """The cotangents around one state X. None, and no contributions, stand for 0.
 
     Attributes:
         state: its number.
@@ -32,10 +32,9 @@ class AdjointState(NamedTuple):
         mu: μ, the cotangent of the slope f(X) as far as the rows use it.
         later: what the rows after the one that made X contribute to μ; all of it where that row is explicit.
         pulled: Jᵀ later.
-        rest: at a node, ∂E/∂X with its slope held fixed, by the rows after it: P_{n+1} + g_n, and with it P of the
-            states in between.
+        shift: at a node, ∂E/∂X by the rows after it and what E sees of it: P_{n+1} + g_n + Jᵀ later.
         window: at a node, P_n = ∂E/∂X with all slopes and increments before it held fixed: the derivative with respect
-            to shifting the whole history.
+            to shifting the whole history. It is `shift` where the row that made X is explicit.
         increment: D, the cotangent of the increment that made X; None for x_0.
         slopes_before: what the rows after X contribute to the cotangents of the slopes before, by state.
         increments_before: the same for the increments up to X, by the node that they lead to.
@@ -43,10 +42,10 @@ class AdjointState(NamedTuple):
 
     state: int
     node: int | None
-    mu: Tensor | None
+    mu: Contributions
     later: Contributions
-    pulled: Tensor | None
-    rest: Tensor
+    pulled: Contributions
+    shift: Tensor
     window: Tensor
     increment: Tensor | None
     slopes_before: Mapping[int, Contributions]
@@ -83,80 +82,83 @@ def discrete_adjoint(
         is_node = row is None or row.is_node
         node = layout.node_before[state] if is_node else None
         later = slopes.pop(state, [])
-        leading = [] if node is None else increments.get(node, [])
-        mu = combine(later)
-        pulled = linearisation.pull_back(state, mu)
+        pulled = linearisation.pull_back(state, later)
+        mu = later
+        window: Tensor | None
+        shift: Tensor | None
+        increment: Tensor | None
+        leading: Contributions = []
         if node is not None:
             seen = node_cotangents[node]
             rest = rest if seen is None else rest + seen
-            window = rest if pulled is None else rest + pulled
-            increment = plus(window, combine(leading))
+            leading = increments.get(node, [])
+            window = shift = plus(rest, pulled)
+            increment = plus(window, leading)
         else:
-            window = zero if pulled is None else pulled
-            increment = pulled
+            window = shift = increment = combine(pulled) if pulled else None
         if row is not None and row.implicit is not None and increment is not None:
             weight = float(row.implicit)
             increment = linearisation.solve(state, weight, increment)
-            mu = combine([*later, (weight, increment)])
+            mu = [*later, (weight, increment)]
             # D = window + Σ e D, and the solution has all that Jᵀ b* D adds to the window.
-            from_leading = combine(leading)
-            window = increment if from_leading is None else increment - from_leading
-        yield AdjointState(state, node, mu, later, pulled, rest, window, increment, slopes, increments)
+            window = plus(increment, [(-e, cotangent) for e, cotangent in leading])
+        yield AdjointState(
+            state,
+            node,
+            mu,
+            later,
+            pulled,
+            zero if shift is None else shift,
+            zero if window is None else window,
+            increment,
+            slopes,
+            increments,
+        )
         if node is not None:
             increments.pop(node, None)
-        rest = window if is_node else rest + window
+        if is_node and window is not None:
+            rest = window
+        elif window is not None:
+            rest = rest + window
         if row is None or increment is None:
             continue
         for lag, e in row.increments:
-            target = layout.node_before[state - 1] - lag
-            increments.setdefault(target, []).append((float(e), increment))
+            if e != 0.0:
+                increments.setdefault(layout.node_before[state - 1] - lag, []).append((float(e), increment))
         for lag, b in row.slopes:
-            slopes.setdefault(layout.slope(state - 1, lag), []).append((float(b), increment))
+            if b != 0.0:
+                slopes.setdefault(layout.slope(state - 1, lag), []).append((float(b), increment))
 
 
 def weight_gradients(
-    rows: Sequence[Row], increments: Sequence[Tensor | None], states: Mapping[int, Tensor], slopes: Mapping[int, Tensor]
-) -> Tensor:
-    """The gradients with respect to all weights: <D, d> for e, <D, f> for b and b*.
+    row: Row,
+    increment: Tensor | None,
+    difference: Callable[[int], Tensor],
+    slope: Callable[[int], Tensor],
+) -> list[Tensor]:
+    """The gradients with respect to the weights of a row: <D, d> for e, <D, f> for b and b*.
 
     Args:
-        rows: the rows.
-        increments: D of every state, from `discrete_adjoint`; None for 0.
-        states: all states.
-        slopes: f at the states where it is evaluated.
+        row: the row.
+        increment: D of the state that it makes, from `discrete_adjoint`; None for 0.
+        difference: from a lag to the increment that it means.
+        slope: from a lag to the slope that it means; -1 is the one at the state that the row makes.
 
     Returns:
-        A tensor of shape (n,), float64 on the CPU, for the weights in the order of the rows; 0 where an increment
-        before the first is meant.
+        One for every weight, in their order, 0-d, float64.
     """
-    layout = Layout(rows)
-    at_node = [0, *(i + 1 for i, row in enumerate(rows) if row.is_node)]
-    zero = torch.zeros((), dtype=torch.float64, device=states[0].device)
-    gradients: list[Tensor] = []
-    for i, row in enumerate(rows):
-        cotangent = increments[i + 1]
-        if cotangent is None:
-            gradients.extend([zero] * len(row.weights))
-            continue
-        for lag, _ in row.increments:
-            node = layout.node_before[i] - lag
-            gradients.append(_inner(cotangent, states[at_node[node]] - states[at_node[node - 1]]))
-        gradients.extend(_inner(cotangent, slopes[layout.slope(i, lag)]) for lag, _ in row.slopes)
-        if row.implicit is not None:
-            gradients.append(_inner(cotangent, slopes[i + 1]))
-    return torch.stack(gradients).cpu()
+    if increment is None:
+        return [torch.zeros((), dtype=torch.float64)] * len(row.weights)
+    lags = [lag for lag, _ in row.slopes] + ([] if row.implicit is None else [-1])
+    tensors = [*(difference(lag) for lag, _ in row.increments), *map(slope, lags)]
+    return [(increment.conj() * tensor).sum().real.double() for tensor in tensors]
 
 
-def combine(contributions: Contributions) -> Tensor | None:
-    """The weighted sum; None for nothing."""
-    weights = [weight for weight, _ in contributions]
-    return linear_combination(weights, (tensor for _, tensor in contributions)) if any(weights) else None
+def combine(contributions: Contributions) -> Tensor:
+    """The sum of one contribution or more, of which not all have weight 0."""
+    return linear_combination((weight for weight, _ in contributions), (tensor for _, tensor in contributions))
 
 
-def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum, with None for 0."""
-    return a if b is None else b if a is None else a + b
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a.conj() * b).sum().real.double()
+def plus(value: Tensor, contributions: Contributions) -> Tensor:
+    """The sum of a tensor and contributions."""
+    return combine([(1.0, value), *contributions]) if contributions else value

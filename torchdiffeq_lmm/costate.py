@@ -32,12 +32,12 @@ its place, R = (1 - τ Jᵀ)⁻¹, τ = h / 4: the same as h goes to 0, and 0 fo
 Where E observes node m, p jumps there by g_m; the filtered costate is the mean of both limits.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from .adjoint import AdjointState, combine, plus
+from .adjoint import AdjointState, Contributions, combine
 from .combination import linear_combination
 from .filter_plan import FilterPlan
 from .layer import layer_terms
@@ -57,8 +57,8 @@ def filtered_cotangents(
     seen_by_slopes: Sequence[Tensor | None],
     expand: Expansion,
     zero: Tensor,
-) -> dict[int, Tensor]:
-    """The cotangents ω p̃ of the slopes, by state; 0 where a state is missing.
+) -> Iterator[tuple[int, Tensor]]:
+    """The cotangents ω p̃ of the slopes.
 
     Args:
         plan: what to do where.
@@ -67,14 +67,19 @@ def filtered_cotangents(
         seen_by_slopes: of each node, Jᵀ times what E sees of slopes there.
         expand: V + Jᵀ S at a state.
         zero: a state of zeros.
+
+    Yields:
+        The number of a state and the cotangent of its slope; 0 where a state is missing.
     """
     positions = plan.recurrence.positions
-    cotangents = [plus(node, slope) for node, slope in zip(seen, seen_by_slopes, strict=True)]
+    cotangents = [
+        slope if node is None else node if slope is None else node + slope
+        for node, slope in zip(seen, seen_by_slopes, strict=True)
+    ]
     distances = _distances(cotangents)
     raw = [flag and (d is None or d >= plan.near) for flag, d in zip(plan.raw, distances, strict=True)]
     in_layer = [m for m, d in enumerate(distances) if raw[m] and d is not None and d <= plan.layer]
     layer = layer_terms(plan, in_layer, cotangents, zero)
-    filtered: dict[int, Tensor] = {}
     stages: list[int] = []
     next_window = zero
     for point in backwards:
@@ -86,10 +91,10 @@ def filtered_cotangents(
                 # What a predictor evaluates at a node has its share of the node's cotangent, or all of it.
                 owner = plan.recurrence.nodes[at]
                 width = plan.widths[owner if owner in plan.widths else state]
-                terms: list[tuple[float, Tensor | None]] = [(1 / plan.equal_step(at), point.mu)]
+                terms = _scaled(1 / plan.equal_step(at), point.mu)
                 if state in plan.widths and at in layer:
-                    terms.append((1.0, expand(state, *layer[at], plan.damping(at))))
-                _add_up(filtered, state, width, terms)
+                    terms += _term(expand(state, *layer[at], plan.damping(at)))
+                yield from _weighted(state, width, terms)
             elif state in plan.widths:
                 stages.append(state)
             continue
@@ -97,27 +102,37 @@ def filtered_cotangents(
         after = point.window if g is None else point.window - g
         for stage in stages:
             width, fraction = plan.widths[stage], positions[stage] - node
-            filtered[stage] = linear_combination((width * (1 - fraction), width * fraction), (after, next_window))
+            yield stage, linear_combination((width * (1 - fraction), width * fraction), (after, next_window))
         stages, next_window = [], point.window
         if state not in plan.widths:
             continue
-        # What E sees of the node comes after half of its cell.
-        jump = None if g is None else -_right_share(plan, node) * g
+        value: Tensor | None
         if raw[node]:
-            terms = [(1 / plan.equal_step(node), point.mu)]
+            terms = _scaled(1 / plan.equal_step(node), point.mu)
             value, slope = layer.get(node, (None, None))
         else:
-            factor, slope = _history(plan, point)
-            terms, value = [(factor, point.pulled)], plus(point.rest, point.pulled)
-        terms.append((1.0, expand(state, plus(value, jump), slope, plan.damping(node))))
-        _add_up(filtered, state, plan.widths[state], terms)
-    return filtered
+            terms, slope = _history(plan, point)
+            value = point.shift
+        if g is not None:
+            # What E sees of the node comes after half of its cell.
+            jump = -_right_share(plan, node) * g
+            value = jump if value is None else value + jump
+        terms += _term(expand(state, value, slope, plan.damping(node)))
+        yield from _weighted(state, plan.widths[state], terms)
 
 
-def _add_up(filtered: dict[int, Tensor], state: int, width: float, terms: list[tuple[float, Tensor | None]]) -> None:
-    total = combine([(width * weight, tensor) for weight, tensor in terms if tensor is not None])
-    if total is not None:
-        filtered[state] = total
+def _scaled(weight: float, contributions: Contributions) -> Contributions:
+    return [(weight * own, cotangent) for own, cotangent in contributions]
+
+
+def _term(value: Tensor | None) -> Contributions:
+    return [] if value is None else [(1.0, value)]
+
+
+def _weighted(state: int, width: float, terms: Contributions) -> Iterator[tuple[int, Tensor]]:
+    terms = [(width * weight, tensor) for weight, tensor in terms if width * weight != 0.0]
+    if terms:
+        yield state, combine(terms)
 
 
 def _right_share(plan: FilterPlan, node: int) -> float:
@@ -132,10 +147,10 @@ def _right_share(plan: FilterPlan, node: int) -> float:
     return after / (before + after)
 
 
-def _history(plan: FilterPlan, point: AdjointState) -> tuple[float, Tensor | None]:
+def _history(plan: FilterPlan, point: AdjointState) -> tuple[Contributions, Tensor | None]:
     """H: what a shift of the slopes and increments before a node along the flow would do.
 
-    As a multiple of μ, whose product with Jᵀ is known, and the rest.
+    Returned are Jᵀ H where it is a multiple of what is known, and else H.
     """
     weights: dict[int, float] = {}
     cotangents: dict[int, Tensor] = {}
@@ -145,12 +160,13 @@ def _history(plan: FilterPlan, point: AdjointState) -> tuple[float, Tensor | Non
         for weight, cotangent in contributions:
             weights[id(cotangent)] = weights.get(id(cotangent), 0.0) + share * weight
             cotangents[id(cotangent)] = cotangent
-    if len(weights) == len(point.later) == 1 and point.pulled is not None:
+    if len(weights) == len(point.later) == len(point.pulled) == 1:
         ((own, cotangent),) = point.later
         if id(cotangent) in weights:
             # As leapfrog's always is.
-            return weights[id(cotangent)] / own, None
-    return 0.0, combine([(weights[key], cotangent) for key, cotangent in cotangents.items()])
+            return _scaled(weights[id(cotangent)] / own, point.pulled), None
+    terms = [(weights[key], cotangent) for key, cotangent in cotangents.items() if weights[key] != 0.0]
+    return [], combine(terms) if terms else None
 
 
 def _distances(cotangents: Sequence[Tensor | None]) -> list[int | None]:

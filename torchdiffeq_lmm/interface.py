@@ -1,11 +1,12 @@
-"""`odeint` with torchdiffeq's keywords and `grad_filter`."""
+"""`odeint` with torchdiffeq's keywords, `grad_filter` and `backward`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
 import torchdiffeq
 from torch import Tensor
 
+from .backward import Checkpoint, Reversible, resolve_backward
 from .grad_filter import CostateFilter, resolve_grad_filter
 from .registration import SOLVERS
 from .runge_kutta import TWO_STAGE_METHODS
@@ -15,6 +16,7 @@ SUBSTITUTES = {two_stage.substitutes: two_stage.name for two_stage in TWO_STAGE_
 
 State = Tensor | tuple[Tensor, ...]
 GradFilter = Literal["auto", "leapfrog"] | CostateFilter | None
+Backward = Literal["autograd", "reversible", "checkpoint"] | Reversible | Checkpoint
 
 
 @overload
@@ -29,6 +31,8 @@ def odeint(
     options: dict[str, Any] | None = ...,
     event_fn: None = ...,
     grad_filter: GradFilter = ...,
+    backward: Backward = ...,
+    adjoint_params: Iterable[Tensor] | None = ...,
 ) -> Tensor: ...
 
 
@@ -44,6 +48,8 @@ def odeint(
     options: dict[str, Any] | None = ...,
     event_fn: None = ...,
     grad_filter: GradFilter = ...,
+    backward: Backward = ...,
+    adjoint_params: Iterable[Tensor] | None = ...,
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -59,6 +65,8 @@ def odeint(
     options: dict[str, Any] | None = ...,
     event_fn: Callable[[Tensor, Any], Tensor],
     grad_filter: GradFilter = ...,
+    backward: Backward = ...,
+    adjoint_params: Iterable[Tensor] | None = ...,
 ) -> tuple[Tensor, State]: ...
 
 
@@ -73,8 +81,10 @@ def odeint(
     options: dict[str, Any] | None = None,
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
     grad_filter: GradFilter = None,
+    backward: Backward = "autograd",
+    adjoint_params: Iterable[Tensor] | None = None,
 ) -> State | tuple[Tensor, State]:
-    """`torchdiffeq.odeint` with a gradient filter.
+    """`torchdiffeq.odeint` with a gradient filter, and with a choice between memory and time.
 
     Args:
         func: ``func(t, y)`` returns dy/dt. Any callable; its parameters need not be listed.
@@ -94,15 +104,28 @@ def odeint(
             `callback_step` and `event_fn` are given states without a graph. Hooks on tensors inside func run two or
             three times in the backward pass, for the states, the costate and the parameters. A backward pass with
             ``create_graph=True`` raises a RuntimeError. All this holds for implicit methods without a filter, too.
+        backward: how the backward pass finds the evaluations of func again, with a method of this package and any
+            `grad_filter`. ``"autograd"``: they are kept, with their graphs, as auto-differentiation does.
+            ``"checkpoint"`` or a `Checkpoint`: a few states are kept, by default √N, and the steps between them are run
+            again. ``"reversible"`` or a `Reversible`, for leapfrog: the solution is run backwards, and memory does not
+            grow with the number of steps. Both give the gradient that ``"autograd"`` gives, up to rounding; they ask
+            for what a filter asks for, and that func is the same when it is evaluated again: what it and
+            `adjoint_params` depend on must not change before the backward pass, and buffers that it updates are
+            updated twice.
+        adjoint_params: with the latter four, the tensors, leaves or not, that get a gradient besides `y0` and `t`, as
+            in `torchdiffeq.odeint_adjoint`; others get none. By default the parameters of func, which must be an
+            nn.Module then, and which must not depend on others.
 
     Returns:
         As `torchdiffeq.odeint`: the states at `t`, of shape (n, *y0.shape), or a tuple of such; with `event_fn` the
         time of the event and the states at t[0] and then.
 
     Raises:
-        ValueError: `grad_filter` is unknown, is for another method, or is given here and in `options`.
-        TypeError: `grad_filter` is neither None, a name nor a filter.
-        RuntimeError: the equation of an implicit step was not solved.
+        ValueError: `grad_filter` or `backward` is unknown, is for another method, or is given here and in `options`;
+            or `adjoint_params` is not given where it is needed, or given where it is not.
+        TypeError: `grad_filter` is neither None, a name nor a filter; or `backward` neither a name nor a way.
+        RuntimeError: the equation of an implicit step was not solved; func draws random numbers, and `backward` is
+            "reversible"; or, in the backward pass, func is not what it was, or the drift is too large.
         Others where `torchdiffeq.odeint` raises them; and, for a method of this package, TypeErrors and ValueErrors
         that name a wrong option, a wrong grid, or what func returned, before the first step.
 
@@ -125,6 +148,19 @@ def odeint(
             )
         options["grad_filter"] = chosen
         method = SUBSTITUTES.get(name, name)
+    for option, value in (
+        ("backward", backward if backward != "autograd" else None),
+        ("adjoint_params", adjoint_params),
+    ):
+        if value is None:
+            continue
+        if options.get(option) is not None:
+            raise ValueError(f"{option} is given twice, here and in options as {options[option]!r}; give it once")
+        name = method or "dopri5"
+        if method not in SOLVERS:
+            resolve_backward(backward, name, is_reversible=True)
+            raise ValueError(f"{option} is for the methods of torchdiffeq_lmm, got method {name!r}")
+        options[option] = value
     return torchdiffeq.odeint(  # type: ignore[no-any-return]
         func, y0, t, rtol=rtol, atol=atol, method=method, options=options or None, event_fn=event_fn
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .adjoint import AdjointState, combine, discrete_adjoint
+from .adjoint import AdjointState, Contributions, combine, discrete_adjoint
 from .filter_plan import FilterPlan
 
 
@@ -53,15 +53,15 @@ def layer_terms(
     return {node: terms[node] for node in active}
 
 
-def _minus(total: Tensor, mu: Tensor | None, h: float) -> Tensor:
-    return total if mu is None else total - mu / h
+def _minus(total: Tensor, mu: Contributions, h: float) -> Tensor:
+    return total - combine(mu) / h if mu else total
 
 
 class _NoJacobian:
     """The linearisation of x' = 0."""
 
-    def pull_back(self, state: int, cotangent: Tensor | None) -> None:  # noqa: ARG002
-        return None
+    def pull_back(self, state: int, cotangent: Contributions) -> Contributions:  # noqa: ARG002
+        return []
 
     def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:  # noqa: ARG002
         return rhs
@@ -78,9 +78,9 @@ class _FirstOrder:
         self._backwards = backwards
         self.point: AdjointState
 
-    def pull_back(self, state: int, cotangent: Tensor | None) -> Tensor | None:  # noqa: ARG002
+    def pull_back(self, state: int, cotangent: Contributions) -> Contributions:  # noqa: ARG002
         self.point = next(self._backwards)
-        return combine(self.point.later)
+        return self.point.later
 
     def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:  # noqa: ARG002
         increment = self.point.increment

@@ -1,12 +1,14 @@
 """A multistep method in the form in which torchdiffeq calls its solvers: from options and times to states."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .backward import resolve_backward
 from .combination import Weight
 from .endless import Endless
 from .filter_plan import FilterPlan, plan_filter
@@ -27,9 +29,10 @@ from .implicit import ImplicitSolver
 from .interpolation import Interpolation, check_interpolation, cubic_hermite, linear, slide
 from .methods import LEAPFROG, MultistepMethod
 from .recurrence import Recurrence, unroll
+from .reversal import is_reversible
 from .runge_kutta import TwoStageMethod
 from .stepping import History, march
-from .tape import Tape, Trajectory
+from .tape import Parameters, Tape, Trajectory
 from .vector_field import Side, VectorField
 
 
@@ -48,13 +51,17 @@ class MultistepSolver:
         interp: "linear" or "cubic": how outputs between nodes are made.
         perturb: evaluate func a hair beside the nodes, as torchdiffeq's option.
         grad_filter: None, "auto", "leapfrog" or a `CostateFilter`: see there.
+        backward: "autograd", "reversible", "checkpoint", a `Reversible` or a `Checkpoint`: see there.
+        adjoint_params: for the latter four, the tensors whose gradients are wanted besides those of y0 and t. By
+            default the parameters of func, which must be a module then.
         unused: rtol and atol, for implicit steps, the latter for events too; norm, which nothing uses; anything else
             is warned of.
 
     Raises:
-        TypeError: y0, step_size or grad_filter is of a wrong type.
-        ValueError: step_size, interp or grad_filter has a wrong value; step_size and grid_constructor are both given;
-            grad_filter is given to `torchdiffeq.odeint_adjoint`.
+        TypeError: y0, step_size, grad_filter, backward or adjoint_params is of a wrong type.
+        ValueError: step_size, interp, grad_filter or backward has a wrong value; step_size and grid_constructor are
+            both given; grad_filter or backward is given to `torchdiffeq.odeint_adjoint`; adjoint_params is given where
+            it is not used, or is not where it is needed.
     """
 
     method: ClassVar[MultistepMethod | TwoStageMethod]
@@ -69,6 +76,8 @@ class MultistepSolver:
         interp: Interpolation = "linear",
         perturb: bool = False,
         grad_filter: object = None,
+        backward: object = "autograd",
+        adjoint_params: Iterable[Tensor] | None = None,
         **unused: Any,
     ) -> None:
         self.atol = unused.pop("atol", 1e-9)
@@ -92,14 +101,41 @@ class MultistepSolver:
         self.interp = interp
         self.perturb = perturb
         hosted = unwrap(func)
-        if self.grad_filter is not None and hosted.in_adjoint:
-            raise ValueError(
-                f"grad_filter must be None in odeint_adjoint, got {grad_filter!r}: its gradient comes from a solve of "
-                f"its own, which no filter reaches. Use odeint"
-            )
+        reversible = isinstance(self.method, MultistepMethod) and is_reversible(self.method)
+        self.backward = resolve_backward(backward, self.method.name, reversible)
+        for option, value, plain in (("grad_filter", grad_filter, None), ("backward", backward, "autograd")):
+            if value != plain and hosted.in_adjoint:
+                raise ValueError(
+                    f"{option} must be {plain!r} in odeint_adjoint, got {value!r}: its gradient comes from a solve of "
+                    f"its own, which no {option} reaches. Use odeint"
+                )
+        self._parameters = self._find_parameters(hosted.call, adjoint_params)
         self._reverse = hosted.reversed
         self._callback_step = hosted.callback_step
         self._vector_field = VectorField(hosted, y0, perturb, copies=self.method.remembers_slopes)
+
+    def _find_parameters(self, func: object, adjoint_params: Iterable[Tensor] | None) -> Parameters | None:
+        if self.backward is None:
+            if adjoint_params is not None:
+                raise ValueError(
+                    "adjoint_params must not be given where backward is 'autograd', which finds all parameters by "
+                    "itself; got some"
+                )
+            return None
+        if adjoint_params is None:
+            if not isinstance(func, torch.nn.Module):
+                raise ValueError(
+                    f"adjoint_params must be given where func is not an nn.Module, got None and {func!r}; list the "
+                    f"tensors that func depends on and whose gradients are wanted, or give () if there are none"
+                )
+            return Parameters(tuple(p for p in func.parameters() if p.requires_grad), are_all=True)
+        if isinstance(adjoint_params, Tensor):
+            raise TypeError("adjoint_params must be an iterable of tensors, got a tensor; use a tuple of it alone")
+        given = tuple(adjoint_params)
+        for i, parameter in enumerate(given):
+            if not isinstance(parameter, Tensor):
+                raise TypeError(f"adjoint_params must be an iterable of tensors, got {parameter!r} as number {i}")
+        return Parameters(tuple(p for p in given if p.requires_grad), are_all=False)
 
     @classmethod
     def valid_callbacks(cls) -> set[str]:
@@ -126,7 +162,7 @@ class MultistepSolver:
         steps = _entries(grid.steps) if grid.requires_grad else grid.steps.tolist()
         recurrence = self._unroll(grid.steps)
         at_node = recurrence.nodes
-        tape = self._tape(grid.requires_grad)
+        tape = self._tape(grid.requires_grad, len(steps))
         times = recurrence.times(grid.nodes).to(t)
         user_times = self._user_times(times, recurrence)
         wanted = self._wanted(placements, [recurrence.evaluated[state] for state in at_node])
@@ -137,10 +173,13 @@ class MultistepSolver:
         trajectory = Trajectory({0: self.y0}, evaluate.kept)
         rows = recurrence.rows if tape is not None else recurrence.differentiable_rows()
         node, x = 0, self._start(tape)
+        history = History(x)
         node_times = _entries(times[at_node])
-        for state, made in chain([(0, x)], march(History(x), rows, evaluate, evaluate.solve_implicit)):
+        for state, made in chain([(0, x)], march(history, rows, evaluate, evaluate.solve_implicit)):
             if state != at_node[node]:
                 continue
+            if tape is not None and node < len(steps):
+                tape.pass_by(state, history, evaluate)
             if node in wanted.states and node > 0:
                 trajectory.states[node] = made
             if node in wanted.end_slopes:
@@ -149,7 +188,8 @@ class MultistepSolver:
                 self._callback_step(node_times[node], made, node_times[node + 1] - node_times[node])
             node += 1
         if tape is not None:
-            trajectory = tape.attach(trajectory, user_times, recurrence, self._plan(recurrence, grid.steps))
+            plan = self._plan(recurrence, grid.steps)
+            trajectory = tape.attach(trajectory, user_times, recurrence, plan, history, evaluate.again)
         return torch.stack([self._output(placement, steps, trajectory) for placement in placements])
 
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -174,7 +214,7 @@ class MultistepSolver:
         check_times(t0.reshape(1))
         h = float(self.step_size)
         t0 = t0.to(self.y0.device, self._vector_field.time_dtype)
-        tape = self._tape(t0.requires_grad)
+        tape = self._tape(t0.requires_grad, MAX_EVENT_STEPS)
         beginning = self._unroll(_equal_steps(h, 2 * self.method.steps + 2 * self.method.order + 2))
         endless = Endless(beginning)
 
@@ -200,7 +240,10 @@ class MultistepSolver:
         before, n = 0, 0
         if self._callback_step is not None:
             self._callback_step(time(0), x, time(1) - time(0))
-        for state, made in march(History(x), endless.rows(), evaluate, evaluate.solve_implicit):
+        history = History(x)
+        if tape is not None:
+            tape.pass_by(0, history, evaluate)
+        for state, made in march(history, endless.rows(), evaluate, evaluate.solve_implicit):
             if not endless.is_node(state):
                 continue
             if event_sign(n + 1, made) != sign:
@@ -212,12 +255,15 @@ class MultistepSolver:
                     f"are made; if there is an event later, use a larger step_size"
                 )
             evaluate.forget(before)
+            if tape is not None:
+                tape.pass_by(state, history, evaluate)
             if self._callback_step is not None:
                 self._callback_step(time(n), made, time(n + 1) - time(n))
 
         trajectory = Trajectory({n: x_before, n + 1: made, 0: self.y0})
         for node, of_node, reached in ((n, before, x_before), (n + 1, state, made)) if self.interp == "cubic" else ():
-            if of_node in evaluate.kept and not (self.perturb and node > n):
+            is_kept = of_node in evaluate.kept and (tape is None or tape.keeps)
+            if is_kept and not (self.perturb and node > n):
                 trajectory.slopes[node] = evaluate.kept[of_node]
             else:
                 trajectory.end_slopes[node] = evaluate.at_end(node, of_node, reached)
@@ -230,7 +276,7 @@ class MultistepSolver:
             positions = torch.tensor(recurrence.positions).to(t0)
             user_times = self._user_times(t0 + h * positions, recurrence)
             plan = self._plan(recurrence, _equal_steps(h, n + 1))
-            trajectory = tape.attach(trajectory, user_times, recurrence, plan)
+            trajectory = tape.attach(trajectory, user_times, recurrence, plan, history, evaluate.again)
         return event_time, torch.stack([self.y0, state_at(event_time, n, trajectory)])
 
     def _unroll(self, steps: Tensor) -> Recurrence:
@@ -261,10 +307,11 @@ class MultistepSolver:
             return "neither"
         return "right" if row is None or (row.is_node and row.implicit is None) else "left"
 
-    def _tape(self, differentiate_times: bool) -> Tape | None:
-        if (self.grad_filter is None and not self.method.is_implicit) or not torch.is_grad_enabled():
+    def _tape(self, differentiate_times: bool, steps: int) -> Tape | None:
+        is_plain = self.grad_filter is None and self.backward is None and not self.method.is_implicit
+        if is_plain or not torch.is_grad_enabled():
             return None
-        return Tape(self._vector_field, differentiate_times)
+        return Tape(self._vector_field, self.y0, differentiate_times, self.backward, self._parameters, steps)
 
     def _start(self, tape: Tape | None) -> Tensor:
         return self.y0 if tape is None else self.y0.detach()
@@ -282,7 +329,9 @@ class MultistepSolver:
         user_time: Callable[[int], Tensor],
         wanted: Mapping[int, int] | None,
     ) -> "_Evaluator":
-        implicit = ImplicitSolver(self.rtol, self.atol, self._vector_field.precision)
+        def implicit() -> ImplicitSolver:
+            return ImplicitSolver(self.rtol, self.atol, self._vector_field.precision)
+
         return _Evaluator(self._vector_field, tape, implicit, self.method.name, time, user_time, wanted)
 
     def _wanted(self, placements: Sequence[Placement], evaluated: Sequence[bool]) -> "_Wanted":
@@ -348,7 +397,7 @@ class _Evaluator:
     Args:
         vector_field: f.
         tape: what records the evaluations, or None.
-        implicit: what solves implicit rows.
+        implicit: makes what solves implicit rows.
         name: the method's, for messages.
         time: from a state to its time.
         user_time: from a state to what func is given for its time.
@@ -356,13 +405,14 @@ class _Evaluator:
 
     Attributes:
         kept: the slopes that are kept.
+        again: makes the same steps for another time, from what evaluates f: see `_Steps`.
     """
 
     def __init__(
         self,
         vector_field: VectorField,
         tape: Tape | None,
-        implicit: ImplicitSolver,
+        implicit: Callable[[], ImplicitSolver],
         name: str,
         time: Callable[[int], Tensor],
         user_time: Callable[[int], Tensor],
@@ -371,14 +421,14 @@ class _Evaluator:
         self.kept: dict[int, Tensor] = {}
         self._vector_field = vector_field
         self._tape = tape
-        self._implicit = implicit
-        self._name = name
         self._time = time
         self._user_time = user_time
         self._wanted = wanted
+        self.again = partial(_Steps, vector_field, implicit, name, user_time)
+        self._steps = self.again(_evaluation_of(vector_field, tape, wanted or {}))
 
     def __call__(self, state: int, x: Tensor) -> Tensor:
-        slope = self._evaluate(state, self._user_time(state), x)
+        slope = self._steps(state, x)
         self._keep(state, slope)
         return slope
 
@@ -386,18 +436,13 @@ class _Evaluator:
         self, state: int, x: Tensor, known: Tensor | None, weight: Weight, guess: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The increment and the slope of an implicit row."""
-        user_time = self._user_time(state)
-        increment, slope = self._implicit.solve(
-            x,
-            known,
-            float(weight),
-            guess,
-            slope=lambda y: self._vector_field(user_time, y),
-            iterate=lambda y: self._evaluate(state, user_time, y),
-            where=lambda: f"of method {self._name!r} at t = {float(user_time):.6g}",
-        )
+        increment, slope = self._steps.solve_implicit(state, x, known, weight, guess)
         self._keep(state, slope)
         return increment, slope
+
+    def restart(self) -> None:
+        """See `Steps`."""
+        self._steps.restart()
 
     def at_end(self, node: int, state: int, x: Tensor) -> Tensor:
         """f at a node, outside the recurrence."""
@@ -411,16 +456,68 @@ class _Evaluator:
         for earlier in [kept for kept in self.kept if kept < state]:
             del self.kept[earlier]
 
-    def _evaluate(self, state: int, user_time: Tensor, x: Tensor) -> Tensor:
-        if self._tape is not None:
-            return self._tape.evaluate(state, user_time, x)
-        return self._vector_field(user_time, x)
-
     def _keep(self, state: int, slope: Tensor) -> None:
         key = state if self._wanted is None else self._wanted.get(state)
         if key is not None:
             # func may return the same memory again and again.
             self.kept[key] = slope.clone()
+
+
+def _evaluation_of(
+    vector_field: VectorField, tape: Tape | None, wanted: Container[int]
+) -> Callable[[int, Tensor, Tensor], Tensor]:
+    if tape is None:
+        return lambda _, user_time, x: vector_field(user_time, x)
+    return lambda state, user_time, x: tape.evaluate(state, user_time, x, keep=state in wanted)
+
+
+class _Steps:
+    """What `march` needs to know of f: see `Steps`.
+
+    Args:
+        vector_field: f.
+        implicit: makes what solves implicit rows.
+        name: the method's, for messages.
+        user_time: from a state to what func is given for its time.
+        evaluate: f at a state, from its number, its time and itself.
+    """
+
+    def __init__(
+        self,
+        vector_field: VectorField,
+        implicit: Callable[[], ImplicitSolver],
+        name: str,
+        user_time: Callable[[int], Tensor],
+        evaluate: Callable[[int, Tensor, Tensor], Tensor],
+    ) -> None:
+        self._vector_field = vector_field
+        self._make_implicit = implicit
+        self._implicit = implicit()
+        self._name = name
+        self._user_time = user_time
+        self._evaluate = evaluate
+
+    def __call__(self, state: int, x: Tensor) -> Tensor:
+        return self._evaluate(state, self._user_time(state), x)
+
+    def restart(self) -> None:
+        """See `Steps`."""
+        self._implicit = self._make_implicit()
+
+    def solve_implicit(
+        self, state: int, x: Tensor, known: Tensor | None, weight: Weight, guess: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Steps`."""
+        user_time = self._user_time(state)
+        return self._implicit.solve(
+            x,
+            known,
+            float(weight),
+            guess,
+            slope=lambda y: self._vector_field(user_time, y),
+            iterate=lambda y: self._evaluate(state, user_time, y),
+            where=lambda: f"of method {self._name!r} at t = {float(user_time):.6g}",
+        )
 
 
 def solver_of(method: MultistepMethod | TwoStageMethod) -> type[MultistepSolver]:

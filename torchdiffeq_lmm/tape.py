@@ -1,27 +1,31 @@
 """A solve as one node of autograd, so that its backward can tell the parameter path from the state path.
 
 While the solver steps, every evaluation of f is recorded on detached copies of its arguments: a small graph of its own
-that leads to the parameters, whatever they are and wherever f finds them. Afterwards one node attaches the trajectory
-to autograd; its inputs are y0 and all values of f. Its backward runs the discrete adjoint for the states, with one
-linear equation for every implicit step, and returns the cotangents of the values of f, filtered or not; autograd's
-engine carries those to the parameters.
+that leads to the parameters, whatever they are and wherever f finds them. Or it is not, and will be made again in the
+backward pass. Afterwards one node attaches the trajectory to autograd; its inputs are y0, the times and the parameters.
+Its backward runs the discrete adjoint for the states, with one linear equation for every implicit step, and returns the
+gradients of the parameters, from the cotangents of the values of f, filtered or not.
 """
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .adjoint import AdjointState, discrete_adjoint, plus, weight_gradients
+from .backward import Checkpoint, Reversible
+from .checkpoints import Checkpoints, Rerun, Snapshot, Snapshots, Steps
+from .circumstances import Circumstances, RandomState
 from .costate import filtered_cotangents
+from .evaluation import Evaluation, Recorder, refuse_tangents
 from .filter_plan import FilterPlan
-from .implicit import solve_adjoint
-from .recurrence import Recurrence
+from .linearisation import Linearisation, ParameterGradients, hooks_suspended
+from .recollection import Kept, Recollection
+from .recurrence import Layout, Recurrence
+from .reversal import DriftError, Reversal
+from .stepping import History
 from .vector_field import VectorField
 
 
@@ -49,56 +53,101 @@ class Trajectory:
         return self.end_slopes[node] if node in self.end_slopes else self.slopes[node]
 
 
+class Parameters(NamedTuple):
+    """The tensors whose gradients are wanted, for a backward pass that evaluates f again.
+
+    Attributes:
+        tensors: leaves or not, all of which require a gradient.
+        are_all: whether func must not depend on others.
+    """
+
+    tensors: tuple[Tensor, ...]
+    are_all: bool
+
+
 class Tape:
-    """Records the evaluations of f in one solve.
+    """Records the evaluations of f in one solve, or what it takes to make them again.
 
     Args:
         vector_field: f.
+        y0: the initial state.
         differentiate_times: whether gradients with respect to the times of the nodes are needed.
+        backward: how to make the evaluations again; None to keep them.
+        parameters: what f depends on; None if the evaluations are kept.
+        steps: how many steps there will be, or at most.
     """
 
-    def __init__(self, vector_field: VectorField, differentiate_times: bool) -> None:
-        self._vector_field = vector_field
+    def __init__(
+        self,
+        vector_field: VectorField,
+        y0: Tensor,
+        differentiate_times: bool,
+        backward: Checkpoint | Reversible | None,
+        parameters: Parameters | None,
+        steps: int,
+    ) -> None:
         self._differentiate_times = differentiate_times
-        self._anchor = torch.zeros((), requires_grad=True)
-        self._evaluations: dict[int, _Evaluation] = {}
-        self._end_evaluations: dict[int, _Evaluation] = {}
+        self._backward = backward
+        self._parameters = parameters
+        self._recorder = Recorder(vector_field, y0, differentiate_times, *(parameters or ()))
+        self._circumstances = Circumstances(y0.device)
+        self._evaluations: dict[int, Evaluation | None] = {}
+        self._end_evaluations: dict[int, Evaluation | None] = {}
+        self._states: dict[int, Tensor] = {}
+        self._slopes: dict[int, Tensor] = {}
+        self._snapshots: Snapshots | None = None
+        if backward is not None:
+            # Run backwards, the last step may be ill-conditioned: what comes before it is kept.
+            also = steps - 1 if isinstance(backward, Reversible) else None
+            self._snapshots = Snapshots(backward.stride(steps), also, y0.device)
 
-    def evaluate(self, state: int, user_time: Tensor, x: Tensor) -> Tensor:
-        """Evaluate f, record it, and return its value without a graph.
+    @property
+    def keeps(self) -> bool:
+        """Whether all evaluations are kept."""
+        return self._backward is None
+
+    def evaluate(self, state: int, user_time: Tensor, x: Tensor, keep: bool = False) -> Tensor:
+        """Evaluate f and return its value without a graph.
 
         Args:
             state: the number of the state in the recurrence; evaluated again, it is recorded anew.
             user_time: what func is given for its time.
             x: the state, without a graph.
+            keep: whether the evaluation is kept in any case, for an output depends on it.
         """
-        slope, self._evaluations[state] = self._record(user_time, x, self._differentiate_times)
-        return slope
+        # The first one is for finding out what func depends on.
+        if not (self.keeps or keep or state == 0):
+            return self._recorder.evaluate(user_time, x)
+        slope, evaluation = self._recorder.record(user_time, x)
+        if self.keeps or keep:
+            self._evaluations[state] = evaluation
+        if self.keeps and self._differentiate_times:
+            # func may return the same memory again and again.
+            self._states[state], self._slopes[state] = x.detach(), slope.detach().clone()
+        return slope.detach()
 
     def evaluate_end(self, node: int, user_time: Tensor, x: Tensor) -> Tensor:
-        """Evaluate f at a node where the recurrence does not, and record it; as `evaluate`."""
-        slope, self._end_evaluations[node] = self._record(user_time, x, False)
-        return slope
+        """Evaluate f at a node where the recurrence does not, and keep it; as `evaluate`."""
+        # Once more, the recurrence is to draw the same random numbers without it.
+        random = None if self.keeps else RandomState.now(x.device)
+        with self._circumstances.restored(random):
+            slope, self._end_evaluations[node] = self._recorder.record(user_time, x)
+        return slope.detach()
 
-    def _record(self, user_time: Tensor, x: Tensor, keeps_values: bool) -> "tuple[Tensor, _Evaluation]":
-        # Detached, for x_n itself becomes an output of the node, and a graph that holds it would hold the node.
-        with torch.enable_grad():
-            time, state = user_time.detach(), _cut_off(x.detach(), self._anchor)
-            if self._differentiate_times:
-                time = _cut_off(time, self._anchor)
-            slope = self._vector_field(time, state)
-            _refuse_tangents(user_time, slope)
-            graph = handle = None
-            if slope.requires_grad:
-                arguments = (state, time) if self._differentiate_times else (state,)
-                graph = _Graph(get_gradient_edge(slope), tuple(get_gradient_edge(argument) for argument in arguments))
-                handle = _Handle.apply(slope)  # type: ignore[no-untyped-call]
-        # The gradient of the steps' lengths needs the values, and func may return the same memory again and again.
-        values = (x.detach(), slope.detach().clone()) if keeps_values else None
-        return slope.detach(), _Evaluation(graph, handle, values)
+    def pass_by(self, state: int, history: History, steps: Steps) -> None:
+        """Note that a node is reached, from which `steps` will go on."""
+        if self._snapshots is not None and self._snapshots.pass_by(state, history):
+            # So that what comes next does not depend on what came before.
+            steps.restart()
 
     def attach(
-        self, trajectory: Trajectory, user_times: Tensor, recurrence: Recurrence, plan: FilterPlan | None
+        self,
+        trajectory: Trajectory,
+        user_times: Tensor,
+        recurrence: Recurrence,
+        plan: FilterPlan | None,
+        history: History,
+        steps: Callable[[Callable[[int, Tensor, Tensor], Tensor]], Steps],
     ) -> Trajectory:
         """Attach a recorded trajectory to autograd.
 
@@ -107,55 +156,48 @@ class Tape:
             user_times: what func is given for the times of the states, with its graph.
             recurrence: the rows, with the graph of their weights.
             plan: the filter; None for the gradient of auto-differentiation.
+            history: the past, at the end.
+            steps: see `Rerun`.
 
         Returns:
             The trajectory, with the graph that plain stepping would have given it but for the filter.
+
+        Raises:
+            RuntimeError: func draws random numbers, and the solve is to be run backwards.
         """
         y0 = trajectory.states[0]
-        _refuse_tangents(y0)
-        states = sorted(self._evaluations)
-        evaluations = [*(self._evaluations[state] for state in states), *self._end_evaluations.values()]
+        refuse_tangents(y0)
+        evaluations = [e for e in (*self._evaluations.values(), *self._end_evaluations.values()) if e is not None]
+        if self._parameters is None:
+            sources = tuple({id(s): s for e in evaluations if e.handle is None for s in e.sources}.values())
+        else:
+            sources = self._parameters.tensors
+        handles = tuple(e.handle for e in evaluations if e.handle is not None)
         # As with plain stepping, what depends on nothing that requires a gradient requires none.
-        if not (
-            y0.requires_grad
-            or user_times.requires_grad
-            or recurrence.weights is not None
-            or any(_depends_on_more(evaluation.graph, self._anchor) for evaluation in evaluations)
-        ):
+        if not (y0.requires_grad or user_times.requires_grad or recurrence.weights is not None or sources or handles):
             return trajectory
         at_node = recurrence.nodes
-        place = {state: i for i, state in enumerate(states)}
-        end_place = {node: len(states) + i for i, node in enumerate(self._end_evaluations)}
         outputs = [node for node in trajectory.states if node > 0]
-        history = None
-        if recurrence.weights is not None:
-            history = {state: self._evaluations[state].values for state in states}
         solve = _Solve(
             recurrence=recurrence,
             plan=plan,
-            states=states,
-            ends=list(self._end_evaluations),
-            graphs=[evaluation.graph for evaluation in evaluations],
+            recollect=self._recollections(y0, recurrence, history, steps),
             state_outputs=outputs,
             slope_outputs=[
-                *(place[at_node[node]] for node in trajectory.slopes),
-                *(end_place[node] for node in trajectory.end_slopes),
+                *((node, self._evaluations[at_node[node]]) for node in trajectory.slopes),
+                *((node, self._end_evaluations[node]) for node in trajectory.end_slopes),
             ],
+            sources=sources,
+            handles=handles,
+            versions=[(tensor, tensor._version) for tensor in (() if self.keeps else (y0, *sources))],
         )
+        values = [
+            *(trajectory.states[node] for node in outputs),
+            *trajectory.slopes.values(),
+            *trajectory.end_slopes.values(),
+        ]
         attached: Iterator[Tensor] = iter(
-            _AttachedSolve.apply(  # type: ignore[no-untyped-call]
-                solve,
-                history,
-                [
-                    *(trajectory.states[node] for node in outputs),
-                    *trajectory.slopes.values(),
-                    *trajectory.end_slopes.values(),
-                ],
-                y0,
-                user_times,
-                recurrence.weights,
-                *(evaluation.handle for evaluation in evaluations),
-            )
+            _attach(solve, values, y0, user_times, recurrence.weights, *sources, *handles)
         )
         return Trajectory(
             states={0: y0, **{node: next(attached) for node in outputs}},
@@ -163,259 +205,231 @@ class Tape:
             end_slopes={node: next(attached) for node in trajectory.end_slopes},
         )
 
+    def _recollections(
+        self,
+        y0: Tensor,
+        recurrence: Recurrence,
+        history: History,
+        steps: Callable[[Callable[[int, Tensor, Tensor], Tensor]], Steps],
+    ) -> "_Recollections":
+        if self._backward is None or self._snapshots is None:
+            kept = Kept(self._evaluations, {0: y0.detach(), **self._states}, self._slopes, recurrence.nodes)
+            return lambda gradients: gradients(kept)
+        rerun = Rerun(recurrence, steps, self._recorder, self._circumstances, self._differentiate_times)
+        if isinstance(self._backward, Checkpoint):
+            snapshots = self._snapshots.taken
+            return lambda gradients: gradients(Checkpoints(rerun, snapshots))
+        last = self._snapshots.at(recurrence.nodes[-1], history)
+        return _Backwards(rerun, [*self._snapshots.taken, last], self._backward)
 
-class _Graph(NamedTuple):
-    """Where the graph of an evaluation ends, at f(X), and begins, at X and, where it is differentiated, its time."""
 
-    slope: GradientEdge
-    arguments: tuple[GradientEdge, ...]
+_Gradients = Callable[[Recollection], tuple[Tensor | None, ...]]
+_Recollections = Callable[[_Gradients], tuple[Tensor | None, ...]]
+"""Works out gradients with the evaluations recollected."""
 
 
-class _Evaluation(NamedTuple):
-    """f at a state X.
+class _Backwards:
+    """Recollects by reversal, and what the drift makes of it.
 
-    Attributes:
-        graph: from f(X) to its arguments; None where f(X) depends on nothing.
-        handle: what leads autograd's engine to the graph, instead of f(X) itself.
-        values: X and f(X), where the gradient of the recurrence's weights needs them.
+    Raises:
+        RuntimeError: func draws random numbers.
     """
 
-    graph: _Graph | None
-    handle: Tensor | None
-    values: tuple[Tensor, Tensor] | None
+    def __init__(self, rerun: Rerun, anchors: Sequence[Snapshot], backward: Reversible) -> None:
+        if not anchors[0].random.equals(anchors[-1].random):
+            raise RuntimeError(
+                "backward='reversible' needs a deterministic func, got one that draws random numbers, as dropout does; "
+                "use backward='checkpoint', which draws the same ones again"
+            )
+        self._rerun = rerun
+        self._anchors = anchors
+        self._backward = backward
 
-
-def _refuse_tangents(*tensors: Tensor) -> None:
-    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise RuntimeError(
-            "grad_filter does not support forward-mode automatic differentiation, nor do implicit methods: they work "
-            "on cotangents. Solve with an explicit method and without grad_filter for tangents"
-        )
-
-
-class _CutOff(torch.autograd.Function):
-    """The identity, whose output asks for a gradient and whose backward passes none on."""
-
-    @staticmethod
-    def forward(ctx: Any, argument: Tensor, anchor: Tensor) -> Tensor:  # noqa: ARG004
-        return argument.view_as(argument)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None]:  # noqa: ARG004
-        return None, None
-
-
-def _cut_off(argument: Tensor, anchor: Tensor) -> Tensor:
-    # A leaf would do, but would keep the state, and a gradient that nobody asks for, alive as long as the graph is.
-    cut: Tensor = _CutOff.apply(argument, anchor)  # type: ignore[no-untyped-call]
-    # Before torch 2.10 a GradientEdge keeps a node of C++ alive, as the view's is, but not one of Python.
-    return cut.view_as(cut)
-
-
-class _Handle(torch.autograd.Function):
-    """The identity in shape and gradient, whose output holds no memory."""
-
-    @staticmethod
-    def forward(ctx: Any, slope: Tensor) -> Tensor:  # noqa: ARG004
-        return slope.new_empty(()).expand(slope.shape)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor:  # noqa: ARG004
-        return cotangent
-
-
-def _depends_on_more(graph: _Graph | None, anchor: Tensor) -> bool:
-    """Whether a graph leads to a tensor that requires a gradient and is not cut off."""
-    if graph is None:
-        return False
-    pending, seen = [graph.slope.node], {graph.slope.node}
-    while pending:
-        node = pending.pop()
-        if getattr(node, "variable", anchor) is not anchor:
-            return True
-        parents = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= parents
-        pending.extend(parents)
-    return False
+    def __call__(self, gradients: _Gradients) -> tuple[Tensor | None, ...]:
+        start = self._anchors[0]
+        tolerance = self._backward.tolerance
+        if tolerance is None:
+            tolerance = torch.finfo(start.history.x.dtype).eps ** 0.5
+        reversal = Reversal(self._rerun, self._anchors, tolerance)
+        try:
+            found = gradients(reversal)
+        except DriftError:
+            if self._backward.on_drift == "raise":
+                raise
+            stride = Checkpoint().stride(len(self._rerun.recurrence.nodes) - 1)
+            found = gradients(Checkpoints(self._rerun, self._rerun.snapshots(start, stride)))
+        finally:
+            if self._backward.report is not None:
+                self._backward.report(reversal.drift)
+        return found
 
 
 @dataclass(frozen=True)
 class _Solve:
     """What the node knows of its solve beside its inputs and outputs.
 
-    Evaluations are counted from 0: those of the recurrence, in the order of the states, then those of ends.
-
     Attributes:
         recurrence: its rows.
         plan: the filter, if any.
-        states: those at which the recurrence evaluates f.
-        ends: the nodes at which f is evaluated besides.
-        graphs: the graph of each evaluation.
+        recollect: works out the gradients with the evaluations of f.
         state_outputs: the nodes whose states the autograd node returns.
-        slope_outputs: the evaluations whose values it returns after them.
+        slope_outputs: the nodes at which it returns values of f after them, and the evaluations.
+        sources, handles: its inputs after y0, the times and the weights.
+        versions: tensors that must not change before the backward pass, with their versions.
     """
 
     recurrence: Recurrence
     plan: FilterPlan | None
-    states: list[int]
-    ends: list[int]
-    graphs: list[_Graph | None]
+    recollect: _Recollections
     state_outputs: list[int]
-    slope_outputs: list[int]
+    slope_outputs: list[tuple[int, Evaluation | None]]
+    sources: tuple[Tensor, ...]
+    handles: tuple[Tensor, ...]
+    versions: list[tuple[Tensor, int]]
+
+    def check_versions(self) -> None:
+        """Raise a RuntimeError where func would not be what it was."""
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"y0 and adjoint_params must not be modified in place before the backward pass, which evaluates "
+                    f"func again; one of shape {tuple(tensor.shape)} was"
+                )
+
+    def gradients(
+        self, cotangents: Sequence[Tensor | None], times_need_grad: bool, recollection: Recollection
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients with respect to y0, the times, the weights, the sources and the handles."""
+        zero = torch.zeros_like(next(cotangent for cotangent in cotangents if cotangent is not None))
+        rows, at_node = self.recurrence.rows, self.recurrence.nodes
+        time_grads = zero.new_zeros(len(rows) + 1, dtype=zero.dtype.to_real()) if times_need_grad else None
+        parameters = ParameterGradients()
+        linearisation = Linearisation(recollection, parameters, self.plan is None, time_grads)
+
+        by_node: list[Tensor | None] = [None] * len(at_node)
+        by_slopes: list[Tensor | None] = [None] * len(at_node)
+        for node, cotangent in zip(self.state_outputs, cotangents, strict=False):
+            by_node[node] = cotangent
+        for (node, evaluation), cotangent in zip(
+            self.slope_outputs, cotangents[len(self.state_outputs) :], strict=True
+        ):
+            if evaluation is not None and cotangent is not None:
+                pulled = linearisation.pull_back_seen(evaluation, at_node[node], cotangent)
+                by_slopes[node] = _sum(by_slopes[node], pulled)
+        total = [_sum(node, slope) for node, slope in zip(by_node, by_slopes, strict=True)]
+
+        window = zero
+        weight_grads: list[list[Tensor]] = []
+
+        def followed() -> Iterator[AdjointState]:
+            nonlocal window
+            differentiated = _WeightGradients(self.recurrence, recollection)
+            for point in discrete_adjoint(rows, total, linearisation, zero):
+                if self.recurrence.weights is not None:
+                    weight_grads.extend(differentiated.at(point))
+                window = point.window
+                yield point
+
+        if self.plan is None:
+            for _ in followed():
+                pass
+        else:
+            for state, cotangent in filtered_cotangents(
+                self.plan, followed(), by_node, by_slopes, linearisation.expand, zero
+            ):
+                evaluation = recollection.evaluation(state)
+                if evaluation is not None:
+                    parameters.give(evaluation, cotangent)
+        parameters.settle()
+        flat = [grad for of_row in reversed(weight_grads) for grad in of_row]
+        return (
+            window,
+            time_grads,
+            torch.stack(flat).cpu() if flat else None,
+            *map(parameters.of, self.sources),
+            *map(parameters.of_handle, self.handles),
+        )
 
 
-class _Linearisation:
-    """The graphs of a solve as the transposed Jacobians that the adjoint needs.
+class _WeightGradients:
+    """The gradients with respect to the weights of each row, as soon as its slopes are at hand."""
 
-    Args:
-        solve: the solve.
-        time_gradients: where to add the gradients with respect to the times of the states, None if they are not needed.
-    """
+    def __init__(self, recurrence: Recurrence, recollection: Recollection) -> None:
+        self._rows = recurrence.rows
+        self._layout = Layout(recurrence.rows)
+        self._recollection = recollection
+        self._increment: Tensor | None = None
 
-    def __init__(self, solve: _Solve, time_gradients: Tensor | None) -> None:
-        self._graphs = dict(zip(solve.states, solve.graphs, strict=False))
-        self._time_gradients = time_gradients
+    def at(self, point: AdjointState) -> Iterator[list[Tensor]]:
+        """Those of the row that made the state, if it is implicit, and else of the row after it."""
+        state = point.state
+        # Where nothing was pulled back, nothing has been recollected yet.
+        self._recollection.evaluation(state)
+        if state < len(self._rows) and self._rows[state].implicit is None:
+            yield self._of(state, self._increment)
+        if state and self._rows[state - 1].implicit is not None:
+            yield self._of(state - 1, point.increment)
+        self._increment = point.increment
 
-    def product(self, state: int, vector: Tensor) -> Tensor | None:
-        """The product of the transposed Jacobian with a vector."""
-        return _vector_jacobian(self._graphs.get(state), vector, None, state)
+    def _of(self, i: int, increment: Tensor | None) -> list[Tensor]:
+        def difference(lag: int) -> Tensor:
+            return self._recollection.increment(self._layout.node_before[i] - lag)
 
-    def expand(self, state: int, value: Tensor | None, slope: Tensor | None, step: float) -> Tensor | None:
-        """V + Jᵀ S; with a step τ > 0, R (V + R Jᵀ (S - τ V)), R = (1 - τ Jᵀ)⁻¹."""
-        if step > 0.0 and value is not None and self._graphs.get(state) is not None:
-            slope = plus(slope, -step * value)
-        pulled = None if slope is None else self.product(state, slope)
-        if step == 0.0 or pulled is None:
-            return plus(value, pulled)
-        pulled = self._solve(state, step, pulled)
-        return self._solve(state, step, pulled if value is None else value + pulled)
+        def slope(lag: int) -> Tensor:
+            return self._recollection.slope(i + 1 if lag < 0 else self._layout.slope(i, lag))
 
-    def pull_back(self, state: int, cotangent: Tensor | None) -> Tensor | None:
-        """The same for a cotangent, which has a gradient with respect to the time too."""
-        return _vector_jacobian(self._graphs.get(state), cotangent, self._time_gradients, state)
-
-    def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
-        """The cotangent D of an implicit increment, (1 - b* Jᵀ) D = rhs."""
-        if self._graphs.get(state) is None:
-            return rhs
-        solution = self._solve(state, weight, rhs)
-        if self._time_gradients is not None:
-            self.pull_back(state, weight * solution)
-        return solution
-
-    def _solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
-        def pull_back(vector: Tensor) -> Tensor:
-            pulled = self.product(state, vector)
-            return torch.zeros_like(vector) if pulled is None else pulled
-
-        return solve_adjoint(pull_back, weight, rhs)
+        return weight_gradients(self._rows[i], increment, difference, slope)
 
 
-def _vector_jacobian(
-    graph: _Graph | None, cotangent: Tensor | None, time_gradients: Tensor | None, state: int
-) -> Tensor | None:
-    if graph is None or cotangent is None:
-        return None
-    arguments = graph.arguments if time_gradients is not None else graph.arguments[:1]
-    grads = torch.autograd.grad(graph.slope, arguments, cotangent, retain_graph=True, allow_unused=True)
-    if time_gradients is not None and grads[1] is not None:
-        time_gradients[state] += grads[1]
-    return grads[0]
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
+
+
+def _attach(solve: _Solve, values: list[Tensor], *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Apply the node so that it lets go of the solve when autograd lets go of what it has saved."""
+    token, unpacked = torch.empty(0), []
+
+    def unpack(packed: _Solve) -> Tensor:
+        unpacked.append(packed)
+        return token
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda _: solve, unpack):
+        return _AttachedSolve.apply(token, unpacked, values, *inputs)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _AttachedSolve(torch.autograd.Function):
-    """(y0, times, weights, f_0, f_1, ...) -> the states and values of f that are asked for."""
+    """(y0, times, weights, sources, handles) -> the states and values of f that are asked for."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        solve: _Solve,
-        history: dict[int, tuple[Tensor, Tensor]] | None,
-        outputs: list[Tensor],
-        y0: Tensor,
+        token: Tensor,
+        unpacked: list[_Solve],
+        values: list[Tensor],
+        y0: Tensor,  # noqa: ARG004
         user_times: Tensor,
-        weights: Tensor | None,  # noqa: ARG004
-        *handles: Tensor | None,  # noqa: ARG004
+        *others: Tensor | None,  # noqa: ARG004
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.solve = solve
+        ctx.save_for_backward(token)
+        ctx.unpacked = unpacked
         ctx.times_need_grad = user_times.requires_grad
-        if history is not None:
-            states, slopes = zip(*history.values(), strict=True)
-            ctx.save_for_backward(y0, *states, *slopes)
-        return tuple(outputs)
+        return tuple(values)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        solve: _Solve = ctx.solve
+        assert len(ctx.saved_tensors) == 1
+        solve: _Solve = ctx.unpacked.pop()
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "grad_filter does not support create_graph=True: the filtered gradient is no derivative of the loss, "
-                "so it has no second derivative to give. Solve without grad_filter for second derivatives"
-                if solve.plan is not None
-                else "implicit methods do not support create_graph=True: their gradient comes from the implicit "
-                "function theorem, once. Solve with an explicit method for second derivatives"
+                "grad_filter does not support create_graph=True, for its gradient is no derivative of the loss and has "
+                "none to give; nor do implicit methods, and backward='reversible' and 'checkpoint', whose gradients "
+                "are worked out once. For second derivatives solve with an explicit method and without both, or with "
+                "grad_filter='smooth'"
             )
-        seen = next((cotangent for cotangent in cotangents if cotangent is not None), None)
-        if seen is None:
+        solve.check_versions()
+        if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)
-        zero = torch.zeros_like(seen)
-        rows, at_node = solve.recurrence.rows, solve.recurrence.nodes
-        by_node: list[Tensor | None] = [None] * len(at_node)
-        direct: list[Tensor | None] = [None] * len(solve.graphs)
-        for node, cotangent in zip(solve.state_outputs, cotangents, strict=False):
-            by_node[node] = cotangent
-        for evaluation, cotangent in zip(solve.slope_outputs, cotangents[len(solve.state_outputs) :], strict=True):
-            direct[evaluation] = plus(direct[evaluation], cotangent)
-
-        time_grads = zero.new_zeros(len(rows) + 1, dtype=zero.dtype.to_real()) if ctx.times_need_grad else None
-        node_of = {state: node for node, state in enumerate(at_node)}
-        by_slopes: list[Tensor | None] = [None] * len(at_node)
-        of_evaluations = [*(node_of.get(state, -1) for state in solve.states), *solve.ends]
-        for node, graph, cotangent in zip(of_evaluations, solve.graphs, direct, strict=True):
-            if cotangent is not None:
-                pulled = _vector_jacobian(graph, cotangent, time_grads, at_node[node])
-                by_slopes[node] = plus(by_slopes[node], pulled)
-        linearisation = _Linearisation(solve, time_grads)
-        total = [plus(node, slope) for node, slope in zip(by_node, by_slopes, strict=True)]
-        backwards = discrete_adjoint(rows, total, linearisation, zero)
-
-        saved = ctx.saved_tensors
-        raw: dict[int, Tensor | None] = {}
-        increments: list[Tensor | None] = [None] * (len(rows) + 1)
-        window = zero
-
-        def noted() -> Iterator[AdjointState]:
-            nonlocal window
-            for point in backwards:
-                window = point.window
-                if solve.plan is None:
-                    raw[point.state] = point.mu
-                if saved:
-                    increments[point.state] = point.increment
-                yield point
-
-        cotangents_of: Mapping[int, Tensor | None] = raw
-        if solve.plan is None:
-            deque(noted(), maxlen=0)
-        else:
-            cotangents_of = filtered_cotangents(solve.plan, noted(), by_node, by_slopes, linearisation.expand, zero)
-        weight_grads = None
-        if saved:
-            y0, *values = saved
-            states = dict(zip(solve.states, values[: len(solve.states)], strict=True))
-            slopes = dict(zip(solve.states, values[len(solve.states) :], strict=True))
-            weight_grads = weight_gradients(rows, increments, {0: y0, **states}, slopes)
-        of_handles = [*(cotangents_of.get(state) for state in solve.states), *(None for _ in solve.ends)]
-        return (
-            None,
-            None,
-            None,
-            window,
-            time_grads,
-            weight_grads,
-            *(
-                None if graph is None else plus(cotangent, seen_directly)
-                for graph, cotangent, seen_directly in zip(solve.graphs, of_handles, direct, strict=True)
-            ),
-        )
+        with hooks_suspended(solve.sources):
+            found = solve.recollect(lambda recollection: solve.gradients(cotangents, ctx.times_need_grad, recollection))
+        return (None, None, None, *found)

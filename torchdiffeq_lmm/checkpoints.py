@@ -1,0 +1,196 @@
+"""Some states of the forward pass are kept; the evaluations between them are made again in the backward pass."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .circumstances import Circumstances, RandomState
+from .evaluation import Evaluation, Recorder
+from .recurrence import Layout, Recurrence
+from .stepping import History, march
+
+
+class Snapshot(NamedTuple):
+    """What it takes to go on from a node.
+
+    Attributes:
+        state: the number of its state.
+        history: what the next row knows of the past.
+        random: the state of the random generators.
+    """
+
+    state: int
+    history: History
+    random: RandomState
+
+
+class Snapshots:
+    """Takes a snapshot at every so many nodes.
+
+    Args:
+        stride: the number of steps from one to the next.
+        also: a node at which one is taken in any case.
+        device: of the solve.
+    """
+
+    def __init__(self, stride: int, also: int | None, device: torch.device) -> None:
+        self.taken: list[Snapshot] = []
+        self._stride = stride
+        self._also = also
+        self._device = device
+        self._node = 0
+
+    def pass_by(self, state: int, history: History) -> bool:
+        """Take a snapshot at the next node, if one is due; tell whether it was."""
+        due = self._node % self._stride == 0 or self._node == self._also
+        self._node += 1
+        if due:
+            self.taken.append(self.at(state, history))
+        return due
+
+    def at(self, state: int, history: History) -> Snapshot:
+        """A snapshot in any case."""
+        return Snapshot(state, history.copy(), RandomState.now(self._device))
+
+
+class Steps(Protocol):
+    """Evaluates f and solves implicit rows, as `march` needs it."""
+
+    def __call__(self, state: int, x: Tensor) -> Tensor:
+        """F at a state."""
+
+    def solve_implicit(
+        self, state: int, x: Tensor, known: Tensor | None, weight: float | Tensor, guess: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The increment and the slope of an implicit row."""
+
+    def restart(self) -> None:
+        """Forget what implicit rows have learned from those before."""
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """What it takes to run a solve again.
+
+    Attributes:
+        recurrence: its rows.
+        steps: from what evaluates f at a state, given its number, its time and itself, to what `march` needs.
+        recorder: evaluates f.
+        circumstances: of the forward pass.
+        keeps_values: whether the states and slopes are needed besides the graphs.
+    """
+
+    recurrence: Recurrence
+    steps: Callable[[Callable[[int, Tensor, Tensor], Tensor]], Steps]
+    recorder: Recorder
+    circumstances: Circumstances
+    keeps_values: bool
+
+    def snapshots(self, start: Snapshot, stride: int) -> list[Snapshot]:
+        """Run all steps once more, for snapshots alone."""
+        snapshots = Snapshots(stride, None, start.history.x.device)
+        history = start.history.copy()
+        with self.circumstances.restored(start.random), torch.no_grad():
+            snapshots.pass_by(start.state, history)
+            steps = self.steps(lambda _, time, x: self.recorder.evaluate(time, x))
+            rows = self.recurrence.rows
+            for state, _ in march(history, rows, steps, steps.solve_implicit):
+                if rows[state - 1].is_node and snapshots.pass_by(state, history):
+                    steps.restart()
+        return snapshots.taken
+
+
+class Checkpoints:
+    """The evaluations of a solve, made again from one snapshot to the next.
+
+    Args:
+        rerun: how.
+        snapshots: from the first state on.
+    """
+
+    def __init__(self, rerun: Rerun, snapshots: Sequence[Snapshot]) -> None:
+        self._rerun = rerun
+        self._rows = rerun.recurrence.rows
+        self._layout = Layout(self._rows)
+        self._snapshots = snapshots
+        self._starts = [snapshot.state for snapshot in snapshots]
+        self._segment = len(snapshots)
+        self._evaluations: dict[int, Evaluation | None] = {}
+        self._states: dict[int, Tensor] = {}
+        self._slopes: dict[int, Tensor] = {}
+
+    def evaluation(self, state: int) -> Evaluation | None:
+        """See `Recollection`.
+
+        Raises:
+            RuntimeError: the steps, run again, lead elsewhere than the first time.
+        """
+        if not self._rerun.recurrence.evaluated[state]:
+            return None
+        # An implicit row evaluates f at the state that it makes.
+        row = state - 1 if state and self._rows[state - 1].implicit is not None else state
+        segment = bisect_right(self._starts, row) - 1
+        if segment != self._segment:
+            self._run(segment)
+        return self._evaluations[state]
+
+    def slope(self, state: int) -> Tensor:
+        """See `Recollection`."""
+        if state in self._slopes:
+            return self._slopes[state]
+        first, history, _ = self._snapshots[self._segment]
+        # The first row of the segment may have evaluated one more.
+        newer = int(self._rows[first].evaluates)
+        known = (self._layout.slope(first, lag + newer) for lag in range(len(history.slopes)))
+        return dict(zip(known, history.slopes, strict=True))[state]
+
+    def increment(self, node: int) -> Tensor:
+        """See `Recollection`."""
+        first, history, _ = self._snapshots[self._segment]
+        at_node = self._rerun.recurrence.nodes
+        if at_node[node] > first:
+            return self._states[at_node[node]] - self._states[at_node[node - 1]]
+        if history.increments:
+            return history.increments[self._layout.node_before[first] - node]
+        assert history.previous is not None
+        return history.x - history.previous
+
+    def _run(self, segment: int) -> None:
+        """Make the evaluations from one snapshot to the next."""
+        self._segment = segment
+        self._evaluations = {}
+        first, history, random = self._snapshots[segment]
+        following = self._snapshots[segment + 1] if segment + 1 < len(self._snapshots) else None
+        self._states, self._slopes = {first: history.x}, {}
+
+        def evaluate(state: int, user_time: Tensor, x: Tensor) -> Tensor:
+            slope, self._evaluations[state] = self._rerun.recorder.record(user_time, x)
+            if self._rerun.keeps_values:
+                # func may return the same memory again and again.
+                self._slopes[state] = slope.detach().clone()
+            return slope.detach()
+
+        history = history.copy()
+        rows = self._rows[first : None if following is None else following.state]
+        with self._rerun.circumstances.restored(random), torch.no_grad():
+            steps = self._rerun.steps(evaluate)
+            for state, x in march(history, rows, steps, steps.solve_implicit, first):
+                if self._rerun.keeps_values:
+                    self._states[state] = x
+        if following is not None:
+            _check_same(history.x, following.history.x)
+
+
+def _check_same(reached: Tensor, known: Tensor) -> None:
+    tolerance = torch.finfo(known.dtype).eps ** 0.5 * known.abs().max()
+    # Where the solution is not a number, the gradient is none either, and says so itself.
+    if known.numel() and bool(((reached - known).abs() > tolerance).any()):
+        raise RuntimeError(
+            "func gave other values when it was evaluated again for the backward pass: the states differ by up to "
+            f"{float((reached - known).abs().max()):.3g}. With backward='checkpoint' it must be deterministic but for "
+            "PyTorch's default random generators, and nothing that it uses may change in between"
+        )

@@ -1,0 +1,64 @@
+"""Under what circumstances func was evaluated, so that it can be evaluated once more under the same."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+
+
+class RandomState(NamedTuple):
+    """The state of PyTorch's default random generators, of the CPU and of the device of the solve.
+
+    Attributes:
+        cpu: of the CPU.
+        device: of the device, if it is another.
+    """
+
+    cpu: torch.Tensor
+    device: torch.Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> "RandomState":
+        """What it is."""
+        if device.type == "cpu":
+            return cls(torch.get_rng_state(), None)
+        return cls(torch.get_rng_state(), torch.get_device_module(device).get_rng_state(device))
+
+    def equals(self, other: "RandomState") -> bool:
+        """Whether nothing was drawn between the two."""
+        if not torch.equal(self.cpu, other.cpu):
+            return False
+        return self.device is None or other.device is None or torch.equal(self.device, other.device)
+
+
+class Circumstances:
+    """What evaluations of func depend on besides their arguments: autocast and, where they draw, random numbers.
+
+    Args:
+        device: of the solve.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in {"cpu", device.type}
+        ]
+        self._caches = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def restored(self, random: RandomState | None) -> Iterator[None]:
+        """The circumstances once more, for as long as the context lasts; with a random state, where it is given."""
+        with ExitStack() as stack:
+            for kind, enabled, dtype in self._autocast:
+                if (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) == (enabled, dtype):
+                    continue
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._caches))
+            if random is not None:
+                devices = [] if random.device is None else [self._device]
+                kind = "cuda" if random.device is None else self._device.type
+                stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
+                torch.set_rng_state(random.cpu)
+                if random.device is not None:
+                    torch.get_device_module(self._device).set_rng_state(random.device, self._device)
+            yield

@@ -1,0 +1,161 @@
+"""One evaluation of f with a graph of its own, which can be differentiated apart from all others."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from .vector_field import VectorField
+
+
+class Evaluation(NamedTuple):
+    """f at a state X.
+
+    Attributes:
+        slope: where its graph ends, at f(X).
+        arguments: where its graph begins, at X and, where it is differentiated, its time.
+        sources: the tensors that require a gradient and that the graph leads to besides: parameters.
+        handle: None, or what leads autograd's engine through the graph to more than these: a tensor of the shape of
+            f(X), whose cotangent is that of f(X).
+    """
+
+    slope: GradientEdge
+    arguments: tuple[GradientEdge, ...]
+    sources: tuple[Tensor, ...]
+    handle: Tensor | None
+
+
+class Recorder:
+    """Evaluates f and keeps the graph of each evaluation.
+
+    Args:
+        vector_field: f.
+        like: a state, for its dtype and device.
+        differentiate_times: whether gradients with respect to the times of the evaluations are needed.
+        parameters: the sources, leaves or not. None for all leaves, wherever func has them; where a graph leads to
+            what was made before the evaluation, as weights that a hypernetwork made once, it then has a handle.
+        are_all: whether a graph that leads to more than `parameters` is an error, else to be ignored.
+    """
+
+    def __init__(
+        self,
+        vector_field: VectorField,
+        like: Tensor,
+        differentiate_times: bool,
+        parameters: Sequence[Tensor] | None = None,
+        are_all: bool = True,
+    ) -> None:
+        self._vector_field = vector_field
+        self._differentiate_times = differentiate_times
+        self._zeros = {
+            dtype: torch.zeros((), dtype=dtype, device=like.device, requires_grad=True)
+            for dtype in (like.dtype, vector_field.time_dtype)
+        }
+        self._leaf_type = type(get_gradient_edge(self._zeros[like.dtype]).node)
+        self._are_all = are_all
+        self._known: dict[tuple[Node, int], Tensor] | None = None
+        if parameters is not None:
+            edges = map(get_gradient_edge, parameters)
+            self._known = {(edge.node, edge.output_nr): p for edge, p in zip(edges, parameters, strict=True)}
+
+    def record(self, user_time: Tensor, x: Tensor) -> tuple[Tensor, Evaluation | None]:
+        """Evaluate f.
+
+        Args:
+            user_time: what func is given for the time.
+            x: the state.
+
+        Returns:
+            The slope with its graph, and the evaluation; None where the slope depends on nothing.
+
+        Raises:
+            ValueError: func depends on a tensor that `parameters` should have and has not.
+        """
+        with torch.enable_grad():
+            state = self._cut_off(x)
+            arguments: tuple[GradientEdge, ...] = (get_gradient_edge(state),)
+            time = user_time.detach()
+            if self._differentiate_times:
+                time = self._cut_off(time)
+                arguments = (*arguments, get_gradient_edge(time))
+            slope = self._vector_field(time, state)
+            refuse_tangents(user_time, slope)
+            if not slope.requires_grad:
+                return slope, None
+            edge = get_gradient_edge(slope)
+            sources, leads_beyond = self._sources(edge, arguments)
+            handle = None
+            if leads_beyond and self._known is None:
+                handle = _Handle.apply(slope)  # type: ignore[no-untyped-call]
+            elif leads_beyond and self._are_all:
+                raise ValueError(
+                    "adjoint_params must be given where func depends on more than the parameters of the module that it "
+                    "is, got None, and func uses another tensor that requires a gradient; list all tensors whose "
+                    "gradients are wanted, or use backward='autograd', which needs no list"
+                )
+            return slope, Evaluation(edge, arguments, sources, handle)
+
+    def evaluate(self, user_time: Tensor, x: Tensor) -> Tensor:
+        """Evaluate f and keep nothing but the value."""
+        # What autocast caches without a graph would be without one for others, too.
+        with torch.set_grad_enabled(torch.is_autocast_enabled(x.device.type)):
+            return self._vector_field(user_time.detach(), x.detach()).detach()
+
+    def _cut_off(self, argument: Tensor) -> Tensor:
+        # A leaf in its place would keep the state alive as long as the graph is; the node of a sum does not.
+        return argument.detach() + self._zeros[argument.dtype]
+
+    def _sources(self, slope: GradientEdge, arguments: tuple[GradientEdge, ...]) -> tuple[tuple[Tensor, ...], bool]:
+        """The sources that a graph leads to, and whether it leads beyond."""
+        known = self._known or {}
+        # Nodes are numbered as they are made.
+        begin = arguments[0].node._sequence_nr() if self._known is None else 0
+        found: dict[int, Tensor] = {}
+        beyond = False
+        seen = {argument.node for argument in arguments}
+        pending: list[tuple[Node | None, int]] = [(slope.node, slope.output_nr)]
+        while pending:
+            node, output_nr = pending.pop()
+            if node is None:
+                continue
+            source = known.get((node, output_nr))
+            if source is not None:
+                found[id(source)] = source
+            elif node in seen:
+                continue
+            elif type(node) is self._leaf_type:
+                if self._known is None:
+                    source = node.variable  # type: ignore[attr-defined]
+                    found[id(source)] = source
+                else:
+                    beyond = True
+            elif node._sequence_nr() < begin:
+                beyond = True
+            else:
+                pending.extend(node.next_functions)
+            seen.add(node)
+        return tuple(found.values()), beyond
+
+
+class _Handle(torch.autograd.Function):
+    """The identity in shape and gradient, whose output holds no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, slope: Tensor) -> Tensor:  # noqa: ARG004
+        return slope.new_empty(()).expand(slope.shape)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:  # noqa: ARG004
+        return cotangent
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Raise a RuntimeError where forward-mode differentiation is going on."""
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "grad_filter does not support forward-mode automatic differentiation, nor do implicit methods or backward: "
+            "they work on cotangents. Solve with an explicit method, and without grad_filter and backward, for tangents"
+        )

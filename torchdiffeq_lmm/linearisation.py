@@ -1,0 +1,188 @@
+"""The evaluations of a solve, as what its adjoint needs of them: transposed Jacobians, and gradients of parameters."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from .adjoint import Contributions, combine
+from .evaluation import Evaluation
+from .implicit import solve_adjoint
+from .recollection import Recollection
+
+_AT_ONCE = 16
+"""So many evaluations are differentiated with respect to the parameters in one call."""
+
+
+class ParameterGradients:
+    """The gradients of what func depends on besides its arguments, summed up."""
+
+    def __init__(self) -> None:
+        self._beyond: dict[int, Tensor] = {}
+        self._sums: dict[int, _Sum] = {}
+        self._pending: list[tuple[Evaluation, Tensor]] = []
+
+    def give(self, evaluation: Evaluation, cotangent: Tensor, weight: float = 1.0) -> None:
+        """Pass weight × the cotangent of a slope on to the sources, or to the handle."""
+        if evaluation.handle is not None:
+            given = cotangent if weight == 1.0 else weight * cotangent
+            before = self._beyond.get(id(evaluation.handle))
+            self._beyond[id(evaluation.handle)] = given if before is None else before + given
+        elif evaluation.sources:
+            self._pending.append((evaluation, cotangent if weight == 1.0 else weight * cotangent))
+            if len(self._pending) == _AT_ONCE:
+                self.settle()
+
+    def settle(self) -> None:
+        """Do what has been put off."""
+        pending, self._pending = self._pending, []
+        if pending:
+            sources = tuple({id(s): s for evaluation, _ in pending for s in evaluation.sources}.values())
+            slopes = [evaluation.slope for evaluation, _ in pending]
+            cotangents = [cotangent for _, cotangent in pending]
+            grads = torch.autograd.grad(slopes, sources, cotangents, retain_graph=True, allow_unused=True)
+            self.add(sources, grads, 1.0)
+
+    def add(self, sources: Sequence[Tensor], grads: Sequence[Tensor | None], weight: float) -> None:
+        """Add weight × gradients to the sums."""
+        for source, grad in zip(sources, grads, strict=True):
+            if grad is None:
+                continue
+            before = self._sums.get(id(source))
+            if before is None:
+                self._sums[id(source)] = _Sum(source, grad if weight == 1.0 else grad * weight, is_own=weight != 1.0)
+            elif before.is_own and not grad.is_sparse:
+                before.total.add_(grad, alpha=weight)
+            else:
+                self._sums[id(source)] = _Sum(source, before.total + weight * grad, is_own=not grad.is_sparse)
+
+    def of(self, source: Tensor) -> Tensor | None:
+        """The gradient of a source; None for 0."""
+        found = self._sums.get(id(source))
+        return None if found is None else found.total
+
+    def of_handle(self, handle: Tensor) -> Tensor | None:
+        """The cotangent of a handle; None for 0."""
+        return self._beyond.get(id(handle))
+
+
+class _Sum(NamedTuple):
+    source: Tensor
+    total: Tensor
+    is_own: bool
+    """Whether nobody else sees the memory of the total."""
+
+
+class Linearisation:
+    """The transposed Jacobians along a solve.
+
+    Args:
+        recollection: the evaluations.
+        parameters: where the gradients of parameters are added up.
+        collects: whether what is pulled back is what the parameters get too, as it is without a filter.
+        time_gradients: where to add the gradients with respect to the times of the states; None if they are not needed.
+    """
+
+    def __init__(
+        self,
+        recollection: Recollection,
+        parameters: ParameterGradients,
+        collects: bool,
+        time_gradients: Tensor | None,
+    ) -> None:
+        self._recollection = recollection
+        self._parameters = parameters
+        self._collects = collects
+        self._time_gradients = time_gradients
+
+    def product(self, state: int, vector: Tensor) -> Tensor | None:
+        """The product of the transposed Jacobian with a vector; None for 0."""
+        evaluation = self._recollection.evaluation(state)
+        if evaluation is None:
+            return None
+        return _vector_jacobian(evaluation, evaluation.arguments[:1], vector)[0]
+
+    def expand(self, state: int, value: Tensor | None, slope: Tensor | None, step: float) -> Tensor | None:
+        """V + Jᵀ S; with a step τ > 0, R (V + R Jᵀ (S - τ V)), R = (1 - τ Jᵀ)⁻¹. None is 0."""
+        if step > 0.0 and value is not None and self._recollection.evaluation(state) is not None:
+            slope = -step * value if slope is None else slope - step * value
+        pulled = None if slope is None else self.product(state, slope)
+        if pulled is None:
+            return value
+        if step == 0.0:
+            return pulled if value is None else value + pulled
+        pulled = self._solve(state, step, pulled)
+        return self._solve(state, step, pulled if value is None else value + pulled)
+
+    def pull_back(self, state: int, cotangent: Contributions) -> Contributions:
+        """Jᵀ times a cotangent of the slope, which has gradients with respect to the time and parameters too."""
+        evaluation = self._recollection.evaluation(state) if cotangent else None
+        if evaluation is None:
+            return []
+        weight, tensor = cotangent[0] if len(cotangent) == 1 else (1.0, combine(cotangent))
+        pulled = self._pull_back(evaluation, state, weight, tensor, self._collects)
+        return [] if pulled is None else [(weight, pulled)]
+
+    def pull_back_seen(self, evaluation: Evaluation, state: int, cotangent: Tensor) -> Tensor | None:
+        """The same for what E sees of the slope itself, which is for the parameters as it is."""
+        return self._pull_back(evaluation, state, 1.0, cotangent, collects=True)
+
+    def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
+        """The cotangent D of an implicit increment, (1 - b* Jᵀ) D = rhs."""
+        evaluation = self._recollection.evaluation(state)
+        if evaluation is None:
+            return rhs
+        solution = self._solve(state, weight, rhs)
+        if self._collects or self._time_gradients is not None:
+            self._pull_back(evaluation, state, weight, solution, self._collects)
+        return solution
+
+    def _pull_back(
+        self, evaluation: Evaluation, state: int, weight: float, cotangent: Tensor, collects: bool
+    ) -> Tensor | None:
+        arguments = evaluation.arguments if self._time_gradients is not None else evaluation.arguments[:1]
+        sources = evaluation.sources if collects and evaluation.handle is None else ()
+        if collects and evaluation.handle is not None:
+            self._parameters.give(evaluation, cotangent, weight)
+        grads = _vector_jacobian(evaluation, (*arguments, *sources), cotangent)
+        if self._time_gradients is not None and grads[1] is not None:
+            self._time_gradients[state] += weight * grads[1]
+        self._parameters.add(sources, grads[len(arguments) :], weight)
+        return grads[0]
+
+    def _solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
+        def pull_back(vector: Tensor) -> Tensor:
+            pulled = self.product(state, vector)
+            return torch.zeros_like(vector) if pulled is None else pulled
+
+        return solve_adjoint(pull_back, weight, rhs)
+
+
+@contextmanager
+def hooks_suspended(sources: Iterable[Tensor]) -> Iterator[None]:
+    """Keep the hooks of parameters from what is only a part of their gradient; they are for the whole."""
+    hooks = [source._backward_hooks for source in sources if source._backward_hooks]
+    copies = [hook.copy() for hook in hooks]
+    for hook in hooks:
+        hook.clear()
+    try:
+        yield
+    finally:
+        for hook, copy in zip(hooks, copies, strict=True):
+            hook.update(copy)
+
+
+def _vector_jacobian(
+    evaluation: Evaluation, inputs: Sequence[Tensor | GradientEdge], cotangent: Tensor
+) -> tuple[Tensor | None, ...]:
+    # Tensors and edges may be mixed, whatever the annotation says.
+    return torch.autograd.grad(
+        evaluation.slope,
+        inputs,  # type: ignore[arg-type]
+        cotangent,
+        retain_graph=True,
+        allow_unused=True,
+    )
