@@ -6,7 +6,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .combination import linear_combination
 from .recurrence import Layout, Row
 
 Contributions = list[tuple[float, Tensor]]
@@ -155,8 +154,13 @@ def weight_gradients(
 
 
 def combine(contributions: Contributions) -> Tensor:
-    """The sum of one contribution or more, of which not all have weight 0."""
-    return linear_combination((weight for weight, _ in contributions), (tensor for _, tensor in contributions))
+    """The sum of one contribution or more, a new tensor."""
+    (weight, total), *others = contributions
+    if weight != 1.0 or not others:
+        total = total * weight
+    for weight, tensor in others:
+        total = torch.add(total, tensor, alpha=weight)
+    return total
 
 
 def plus(value: Tensor, contributions: Contributions) -> Tensor:

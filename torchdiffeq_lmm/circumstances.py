@@ -1,7 +1,7 @@
 """Under what circumstances func was evaluated, so that it can be evaluated once more under the same."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -46,13 +46,19 @@ class Circumstances:
         ]
         self._caches = torch.is_autocast_cache_enabled()
 
-    @contextmanager
-    def restored(self, random: RandomState | None) -> Iterator[None]:
+    def restored(self, random: RandomState | None = None) -> AbstractContextManager[None]:
         """The circumstances once more, for as long as the context lasts; with a random state, where it is given."""
+        autocast = [
+            (kind, enabled, dtype)
+            for kind, enabled, dtype in self._autocast
+            if torch.is_autocast_enabled(kind) != enabled or (enabled and torch.get_autocast_dtype(kind) != dtype)
+        ]
+        return nullcontext() if random is None and not autocast else self._restored(autocast, random)
+
+    @contextmanager
+    def _restored(self, autocast: list[tuple[str, bool, torch.dtype]], random: RandomState | None) -> Iterator[None]:
         with ExitStack() as stack:
-            for kind, enabled, dtype in self._autocast:
-                if (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) == (enabled, dtype):
-                    continue
+            for kind, enabled, dtype in autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._caches))
             if random is not None:
                 devices = [] if random.device is None else [self._device]

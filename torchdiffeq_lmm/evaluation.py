@@ -11,6 +11,10 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from .vector_field import VectorField
 
 
+_FEW = 32
+"""Of so many known parameters it costs less to ask for all gradients than to find out which there are."""
+
+
 class Evaluation(NamedTuple):
     """f at a state X.
 
@@ -56,6 +60,8 @@ class Recorder:
         }
         self._leaf_type = type(get_gradient_edge(self._zeros[like.dtype]).node)
         self._are_all = are_all
+        self._parameters = tuple(parameters or ())
+        self._is_checked = False
         self._known: dict[tuple[Node, int], Tensor] | None = None
         if parameters is not None:
             edges = map(get_gradient_edge, parameters)
@@ -82,10 +88,12 @@ class Recorder:
                 time = self._cut_off(time)
                 arguments = (*arguments, get_gradient_edge(time))
             slope = self._vector_field(time, state)
-            refuse_tangents(user_time, slope)
+            refuse_tangents(slope)
             if not slope.requires_grad:
                 return slope, None
             edge = get_gradient_edge(slope)
+            if self._is_checked and len(self._parameters) <= _FEW:
+                return slope, Evaluation(edge, arguments, self._parameters, None)
             sources, leads_beyond = self._sources(edge, arguments)
             handle = None
             if leads_beyond and self._known is None:
@@ -96,13 +104,15 @@ class Recorder:
                     "is, got None, and func uses another tensor that requires a gradient; list all tensors whose "
                     "gradients are wanted, or use backward='autograd', which needs no list"
                 )
+            self._is_checked = self._known is not None
             return slope, Evaluation(edge, arguments, sources, handle)
 
     def evaluate(self, user_time: Tensor, x: Tensor) -> Tensor:
         """Evaluate f and keep nothing but the value."""
         # What autocast caches without a graph would be without one for others, too.
         with torch.set_grad_enabled(torch.is_autocast_enabled(x.device.type)):
-            return self._vector_field(user_time.detach(), x.detach()).detach()
+            # Detached, for func may ask for the gradient of its argument.
+            return self._vector_field(user_time, x.detach()).detach()
 
     def _cut_off(self, argument: Tensor) -> Tensor:
         # A leaf in its place would keep the state alive as long as the graph is; the node of a sum does not.
@@ -110,33 +120,29 @@ class Recorder:
 
     def _sources(self, slope: GradientEdge, arguments: tuple[GradientEdge, ...]) -> tuple[tuple[Tensor, ...], bool]:
         """The sources that a graph leads to, and whether it leads beyond."""
-        known = self._known or {}
+        known, leaf_type = self._known, self._leaf_type
         # Nodes are numbered as they are made.
-        begin = arguments[0].node._sequence_nr() if self._known is None else 0
+        begin = arguments[0].node._sequence_nr() if known is None else 0
         found: dict[int, Tensor] = {}
         beyond = False
         seen = {argument.node for argument in arguments}
         pending: list[tuple[Node | None, int]] = [(slope.node, slope.output_nr)]
-        while pending:
-            node, output_nr = pending.pop()
-            if node is None:
-                continue
-            source = known.get((node, output_nr))
-            if source is not None:
+        for node, output_nr in pending:
+            if known and (node, output_nr) in known:
+                source = known[node, output_nr]  # type: ignore[index]
                 found[id(source)] = source
-            elif node in seen:
-                continue
-            elif type(node) is self._leaf_type:
-                if self._known is None:
-                    source = node.variable  # type: ignore[attr-defined]
-                    found[id(source)] = source
+            elif node is None or node in seen:
+                pass
+            elif type(node) is leaf_type:
+                if known is None:
+                    found[id(node)] = node.variable  # type: ignore[attr-defined]
                 else:
                     beyond = True
             elif node._sequence_nr() < begin:
                 beyond = True
             else:
-                pending.extend(node.next_functions)
-            seen.add(node)
+                pending += node.next_functions
+            seen.add(node)  # type: ignore[arg-type]
         return tuple(found.values()), beyond
 
 
@@ -154,7 +160,9 @@ class _Handle(torch.autograd.Function):
 
 def refuse_tangents(*tensors: Tensor) -> None:
     """Raise a RuntimeError where forward-mode differentiation is going on."""
-    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+    for tensor in tensors:
+        if unpack_dual(tensor).tangent is None:
+            continue
         raise RuntimeError(
             "grad_filter does not support forward-mode automatic differentiation, nor do implicit methods or backward: "
             "they work on cotangents. Solve with an explicit method, and without grad_filter and backward, for tangents"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 
 from .adjoint import Contributions, combine
 from .evaluation import Evaluation
@@ -43,7 +43,7 @@ class ParameterGradients:
             sources = tuple({id(s): s for evaluation, _ in pending for s in evaluation.sources}.values())
             slopes = [evaluation.slope for evaluation, _ in pending]
             cotangents = [cotangent for _, cotangent in pending]
-            grads = torch.autograd.grad(slopes, sources, cotangents, retain_graph=True, allow_unused=True)
+            grads = _vector_jacobian(slopes, sources, cotangents)
             self.add(sources, grads, 1.0)
 
     def add(self, sources: Sequence[Tensor], grads: Sequence[Tensor | None], weight: float) -> None:
@@ -103,7 +103,7 @@ class Linearisation:
         evaluation = self._recollection.evaluation(state)
         if evaluation is None:
             return None
-        return _vector_jacobian(evaluation, evaluation.arguments[:1], vector)[0]
+        return _vector_jacobian((evaluation.slope,), evaluation.arguments[:1], (vector,))[0]
 
     def expand(self, state: int, value: Tensor | None, slope: Tensor | None, step: float) -> Tensor | None:
         """V + Jᵀ S; with a step τ > 0, R (V + R Jᵀ (S - τ V)), R = (1 - τ Jᵀ)⁻¹. None is 0."""
@@ -147,7 +147,7 @@ class Linearisation:
         sources = evaluation.sources if collects and evaluation.handle is None else ()
         if collects and evaluation.handle is not None:
             self._parameters.give(evaluation, cotangent, weight)
-        grads = _vector_jacobian(evaluation, (*arguments, *sources), cotangent)
+        grads = _vector_jacobian((evaluation.slope,), (*arguments, *sources), (cotangent,))
         if self._time_gradients is not None and grads[1] is not None:
             self._time_gradients[state] += weight * grads[1]
         self._parameters.add(sources, grads[len(arguments) :], weight)
@@ -176,13 +176,9 @@ def hooks_suspended(sources: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _vector_jacobian(
-    evaluation: Evaluation, inputs: Sequence[Tensor | GradientEdge], cotangent: Tensor
+    slopes: Sequence[GradientEdge], inputs: Sequence[Tensor | GradientEdge], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    # Tensors and edges may be mixed, whatever the annotation says.
-    return torch.autograd.grad(
-        evaluation.slope,
-        inputs,  # type: ignore[arg-type]
-        cotangent,
-        retain_graph=True,
-        allow_unused=True,
+    # As torch.autograd.grad with retain_graph and allow_unused, whose checks cost as much as a small network does.
+    return _engine_run_backward(
+        tuple(slopes), tuple(cotangents), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
     )

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -24,6 +24,10 @@ from .start import SweptState, deferred_corrections
 
 Terms = tuple[tuple[int, Weight], ...]
 """Weights by lag: 0 for the latest of its kind, 1 for the one before, ..."""
+
+
+_PATTERNS = 4096
+"""Of so many patterns of steps the weights are remembered, from solve to solve."""
 
 
 class Keeps(NamedTuple):
@@ -234,27 +238,25 @@ def _scaled_nodes(lengths: Sequence[Number]) -> list[Number]:
 
 
 class _Coefficients:
-    """The weights of the steps after the start, as numbers; worked out once for every pattern of steps."""
+    """The weights of the steps after the start, as numbers."""
 
     def __init__(self, method: MultistepMethod, lengths: list[float]) -> None:
         self._method = method
         self._lengths = lengths
-        self._formula = cache(_formula_of_pattern)
-        self._guess = cache(_guess_of_pattern)
 
     def formula(self, n: int) -> Formula:
         """The weights of step n, in the unit of time."""
         formula, reach = _formula_of_step(self._method, self._lengths, n)
-        return self._formula(formula, self._pattern(n, reach))
+        return _formula_of_pattern(formula, self._pattern(n, reach))
 
     def predictor(self, n: int) -> Formula:
         """The weights of the predictor of step n, in the unit of time."""
         assert self._method.predictor is not None
-        return self._formula(self._method.predictor, self._pattern(n, self._method.steps))
+        return _formula_of_pattern(self._method.predictor, self._pattern(n, self._method.steps))
 
     def guess(self, n: int, slopes: int) -> tuple[float, ...]:
         """The weights of the slopes at t_n, t_{n-1}, ... in a guess for f at t_{n+1}."""
-        return self._guess(self._pattern(n, slopes))
+        return _guess_of_pattern(self._pattern(n, slopes))
 
     def _pattern(self, n: int, count: int) -> tuple[float, ...]:
         return tuple(self._lengths[max(n + 1 - count, 0) : n + 1][::-1])
@@ -269,6 +271,7 @@ def _formula_of_step(
     return method.formula, method.steps
 
 
+@lru_cache(_PATTERNS)
 def _formula_of_pattern(formula: Callable[[Nodes], Formula], pattern: tuple[float, ...]) -> Formula:
     h, weights = pattern[0], formula(_scaled_nodes(pattern))
     return Formula(
@@ -278,6 +281,7 @@ def _formula_of_pattern(formula: Callable[[Nodes], Formula], pattern: tuple[floa
     )
 
 
+@lru_cache(_PATTERNS)
 def _guess_of_pattern(pattern: tuple[float, ...]) -> tuple[float, ...]:
     new, *nodes = _scaled_nodes(pattern)
     return tuple(float(weight) for weight in extrapolation_weights(nodes, new))

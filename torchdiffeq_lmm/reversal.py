@@ -1,6 +1,7 @@
 """Leapfrog run backwards: the states of the forward pass once more, from the last ones."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from torch import Tensor
@@ -28,6 +29,7 @@ def is_reversible(method: MultistepMethod) -> bool:
     )
 
 
+@lru_cache(1024)
 def reversed_row(row: Row) -> Row:
     """The row that undoes one: with δ_n = x_n - x_{n+1} it is δ_{n-1} = δ_n / e + (b / e) f_n."""
     ((_, e),) = row.increments
@@ -100,9 +102,9 @@ class Reversal:
             steps(below.state, past.x)
             yield below.state
 
-    def _evaluate(self, state: int, user_time: Tensor, x: Tensor) -> Tensor:
+    def _evaluate(self, state: int, user_time: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
         # Not for longer than that, for others evaluate while this waits.
-        with self._rerun.circumstances.restored(None):
+        with self._rerun.circumstances.restored():
             slope, self._evaluation = self._rerun.recorder.record(user_time, x)
         self._slope = slope.detach()
         return self._slope

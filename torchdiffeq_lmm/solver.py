@@ -424,12 +424,14 @@ class _Evaluator:
         self._time = time
         self._user_time = user_time
         self._wanted = wanted
+        self._evaluate = _evaluation_of(vector_field, tape, wanted or {})
         self.again = partial(_Steps, vector_field, implicit, name, user_time)
-        self._steps = self.again(_evaluation_of(vector_field, tape, wanted or {}))
+        self._steps = self.again(self._evaluate)
 
     def __call__(self, state: int, x: Tensor) -> Tensor:
-        slope = self._steps(state, x)
-        self._keep(state, slope)
+        slope = self._evaluate(state, self._user_time(state), x)
+        if self._wanted is None or state in self._wanted:
+            self._keep(state, slope)
         return slope
 
     def solve_implicit(

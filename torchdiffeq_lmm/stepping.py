@@ -72,11 +72,10 @@ def march(
             slopes.insert(0, evaluate(number, latest))
         if form.is_two_step and previous is not None:
             # x cancels, and one addition does for three.
-            weights = (1.0, *(weight for _, weight in row.slopes))
-            latest = linear_combination(weights, (previous, *_pick(slopes, row.slopes)))
+            latest = _added(previous, form.terms, slopes)
             increments.clear()
-        elif form.ratios:
-            latest = add(x, _mean(form.ratios, _pick(slopes, row.slopes)), alpha=form.scale)
+        elif form.scale:
+            latest = add(x, _added(slopes[form.lag], form.terms, slopes), alpha=form.scale)
         else:
             if previous is not None and row.increments and not increments:
                 increments.append(x - previous)
@@ -109,34 +108,37 @@ class _Form(NamedTuple):
     """How a row is carried out with the fewest operations.
 
     Attributes:
-        is_two_step: whether it is X = x_{n-1} + Σ b f.
-        scale, ratios: where the row has slopes alone and nobody needs its increment, X = x + scale Σ ratio f, with 1
-            for the first ratio; else no ratios.
+        terms: lags of slopes, and weights.
+        is_two_step: whether the row is X = x_{n-1} + Σ weight f.
+        scale, lag: where it has slopes alone and nobody needs its increment, X = x + scale (f + Σ weight f), the first
+            f being that of `lag`; else scale is 0.
     """
 
-    is_two_step: bool
-    scale: float = 1.0
-    ratios: tuple[float, ...] = ()
+    terms: tuple[tuple[int, float], ...]
+    is_two_step: bool = False
+    scale: float = 0.0
+    lag: int = 0
 
 
 def _form_of(row: Row) -> _Form:
-    if row.implicit is not None:
-        return _Form(False)
+    terms = tuple((lag, weight) for lag, weight in row.slopes if isinstance(weight, float) and weight != 0.0)
+    # A tensor carries a gradient even where its value is 0 or -1.
+    if row.implicit is not None or not terms or any(isinstance(weight, Tensor) for weight in row.weights):
+        return _Form(())
     if len(row.increments) == 1:
-        e = row.increments[0][1]
-        # A tensor carries a gradient even where its value is -1.
-        return _Form(isinstance(e, float) and e == -1.0)
-    weights = [weight for _, weight in row.slopes if isinstance(weight, float)]
-    if row.increments or row.keeps is None or row.keeps.increments or not weights or len(weights) < len(row.slopes):
-        return _Form(False)
+        return _Form(terms, is_two_step=bool(row.increments[0][1] == -1.0))
+    (lag, scale), *others = terms
     # Where the first weight is small, others would overflow in half precision.
-    if max(map(abs, weights)) > _MAX_RATIO * abs(weights[0]):
-        return _Form(False)
-    return _Form(False, weights[0], tuple(weight / weights[0] for weight in weights))
+    is_small = any(abs(weight) > _MAX_RATIO * abs(scale) for _, weight in others)
+    if row.increments or row.keeps is None or row.keeps.increments or is_small:
+        return _Form(())
+    return _Form(tuple((other, weight / scale) for other, weight in others), scale=scale, lag=lag)
 
 
-def _mean(ratios: tuple[float, ...], tensors: list[Tensor]) -> Tensor:
-    return linear_combination(ratios, tensors) if len(tensors) > 1 else tensors[0]
+def _added(total: Tensor, terms: tuple[tuple[int, float], ...], slopes: list[Tensor]) -> Tensor:
+    for lag, weight in terms:
+        total = add(total, slopes[lag], alpha=weight)
+    return total
 
 
 def _pick(tensors: list[Tensor], terms: Terms) -> list[Tensor]:

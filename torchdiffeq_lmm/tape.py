@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adjoint import AdjointState, discrete_adjoint, plus, weight_gradients
+from .adjoint import AdjointState, discrete_adjoint, weight_gradients
 from .backward import Checkpoint, Reversible
 from .checkpoints import Checkpoints, Rerun, Snapshot, Snapshots, Steps
 from .circumstances import Circumstances, RandomState
@@ -166,7 +166,7 @@ class Tape:
             RuntimeError: func draws random numbers, and the solve is to be run backwards.
         """
         y0 = trajectory.states[0]
-        refuse_tangents(y0)
+        refuse_tangents(y0, user_times)
         evaluations = [e for e in (*self._evaluations.values(), *self._end_evaluations.values()) if e is not None]
         if self._parameters is None:
             sources = tuple({id(s): s for e in evaluations if e.handle is None for s in e.sources}.values())

@@ -106,6 +106,8 @@ class VectorField:
         )
 
     def _checked(self, slope: Any, x: Tensor, shape: torch.Size, index: int | None) -> Tensor:
+        if isinstance(slope, Tensor) and (slope.dtype, slope.device, slope.shape) == (x.dtype, x.device, shape):
+            return slope
         returned = "func returned" if index is None else f"func returned, as component {index},"
         state = "the state y" if index is None else f"the state y[{index}]"
         if not isinstance(slope, Tensor):
@@ -116,8 +118,6 @@ class VectorField:
             raise ValueError(f"{returned} a tensor of shape {tuple(slope.shape)}; {state} has shape {tuple(shape)}")
         if slope.device != x.device:
             raise ValueError(f"{returned} a tensor on device {slope.device}; {state} is on device {x.device}")
-        if slope.dtype is not x.dtype:
-            if not (self._mixes_dtypes or torch.is_autocast_enabled(x.device.type)):
-                raise TypeError(f"{returned} a tensor of dtype {slope.dtype}; {state} has dtype {x.dtype}")
-            return slope.to(dtype=x.dtype)
-        return slope
+        if not (self._mixes_dtypes or torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"{returned} a tensor of dtype {slope.dtype}; {state} has dtype {x.dtype}")
+        return slope.to(dtype=x.dtype)
