@@ -86,7 +86,7 @@ def states_of(recurrence: Recurrence, steps: Tensor) -> np.ndarray:
 
 def reference(method: MultistepMethod, steps: Tensor, start: int) -> np.ndarray:
     name = method.name.removeprefix("constant ")
-    sweeps = max(1, method.order - 1)
+    sweeps = max(1, method.order - (not method.is_implicit))
     return naive_solution(name, nodes_of(steps), pendulum, np.array([1.0, 0.5]), start, sweeps)
 
 
@@ -193,7 +193,7 @@ def test_states_are_numbered_as_they_are_made(method: MultistepMethod) -> None:
     assert [recurrence.positions[state] for state in recurrence.nodes] == list(range(10))
     nodes = torch.tensor(nodes_of(steps))
     assert torch.equal(recurrence.times(nodes), nodes[[int(position) for position in recurrence.positions]])
-    sweeps, start = max(1, method.order - 1), START_LENGTHS[method.name]
+    sweeps, start = max(1, method.order - (not method.is_implicit)), START_LENGTHS[method.name]
     stages = 2 if method.predictor is not None else 1
     assert len(recurrence.rows) == sweeps * start + stages * (9 - start)
 

@@ -5,7 +5,7 @@ Importing the package registers its methods: ``torchdiffeq.odeint(..., method="a
 """
 
 from .backward import Checkpoint, Reversible
-from .grad_filter import CostateFilter, LeapfrogFilter
+from .grad_filter import CostateFilter, LeapfrogFilter, SmoothFilter
 from .interface import odeint
 from .method_info import MethodInfo
 from .registration import method_info, register, register_method, unregister
@@ -17,6 +17,7 @@ __all__ = [
     "LeapfrogFilter",
     "MethodInfo",
     "Reversible",
+    "SmoothFilter",
     "filter_gradient",
     "method_info",
     "odeint",

@@ -10,7 +10,6 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .vector_field import VectorField
 
-
 _FEW = 32
 """Of so many known parameters it costs less to ask for all gradients than to find out which there are."""
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from torch import Tensor
-
 from .methods import MultistepMethod
 from .recurrence import Recurrence
 from .stability import coefficients, layer_of
@@ -50,17 +48,16 @@ class FilterPlan:
 
 
 def plan_filter(
-    weights: CellWeights, recurrence: Recurrence, steps: Tensor, method: MultistepMethod | None
+    weights: CellWeights, recurrence: Recurrence, lengths: list[float], method: MultistepMethod | None
 ) -> FilterPlan:
     """Work out what the filter does where.
 
     Args:
         weights: ω.
         recurrence: the rows.
-        steps: h, of shape (N,).
+        lengths: h, of length N.
         method: the method; None for one-step methods, whose evaluations between the nodes have parameters of their own.
     """
-    lengths = steps.tolist()
     nodes = list(accumulate(lengths, initial=0.0))
     evaluated, at_node = recurrence.evaluated, set(recurrence.nodes)
     states = [state for state, flag in enumerate(evaluated) if flag and (method is None or state in at_node)]

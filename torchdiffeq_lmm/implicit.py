@@ -29,6 +29,12 @@ SAFETY = 1e-4
 _SLOW = 0.3
 """Above this rate of convergence substitution gives way to Newton's method, and an old Jacobian to a new one."""
 
+_NEAR = 30
+"""By corrections of more tolerances than that substitution does not end, however fast it converges."""
+
+_CAUTION = 2
+"""By so much the rate of convergence may have grown since it was seen."""
+
 _SHORTEST = 1e-4
 """A Newton correction that has to be damped by more leads nowhere."""
 
@@ -58,6 +64,7 @@ class ImplicitSolver:
         self._precision = precision
         self._uses_newton = False
         self._jacobian: Tensor | None = None
+        self._rate = torch.inf
 
     def solve(
         self,
@@ -89,7 +96,7 @@ class ImplicitSolver:
         with torch.no_grad():
             equation = _Equation(x, torch.zeros_like(x) if known is None else known, weight, slope, iterate, self._size)
             start = equation.c if guess is None else equation.c + weight * guess
-            found = None if self._uses_newton else _substitute(equation, start)
+            found = None if self._uses_newton else self._substitute(equation, start)
             size = residual = 0.0
             # A guess from a past of much smaller steps may be far off; then better none.
             for beginning in (start,) if guess is None else (start, equation.c):
@@ -109,6 +116,23 @@ class ImplicitSolver:
                 f"grow fast; or larger rtol and atol, if func is exact to no more digits"
             )
         return found
+
+    def _substitute(self, equation: "_Equation", d: Tensor) -> tuple[Tensor, Tensor] | None:
+        previous = torch.inf
+        for _ in range(MAX_ITERATIONS):
+            f = equation.iterate(equation.x + d)
+            change = equation.weight * f
+            following = equation.c + change
+            size = equation.size(following - d, equation.x, d, change)
+            if previous < torch.inf and previous > 0:
+                self._rate = size / previous
+            # What is left of the error is this correction times the rate, seen before if not now.
+            if size <= 1 or (size <= _NEAR and _CAUTION * self._rate * size <= 1):
+                return following, f
+            if not size <= _SLOW * previous:
+                return None
+            d, previous = following, size
+        return None
 
     def _size(self, correction: Tensor, x: Tensor, d: Tensor, change: Tensor) -> float:
         """The largest component of a correction in terms of the tolerance; NaN where one is.
@@ -207,21 +231,6 @@ class _Equation:
     slope: Slope
     iterate: Slope
     size: Callable[[Tensor, Tensor, Tensor, Tensor], float]
-
-
-def _substitute(equation: _Equation, d: Tensor) -> tuple[Tensor, Tensor] | None:
-    previous = torch.inf
-    for _ in range(MAX_ITERATIONS):
-        f = equation.iterate(equation.x + d)
-        change = equation.weight * f
-        following = equation.c + change
-        size = equation.size(following - d, equation.x, d, change)
-        if size <= 1:
-            return following, f
-        if not size <= _SLOW * previous:
-            return None
-        d, previous = following, size
-    return None
 
 
 def _jacobian(slope: Slope, x: Tensor) -> Tensor:

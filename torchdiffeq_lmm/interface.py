@@ -7,7 +7,7 @@ import torchdiffeq
 from torch import Tensor
 
 from .backward import Checkpoint, Reversible, resolve_backward
-from .grad_filter import CostateFilter, resolve_grad_filter
+from .grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
 from .registration import SOLVERS
 from .runge_kutta import TWO_STAGE_METHODS
 
@@ -15,7 +15,7 @@ SUBSTITUTES = {two_stage.substitutes: two_stage.name for two_stage in TWO_STAGE_
 """torchdiffeq's methods that this package steps itself where their gradients are to be filtered."""
 
 State = Tensor | tuple[Tensor, ...]
-GradFilter = Literal["auto", "leapfrog"] | CostateFilter | None
+GradFilter = Literal["auto", "leapfrog", "smooth"] | CostateFilter | SmoothFilter | None
 Backward = Literal["autograd", "reversible", "checkpoint"] | Reversible | Checkpoint
 
 
@@ -95,15 +95,18 @@ def odeint(
         grad_filter: None for plain auto-differentiation; ``"auto"`` or a `CostateFilter`, with a method of this package
             or torchdiffeq's ``"midpoint"`` or ``"heun2"``, for gradients of time-varying parameters that converge to
             those of the flow; ``"leapfrog"`` or a `LeapfrogFilter`, with ``method="leapfrog"`` alone. Gradients with
-            respect to y0 and t stay those of auto-differentiation. Where all steps share their parameters no filter is
-            needed, and the default weights would do harm: see `CostateFilter`.
+            respect to y0 and t stay those of auto-differentiation. ``"smooth"`` or a `SmoothFilter`, with
+            ``method="leapfrog"`` on equal steps, costs less and has none of the limits that follow: see there. Where
+            all steps share their parameters no filter is needed, and the default weights would do harm: see
+            `CostateFilter`.
 
-            With a filter, the arguments of func are cut off from what came before: func may use them only for what it
-            returns. What it stores on the side for the loss, a running cost say, would lose its gradient with respect
-            to earlier steps; make it part of the state. Of `y0` or `t` captured from outside it makes parameters.
-            `callback_step` and `event_fn` are given states without a graph. Hooks on tensors inside func run two or
-            three times in the backward pass, for the states, the costate and the parameters. A backward pass with
-            ``create_graph=True`` raises a RuntimeError. All this holds for implicit methods without a filter, too.
+            With the other filters, the arguments of func are cut off from what came before: func may use them only for
+            what it returns. What it stores on the side for the loss, a running cost say, would lose its gradient with
+            respect to earlier steps; make it part of the state. Of `y0` or `t` captured from outside it makes
+            parameters. `callback_step` and `event_fn` are given states without a graph. Hooks on tensors inside func
+            run two or three times in the backward pass, for the states, the costate and the parameters; those of leaf
+            parameters once, for the whole gradient. A backward pass with ``create_graph=True`` raises a RuntimeError.
+            All this holds for implicit methods without a filter, too.
         backward: how the backward pass finds the evaluations of func again, with a method of this package and any
             `grad_filter`. ``"autograd"``: they are kept, with their graphs, as auto-differentiation does.
             ``"checkpoint"`` or a `Checkpoint`: a few states are kept, by default √N, and the steps between them are run

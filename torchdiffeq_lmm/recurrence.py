@@ -219,7 +219,8 @@ def _damps(method: MultistepMethod) -> bool:
 
 
 def _sweeps(method: MultistepMethod) -> int:
-    return max(1, method.order - 1)
+    # An implicit formula has a smaller error than the sweep that is of its order: one more.
+    return max(1, method.order if method.is_implicit else method.order - 1)
 
 
 def _swept_states(method: MultistepMethod, lengths: Sequence[Number]) -> Iterator[SweptState]:

@@ -12,7 +12,7 @@ from .backward import resolve_backward
 from .combination import Weight
 from .endless import Endless
 from .filter_plan import FilterPlan, plan_filter
-from .grad_filter import resolve_grad_filter
+from .grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
 from .grid import (
     Grid,
     GridConstructor,
@@ -31,6 +31,7 @@ from .methods import LEAPFROG, MultistepMethod
 from .recurrence import Recurrence, unroll
 from .reversal import is_reversible
 from .runge_kutta import TwoStageMethod
+from .smooth import observed
 from .stepping import History, march
 from .tape import Parameters, Tape, Trajectory
 from .vector_field import Side, VectorField
@@ -50,7 +51,7 @@ class MultistepSolver:
         grid_constructor: ``grid_constructor(func, y0, t)`` returns the nodes, as torchdiffeq's option.
         interp: "linear" or "cubic": how outputs between nodes are made.
         perturb: evaluate func a hair beside the nodes, as torchdiffeq's option.
-        grad_filter: None, "auto", "leapfrog" or a `CostateFilter`: see there.
+        grad_filter: None, "auto", "leapfrog", "smooth", a `CostateFilter` or a `SmoothFilter`: see there.
         backward: "autograd", "reversible", "checkpoint", a `Reversible` or a `Checkpoint`: see there.
         adjoint_params: for the latter four, the tensors whose gradients are wanted besides those of y0 and t. By
             default the parameters of func, which must be a module then.
@@ -159,22 +160,27 @@ class MultistepSolver:
         if len(t) == 1:
             return torch.stack([self.y0])
         grid, placements = self._grid(t)
-        steps = _entries(grid.steps) if grid.requires_grad else grid.steps.tolist()
+        self._check_equal(grid.steps)
+        lengths: list[float] = grid.steps.tolist()
+        steps: Sequence[Weight] = _entries(grid.steps) if grid.requires_grad else lengths
         recurrence = self._unroll(grid.steps)
         at_node = recurrence.nodes
         tape = self._tape(grid.requires_grad, len(steps))
         times = recurrence.times(grid.nodes).to(t)
+        # Nothing that grows with the number of steps is held without need.
+        del grid
+        time = _entries(times).__getitem__
         user_times = self._user_times(times, recurrence)
         wanted = self._wanted(placements, [recurrence.evaluated[state] for state in at_node])
-        evaluate = self._evaluator(
-            tape, _entries(times).__getitem__, _entries(user_times).__getitem__, {at_node[n]: n for n in wanted.slopes}
-        )
+        seen = sorted(wanted.states)
+        if self._is_smooth:
+            wanted.smooth([recurrence.evaluated[state] for state in at_node])
+        evaluate = self._evaluator(tape, time, _entries(user_times).__getitem__, {at_node[n]: n for n in wanted.slopes})
 
         trajectory = Trajectory({0: self.y0}, evaluate.kept)
         rows = recurrence.rows if tape is not None else recurrence.differentiable_rows()
         node, x = 0, self._start(tape)
         history = History(x)
-        node_times = _entries(times[at_node])
         for state, made in chain([(0, x)], march(history, rows, evaluate, evaluate.solve_implicit)):
             if state != at_node[node]:
                 continue
@@ -185,11 +191,13 @@ class MultistepSolver:
             if node in wanted.end_slopes:
                 trajectory.end_slopes[node] = evaluate.at_end(node, state, made)
             if self._callback_step is not None and node < len(steps):
-                self._callback_step(node_times[node], made, node_times[node + 1] - node_times[node])
+                self._callback_step(time(state), made, time(at_node[node + 1]) - time(state))
             node += 1
         if tape is not None:
-            plan = self._plan(recurrence, grid.steps)
+            plan = self._plan(recurrence, lengths)
             trajectory = tape.attach(trajectory, user_times, recurrence, plan, history, evaluate.again)
+        if self._is_smooth:
+            trajectory = _smoothed(trajectory, seen, steps)
         return torch.stack([self._output(placement, steps, trajectory) for placement in placements])
 
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -235,7 +243,7 @@ class MultistepSolver:
         # Straight lines need no slopes.
         wanted: dict[int, int] | None = None if self.interp == "cubic" else {}
         evaluate = self._evaluator(tape, lambda state: time(endless.position(state)), user_time, wanted)
-        x = x_before = self._start(tape)
+        x = x_before = x_earlier = self._start(tape)
         sign = event_sign(0, x)
         before, n = 0, 0
         if self._callback_step is not None:
@@ -248,7 +256,7 @@ class MultistepSolver:
                 continue
             if event_sign(n + 1, made) != sign:
                 break
-            n, before, x_before = n + 1, state, made
+            n, before, x_before, x_earlier = n + 1, state, made, x_before
             if n == MAX_EVENT_STEPS:
                 raise RuntimeError(
                     f"event_fn did not change its sign within {MAX_EVENT_STEPS} steps of step_size {h}, the most that "
@@ -260,8 +268,9 @@ class MultistepSolver:
             if self._callback_step is not None:
                 self._callback_step(time(n), made, time(n + 1) - time(n))
 
-        trajectory = Trajectory({n: x_before, n + 1: made, 0: self.y0})
-        for node, of_node, reached in ((n, before, x_before), (n + 1, state, made)) if self.interp == "cubic" else ():
+        trajectory = Trajectory({max(0, n - 1): x_earlier, n: x_before, n + 1: made, 0: self.y0})
+        needs_slopes = self.interp == "cubic" or self._is_smooth
+        for node, of_node, reached in ((n, before, x_before), (n + 1, state, made)) if needs_slopes else ():
             is_kept = of_node in evaluate.kept and (tape is None or tape.keeps)
             if is_kept and not (self.perturb and node > n):
                 trajectory.slopes[node] = evaluate.kept[of_node]
@@ -275,8 +284,10 @@ class MultistepSolver:
             recurrence = endless.until(state)
             positions = torch.tensor(recurrence.positions).to(t0)
             user_times = self._user_times(t0 + h * positions, recurrence)
-            plan = self._plan(recurrence, _equal_steps(h, n + 1))
+            plan = self._plan(recurrence, [h] * (n + 1))
             trajectory = tape.attach(trajectory, user_times, recurrence, plan, history, evaluate.again)
+        if self._is_smooth:
+            trajectory = _smoothed(trajectory, [n, n + 1], [h] * (n + 1))
         return event_time, torch.stack([self.y0, state_at(event_time, n, trajectory)])
 
     def _unroll(self, steps: Tensor) -> Recurrence:
@@ -291,6 +302,18 @@ class MultistepSolver:
         else:
             grid = constructed_grid(self.grid_constructor, self.func, self.y0, t, self._reverse)
         return grid, place(t, grid)
+
+    @property
+    def _is_smooth(self) -> bool:
+        return isinstance(self.grad_filter, SmoothFilter)
+
+    def _check_equal(self, steps: Tensor) -> None:
+        shortest, longest = float(steps.detach().min()), float(steps.detach().max())
+        if self._is_smooth and shortest != longest:
+            raise ValueError(
+                f"grad_filter='smooth' is for equal steps, got steps from {shortest:.6g} to {longest:.6g}; use "
+                f"grad_filter='leapfrog', which is for any grid, or a step_size of which the interval is a multiple"
+            )
 
     def _user_times(self, times: Tensor, recurrence: Recurrence) -> Tensor:
         if not self.perturb:
@@ -308,7 +331,8 @@ class MultistepSolver:
         return "right" if row is None or (row.is_node and row.implicit is None) else "left"
 
     def _tape(self, differentiate_times: bool, steps: int) -> Tape | None:
-        is_plain = self.grad_filter is None and self.backward is None and not self.method.is_implicit
+        filters = isinstance(self.grad_filter, CostateFilter)
+        is_plain = not filters and self.backward is None and not self.method.is_implicit
         if is_plain or not torch.is_grad_enabled():
             return None
         return Tape(self._vector_field, self.y0, differentiate_times, self.backward, self._parameters, steps)
@@ -316,8 +340,8 @@ class MultistepSolver:
     def _start(self, tape: Tape | None) -> Tensor:
         return self.y0 if tape is None else self.y0.detach()
 
-    def _plan(self, recurrence: Recurrence, steps: Tensor) -> FilterPlan | None:
-        if self.grad_filter is None:
+    def _plan(self, recurrence: Recurrence, steps: list[float]) -> FilterPlan | None:
+        if not isinstance(self.grad_filter, CostateFilter):
             return None
         method = None if isinstance(self.method, TwoStageMethod) else self.method
         return plan_filter(self.grad_filter.weights, recurrence, steps, method)
@@ -362,7 +386,13 @@ class MultistepSolver:
         x0, x1 = trajectory.states[node], trajectory.states[node + 1]
         if self.interp == "linear":
             return linear(fraction, x0, x1)
-        return cubic_hermite(fraction, step, x0, trajectory.start_slope(node), x1, trajectory.end_slope(node + 1))
+        f0, f1 = trajectory.start_slope(node), trajectory.end_slope(node + 1)
+        if not self._is_smooth:
+            return cubic_hermite(fraction, step, x0, f0, x1, f1)
+        # Slopes would start one parity alone; as far as the states are concerned a straight line is exact enough.
+        value = cubic_hermite(fraction, step, x0.detach(), f0.detach(), x1.detach(), f1.detach())
+        line = linear(fraction.detach() if isinstance(fraction, Tensor) else fraction, x0, x1)
+        return value + (line - line.detach())
 
 
 class Leapfrog(MultistepSolver):
@@ -389,6 +419,21 @@ class _Wanted(NamedTuple):
     states: set[int]
     slopes: set[int]
     end_slopes: set[int]
+
+    def smooth(self, evaluated: Sequence[bool]) -> None:
+        """Add what smoothed values of the states need."""
+        for node in sorted(self.states - {0}):
+            self.states.add(node - 1)
+            (self.slopes if evaluated[node] else self.end_slopes).add(node)
+
+
+def _smoothed(trajectory: Trajectory, nodes: Iterable[int], steps: Sequence[Weight]) -> Trajectory:
+    states = dict(trajectory.states)
+    for node in nodes:
+        if node > 0:
+            of_node = trajectory.states[node], trajectory.states[node - 1], trajectory.start_slope(node)
+            states[node] = observed(*of_node, steps[node - 1])
+    return Trajectory(states, trajectory.slopes, trajectory.end_slopes)
 
 
 class _Evaluator:

@@ -1,6 +1,5 @@
 """Leapfrog's filter for a finished stack of gradients: for those with a loop of their own, on equal steps."""
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -32,11 +31,14 @@ def filter_gradient(grad: Tensor, dim: int = 0) -> Tensor:
     """
     _check_stack("grad", grad, dim)
     stack = grad.movedim(dim, 0)
+    # In place, for a stack may be large, and memory is what takes the time.
+    filtered = stack / 2
+    filtered[:-1].add_(stack[1:], alpha=0.25)
+    filtered[1:].add_(stack[:-1], alpha=0.25)
     # The Euler step that starts leapfrog has half the weight of the others.
-    left = torch.cat([2 * stack[:1], stack[1:-1]])
-    right = torch.cat([stack[2:], torch.zeros_like(stack[:1])])
-    inner = left / 4 + stack[1:] / 2 + right / 4
-    return torch.cat([2 * inner[:1] - inner[1:2], inner]).movedim(0, dim)
+    filtered[1].add_(stack[0], alpha=0.25)
+    filtered[0] = 2 * filtered[1] - filtered[2]
+    return filtered.movedim(0, dim)
 
 
 def register_grad_filter(parameter: Tensor) -> RemovableHandle:
