@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backward import resolve_backward
 from .combination import Weight
+from .compilation import eager
 from .endless import Endless
 from .filter_plan import FilterPlan, plan_filter
 from .grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
@@ -143,6 +144,7 @@ class MultistepSolver:
         """The callbacks that are called, for torchdiffeq's warning of others."""
         return {"callback_step"}
 
+    @eager
     def integrate(self, t: Tensor) -> Tensor:
         """Solve from t[0] to t[-1].
 
@@ -200,6 +202,7 @@ class MultistepSolver:
             trajectory = _smoothed(trajectory, seen, steps)
         return torch.stack([self._output(placement, steps, trajectory) for placement in placements])
 
+    @eager
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Solve from t0, in steps of `step_size`, until `event_fn` changes its sign.
 

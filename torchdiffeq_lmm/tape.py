@@ -18,6 +18,7 @@ from .adjoint import AdjointState, discrete_adjoint, weight_gradients
 from .backward import Checkpoint, Reversible
 from .checkpoints import Checkpoints, Rerun, Snapshot, Snapshots, Steps
 from .circumstances import Circumstances, RandomState
+from .compilation import repeatedly_differentiable
 from .costate import filtered_cotangents
 from .evaluation import Evaluation, Recorder, refuse_tangents
 from .filter_plan import FilterPlan
@@ -430,6 +431,6 @@ class _AttachedSolve(torch.autograd.Function):
         solve.check_versions()
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)
-        with hooks_suspended(solve.sources):
+        with hooks_suspended(solve.sources), repeatedly_differentiable():
             found = solve.recollect(lambda recollection: solve.gradients(cotangents, ctx.times_need_grad, recollection))
         return (None, None, None, *found)
