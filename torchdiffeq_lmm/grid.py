@@ -112,7 +112,13 @@ def uniform_grid(t: Tensor, step_size: float) -> Grid:
             f"step_size {step_size} makes {count:.3g} steps from t[0] to t[-1], over a length of {length}; at "
             f"most {MAX_STEPS} are made. Use a larger step_size"
         )
-    nodes = torch.cat([times[:1] + step_size * torch.arange(int(steps), dtype=torch.float64), times[-1:]])
+    nodes = torch.arange(int(steps) + 1, dtype=torch.float64).mul_(step_size)
+    if times.requires_grad:
+        nodes = torch.cat([times[:1] + nodes[:-1], times[-1:]])
+    else:
+        # In place, as the memory of many steps should be that of little else.
+        nodes.add_(times[0])
+        nodes[-1] = times[-1]
     return _grid(nodes, torch.finfo(torch.float64).eps)
 
 
@@ -234,8 +240,8 @@ def _grid(nodes: Tensor, eps: float) -> Grid:
     for count in (len(lengths), len(lengths) - 1):
         if count > 1:
             equal = float(exact[count] - exact[0]) / count
-            deviation = exact[: count + 1] - exact[0] - equal * torch.arange(count + 1, dtype=torch.float64)
-            if float(deviation.abs().max()) <= min(rounding, 0.01 * equal):
+            deviation = torch.arange(count + 1, dtype=torch.float64).mul_(-equal).add_(exact[: count + 1])
+            if float(deviation.sub_(exact[0]).abs_().max()) <= min(rounding, 0.01 * equal):
                 lengths[:count] = equal
                 break
     if nodes.requires_grad:
