@@ -12,6 +12,7 @@ from .backward import resolve_backward
 from .combination import Weight
 from .compilation import eager
 from .endless import Endless
+from .evaluation import refuse_tangents
 from .filter_plan import FilterPlan, plan_filter
 from .grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
 from .grid import (
@@ -164,20 +165,19 @@ class MultistepSolver:
         grid, placements = self._grid(t)
         self._check_equal(grid.steps)
         lengths: list[float] = grid.steps.tolist()
-        steps: Sequence[Weight] = _entries(grid.steps) if grid.requires_grad else lengths
+        steps: Sequence[Weight] = grid.steps.unbind() if grid.requires_grad else lengths
         recurrence = self._unroll(grid.steps)
         at_node = recurrence.nodes
         tape = self._tape(grid.requires_grad, len(steps))
-        times = recurrence.times(grid.nodes).to(t)
-        # Nothing that grows with the number of steps is held without need.
-        del grid
-        time = _entries(times).__getitem__
-        user_times = self._user_times(times, recurrence)
+        times = recurrence.times(grid.nodes)
+        time, user_time, user_times = self._times(times, recurrence, t)
+        # No tensor that grows with the number of steps is held without need.
+        del grid, times
         wanted = self._wanted(placements, [recurrence.evaluated[state] for state in at_node])
         seen = sorted(wanted.states)
         if self._is_smooth:
             wanted.smooth([recurrence.evaluated[state] for state in at_node])
-        evaluate = self._evaluator(tape, time, _entries(user_times).__getitem__, {at_node[n]: n for n in wanted.slopes})
+        evaluate = self._evaluator(tape, time, user_time, {at_node[n]: n for n in wanted.slopes})
 
         trajectory = Trajectory({0: self.y0}, evaluate.kept)
         rows = recurrence.rows if tape is not None else recurrence.differentiable_rows()
@@ -318,12 +318,27 @@ class MultistepSolver:
                 f"grad_filter='leapfrog', which is for any grid, or a step_size of which the interval is a multiple"
             )
 
-    def _user_times(self, times: Tensor, recurrence: Recurrence) -> Tensor:
+    def _times(
+        self, times: Tensor, recurrence: Recurrence, t: Tensor
+    ) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor], Tensor | None]:
+        """From a state to its time in the dtype of t, and to the user's; the latter of all, where they have a graph."""
+        if times.requires_grad:
+            times = times.to(t)
+            user_times = self._user_times(times, recurrence)
+            # All at once, for the cost of their gradients would else be quadratic.
+            return times.unbind().__getitem__, user_times.unbind().__getitem__, user_times
+        refuse_tangents(times)
+        numbers = times.tolist()
+        time = _Blocks(numbers, lambda block, _: block.to(t, non_blocking=True))
+        return time, _Blocks(numbers, lambda _, first: self._user_times(time.block(first), recurrence, first)), None
+
+    def _user_times(self, times: Tensor, recurrence: Recurrence, first: int = 0) -> Tensor:
+        """What the user's function is given for the times of the states from the first one on."""
         if not self.perturb:
             return self._vector_field.user_times(times)
-        sides = [self._side(recurrence, state) for state in range(len(times))]
+        sides = [self._side(recurrence, state) for state in range(first, first + len(times))]
         return torch.stack(
-            [self._vector_field.user_times(time, side) for time, side in zip(_entries(times), sides, strict=True)]
+            [self._vector_field.user_times(time, side) for time, side in zip(times.unbind(), sides, strict=True)]
         )
 
     def _side(self, recurrence: Recurrence, state: int) -> Side:
@@ -581,6 +596,29 @@ def _equal_steps(h: float, count: int) -> Tensor:
     return torch.full((count,), h, dtype=torch.float64)
 
 
-def _entries(values: Tensor) -> Sequence[Tensor]:
-    """The entries of a vector; all at once where they have a gradient, whose cost would else be quadratic."""
-    return values.unbind() if values.requires_grad else values  # type: ignore[return-value]
+class _Blocks:
+    """The entries of a sequence of numbers as tensors: a block of them at a time, as the memory of all is not needed.
+
+    Args:
+        numbers: the sequence.
+        tensor: from a block of it, and the number of its first entry, to a tensor.
+    """
+
+    _SIZE = 256
+
+    def __init__(self, numbers: Sequence[float], tensor: Callable[[Tensor, int], Tensor]) -> None:
+        self._numbers = numbers
+        self._tensor = tensor
+        self._first = -1
+        self._block: Tensor
+
+    def block(self, first: int) -> Tensor:
+        """The block from `first` on, a multiple of its size."""
+        if first != self._first:
+            numbers = torch.tensor(self._numbers[first : first + self._SIZE], dtype=torch.float64)
+            self._first, self._block = first, self._tensor(numbers, first)
+        return self._block
+
+    def __call__(self, index: int) -> Tensor:
+        rest = index % self._SIZE
+        return self.block(index - rest)[rest]

@@ -144,7 +144,7 @@ class Tape:
     def attach(
         self,
         trajectory: Trajectory,
-        user_times: Tensor,
+        user_times: Tensor | None,
         recurrence: Recurrence,
         plan: FilterPlan | None,
         history: History,
@@ -154,7 +154,7 @@ class Tape:
 
         Args:
             trajectory: what `evaluate` and the recurrence have led to; its x_0 with the graph of y0.
-            user_times: what func is given for the times of the states, with its graph.
+            user_times: what func is given for the times of the states, with its graph; None where it has none.
             recurrence: the rows, with the graph of their weights.
             plan: the filter; None for the gradient of auto-differentiation.
             history: the past, at the end.
@@ -167,7 +167,7 @@ class Tape:
             RuntimeError: func draws random numbers, and the solve is to be run backwards.
         """
         y0 = trajectory.states[0]
-        refuse_tangents(y0, user_times)
+        refuse_tangents(y0)
         evaluations = [e for e in (*self._evaluations.values(), *self._end_evaluations.values()) if e is not None]
         if self._parameters is None:
             sources = tuple({id(s): s for e in evaluations if e.handle is None for s in e.sources}.values())
@@ -175,7 +175,8 @@ class Tape:
             sources = self._parameters.tensors
         handles = tuple(e.handle for e in evaluations if e.handle is not None)
         # As with plain stepping, what depends on nothing that requires a gradient requires none.
-        if not (y0.requires_grad or user_times.requires_grad or recurrence.weights is not None or sources or handles):
+        times_need_grad = user_times is not None and user_times.requires_grad
+        if not (y0.requires_grad or times_need_grad or recurrence.weights is not None or sources or handles):
             return trajectory
         at_node = recurrence.nodes
         outputs = [node for node in trajectory.states if node > 0]
@@ -408,13 +409,13 @@ class _AttachedSolve(torch.autograd.Function):
         unpacked: list[_Solve],
         values: list[Tensor],
         y0: Tensor,  # noqa: ARG004
-        user_times: Tensor,
+        user_times: Tensor | None,
         *others: Tensor | None,  # noqa: ARG004
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(token)
         ctx.unpacked = unpacked
-        ctx.times_need_grad = user_times.requires_grad
+        ctx.times_need_grad = user_times is not None and user_times.requires_grad
         return tuple(values)
 
     @staticmethod
