@@ -1,0 +1,125 @@
+"""The peers that may be installed: torchdyn, TorchDiffEqPack and diffrax; where one is not, its import fails."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Func = Callable[[Tensor, Tensor], Tensor]
+JittedSolve = Callable[[float], tuple[Any, Any]]
+
+
+def torchdyn_solve(func: Func, y0: Tensor, horizon: float, steps: int, method: str) -> Tensor:
+    """The final state by one of torchdyn's fixed-step methods."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchdyn.numerics import odeint
+
+    times = torch.linspace(0, horizon, steps + 1, dtype=y0.dtype)
+    return odeint(func, y0, times, solver=method)[1][-1]
+
+
+def mali_solve(func: nn.Module, y0: Tensor, horizon: float, steps: int) -> Tensor:
+    """The final state by MALI: asynchronous leapfrog, reconstructed step by step in the backward pass.
+
+    The package keeps the time in single precision, whatever the state has.
+    """
+    from TorchDiffEqPack import odesolve_adjoint_sym12
+
+    options = {"method": "fixedstep_sym12async", "h": horizon / steps, "t0": 0.0, "t1": horizon}
+    return odesolve_adjoint_sym12(func, y0, options=options)
+
+
+def asynchronous_leapfrog(func: Func, y0: Tensor, horizon: float, steps: int) -> Tensor:
+    """MALI's formula as a plain loop, for its gradient by auto-differentiation in any precision.
+
+    Source: Zhuang et al., *MALI* (ICLR 2021), with damping 1.
+    """
+    t = torch.zeros((), dtype=y0.dtype)
+    half = horizon / steps / 2
+    y, slope = y0, func(t, y0)
+    for step in range(steps):
+        middle = y + half * slope
+        slope = 2 * func(t + (2 * step + 1) * half, middle) - slope
+        y = middle + half * slope
+    return y
+
+
+def diffrax_training_step(network: nn.Sequential, y0: Tensor, steps: int) -> Callable[[], object]:
+    """diffrax's LeapfrogMidpoint through Linear–Tanh–Linear from 0 to 1, jitted: the gradient of the mean square.
+
+    Args:
+        network: the layers whose weights are taken.
+        y0: the initial state, of single precision.
+        steps: N.
+    """
+    made: list[Callable[[], object]] = []
+
+    def step() -> object:
+        # At the first call, so that a missing package fails there, as any other contestant does.
+        if not made:
+            made.append(_jitted_training_step(network, y0, steps))
+        return made[0]()
+
+    return step
+
+
+def _jitted_training_step(network: nn.Sequential, y0: Tensor, steps: int) -> Callable[[], object]:
+    diffrax, jax, jnp = _diffrax()
+    weights = [jnp.asarray(weight.detach().numpy()) for weight in network.parameters()]
+    start = jnp.asarray(y0.detach().numpy())
+    times = jnp.linspace(0, 1, steps + 1, dtype=start.dtype)
+
+    def field(t: Any, y: Any, weights: Any) -> Any:
+        first, first_bias, second, second_bias = weights
+        return jnp.tanh(y @ first.T + first_bias) @ second.T + second_bias
+
+    def loss(inputs: Any) -> Any:
+        weights, start = inputs
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.LeapfrogMidpoint(),
+            times[0],
+            times[-1],
+            None,
+            start,
+            args=weights,
+            stepsize_controller=diffrax.StepTo(times),
+            max_steps=steps,
+        )
+        return jnp.square(solution.ys[-1]).mean()
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    return lambda: jax.block_until_ready(gradient((weights, start)))
+
+
+def diffrax_solves(field: Callable[[Any, Any], Any], start: Any, horizon: float) -> tuple[JittedSolve, JittedSolve]:
+    """diffrax's LeapfrogMidpoint and Tsit5 for one problem in double precision, jitted.
+
+    Returns:
+        From the step to the final state, once it is there, and the number of steps made; the same from the tolerance.
+    """
+    diffrax, jax, jnp = _diffrax()
+    term = diffrax.ODETerm(lambda t, y, args: field(jnp, y))
+    y0 = jnp.asarray(start)
+
+    def end(method: Any, controller: Any, step: Any) -> tuple[Any, Any]:
+        solution = diffrax.diffeqsolve(
+            term, method, 0.0, horizon, step, y0, stepsize_controller=controller, max_steps=1_000_000
+        )
+        return solution.ys[-1], solution.stats["num_steps"]
+
+    # Steps and tolerances are data, so that one compilation serves all of them.
+    fixed = jax.jit(lambda step: end(diffrax.LeapfrogMidpoint(), diffrax.ConstantStepSize(), step))
+    adaptive = jax.jit(lambda tol: end(diffrax.Tsit5(), diffrax.PIDController(rtol=tol, atol=tol), None))
+    return (lambda step: jax.block_until_ready(fixed(step))), (lambda tol: jax.block_until_ready(adaptive(tol)))
+
+
+def _diffrax() -> tuple[Any, Any, Any]:
+    import diffrax
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    return diffrax, jax, jax.numpy
