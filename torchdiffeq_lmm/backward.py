@@ -51,13 +51,14 @@ class Reversible:
     The gradient is that of auto-differentiation but for rounding, from memory that does not grow with the number of
     steps. On the way back rounding errors grow as the parasitic mode of leapfrog does on the way forth: on dissipative
     problems exponentially. By how much is measured, in every backward pass: at the start and at a few states on the way
-    that are kept, max |x reached - x known| / max |x known| is the drift. From there it goes on with what is known.
+    that are kept, the drift is max |x reached - x known| / |x known| over the entries of the state, those smaller than
+    ε^¼ max |x| counting as so large. From there it goes on with what is known.
 
     func must be deterministic; a func that draws random numbers, as dropout does, is refused.
 
     Args:
         tolerance: the largest drift that is accepted. By default √ε, ε being that of the state's dtype: 1.5e-8 for
-            float64, 3.5e-4 for float32. The gradient's relative error is of the size of the drift.
+            float64, 3.5e-4 for float32. The relative error of the gradient is mostly of the size of the drift.
         on_drift: what to do where the drift is larger. ``"raise"``: raise a RuntimeError. ``"checkpoint"``: begin the
             backward pass again with `Checkpoint()`, at the cost of two more forward passes.
         report: is given the drift, the largest on the way, by every backward pass.

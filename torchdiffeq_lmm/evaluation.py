@@ -53,14 +53,21 @@ class Recorder:
     ) -> None:
         self._vector_field = vector_field
         self._differentiate_times = differentiate_times
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                "grad_filter, backward and implicit methods do not support torch.func transforms of a solve, such as "
+                "grad, vmap and jvp: their gradient is a node of autograd. Use torch.autograd, or an explicit method "
+                "without grad_filter and backward"
+            )
+        minus_zero = complex(-0.0, -0.0) if like.is_complex() else -0.0
         self._zeros = {
-            dtype: torch.zeros((), dtype=dtype, device=like.device, requires_grad=True)
+            # Of the sign that leaves both zeros as they are.
+            dtype: torch.full((), minus_zero, dtype=dtype, device=like.device, requires_grad=True)
             for dtype in (like.dtype, vector_field.time_dtype)
         }
         self._leaf_type = type(get_gradient_edge(self._zeros[like.dtype]).node)
         self._are_all = are_all
         self._parameters = tuple(parameters or ())
-        self._is_checked = False
         self._known: dict[tuple[Node, int], Tensor] | None = None
         if parameters is not None:
             edges = map(get_gradient_edge, parameters)
@@ -91,7 +98,7 @@ class Recorder:
             if not slope.requires_grad:
                 return slope, None
             edge = get_gradient_edge(slope)
-            if self._is_checked and len(self._parameters) <= _FEW:
+            if self._known is not None and not self._are_all and len(self._parameters) <= _FEW:
                 return slope, Evaluation(edge, arguments, self._parameters, None)
             sources, leads_beyond = self._sources(edge, arguments)
             handle = None
@@ -103,7 +110,6 @@ class Recorder:
                     "is, got None, and func uses another tensor that requires a gradient; list all tensors whose "
                     "gradients are wanted, or use backward='autograd', which needs no list"
                 )
-            self._is_checked = self._known is not None
             return slope, Evaluation(edge, arguments, sources, handle)
 
     def evaluate(self, user_time: Tensor, x: Tensor) -> Tensor:
@@ -111,7 +117,9 @@ class Recorder:
         # What autocast caches without a graph would be without one for others, too.
         with torch.set_grad_enabled(torch.is_autocast_enabled(x.device.type)):
             # Detached, for func may ask for the gradient of its argument.
-            return self._vector_field(user_time, x.detach()).detach()
+            slope = self._vector_field(user_time, x.detach())
+            refuse_tangents(slope)
+            return slope.detach()
 
     def _cut_off(self, argument: Tensor) -> Tensor:
         # A leaf in its place would keep the state alive as long as the graph is; the node of a sum does not.

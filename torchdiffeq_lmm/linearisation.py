@@ -54,10 +54,12 @@ class ParameterGradients:
             before = self._sums.get(id(source))
             if before is None:
                 self._sums[id(source)] = _Sum(source, grad if weight == 1.0 else grad * weight, is_own=weight != 1.0)
-            elif before.is_own and not grad.is_sparse:
+            elif before.is_own and not (before.total.is_sparse or grad.is_sparse):
                 before.total.add_(grad, alpha=weight)
             else:
-                self._sums[id(source)] = _Sum(source, before.total + weight * grad, is_own=not grad.is_sparse)
+                # A sparse tensor can be added to a dense one, but not the other way round.
+                first, second = sorted((before.total, weight * grad), key=lambda term: term.is_sparse)
+                self._sums[id(source)] = _Sum(source, first + second, is_own=True)
 
     def of(self, source: Tensor) -> Tensor | None:
         """The gradient of a source; None for 0."""
@@ -163,7 +165,9 @@ class Linearisation:
 
 @contextmanager
 def hooks_suspended(sources: Iterable[Tensor]) -> Iterator[None]:
-    """Keep the hooks of parameters from what is only a part of their gradient; they are for the whole."""
+    """Keep hooks and retained gradients from what is only a part of the gradient; they are for the whole."""
+    sources = list(sources)
+    retained = [(source, source.grad) for source in sources if source.retains_grad]
     hooks = [source._backward_hooks for source in sources if source._backward_hooks]
     copies = [hook.copy() for hook in hooks]
     for hook in hooks:
@@ -173,6 +177,8 @@ def hooks_suspended(sources: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for hook, copy in zip(hooks, copies, strict=True):
             hook.update(copy)
+        for source, grad in retained:
+            source.grad = grad
 
 
 def _vector_jacobian(

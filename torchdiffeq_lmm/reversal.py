@@ -1,9 +1,10 @@
 """Leapfrog run backwards: the states of the forward pass once more, from the last ones."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from .checkpoints import Rerun, Snapshot, Steps
@@ -80,26 +81,34 @@ class Reversal:
         assert node == self._state
         return self._increment
 
-    def _way_back(self) -> Iterator[int]:
+    def close(self) -> None:
+        """Let go of all that it holds."""
+        self._back.close()
+        del self._back
+
+    def _way_back(self) -> Generator[int, None, None]:
         """Go back state by state; each is yielded when f is evaluated there and the state before it is known."""
         rows = self._rerun.recurrence.rows
         steps = self._rerun.steps(self._evaluate)
         for below, above in reversed(list(pairwise(self._anchors))):
             top, past = above.state - 1, above.history
             assert past.previous is not None
-            x = past.previous
+            x, after = past.previous, past.x
             backwards = (reversed_row(rows[n]) for n in range(top, below.state, -1))
             turned = History(x, past.x, [-d for d in past.increments])
             evaluate = _downwards_from(top, steps)
             for number, before in march(turned, backwards, evaluate, steps.solve_implicit):
                 self._increment = x - before
-                x = before
+                x, after = before, x
                 yield top + 1 - number
-            self._measure(x, below.history.x, above.history.x)
+            self._measure(x, below.history.x)
             past = below.history
             if past.previous is not None:
                 self._increment = past.increments[0] if past.increments else past.x - past.previous
-            steps(below.state, past.x)
+            # One step forth again, for nothing else tells whether func is what it was.
+            row = rows[below.state : below.state + 1]
+            for _, made in march(past.copy(), row, steps, steps.solve_implicit, below.state):
+                self._measure(after, made)
             yield below.state
 
     def _evaluate(self, state: int, user_time: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
@@ -109,18 +118,20 @@ class Reversal:
         self._slope = slope.detach()
         return self._slope
 
-    def _measure(self, reached: Tensor, known: Tensor, later: Tensor) -> None:
+    def _measure(self, reached: Tensor, known: Tensor) -> None:
         if not known.numel():
             return
-        scale = max(float(known.abs().max()), float(later.abs().max()))
-        difference = float((reached - known).abs().max())
-        drift = difference / scale if scale else difference
+        sizes = known.abs()
+        # An entry may pass through 0, or be so small beside others that their rounding is all that it has.
+        scale = sizes.clamp(min=torch.finfo(known.dtype).eps ** 0.25 * float(sizes.max()))
+        difference = (reached - known).abs()
+        drift = float(torch.where(difference == 0, difference, difference / scale).max())
         # In this order, a drift that is not a number stays.
         self.drift = drift if not drift <= self.drift else self.drift
         if not drift <= self._tolerance:
             raise DriftError(
-                f"backward='reversible' ran the solution back to a state that is off by {drift:.3g}, relative to the "
-                f"largest entry, where {self._tolerance:.3g} is tolerated: rounding errors grow on the way back, as "
+                f"backward='reversible' ran the solution back to a state that is off by {drift:.3g}, relative to "
+                f"its entries, where {self._tolerance:.3g} is tolerated: rounding errors grow on the way back, as "
                 f"they do on dissipative problems, or func is not deterministic. Use Reversible with "
                 f"on_drift='checkpoint', more anchors or a larger tolerance, or backward='checkpoint'"
             )

@@ -134,11 +134,14 @@ class MultistepSolver:
             return Parameters(tuple(p for p in func.parameters() if p.requires_grad), are_all=True)
         if isinstance(adjoint_params, Tensor):
             raise TypeError("adjoint_params must be an iterable of tensors, got a tensor; use a tuple of it alone")
+        if not isinstance(adjoint_params, Iterable):
+            raise TypeError(f"adjoint_params must be an iterable of tensors, got {adjoint_params!r}")
         given = tuple(adjoint_params)
         for i, parameter in enumerate(given):
             if not isinstance(parameter, Tensor):
                 raise TypeError(f"adjoint_params must be an iterable of tensors, got {parameter!r} as number {i}")
-        return Parameters(tuple(p for p in given if p.requires_grad), are_all=False)
+        # Tied weights may be listed twice.
+        return Parameters(tuple({id(p): p for p in given if p.requires_grad}.values()), are_all=False)
 
     @classmethod
     def valid_callbacks(cls) -> set[str]:
@@ -224,7 +227,8 @@ class MultistepSolver:
             raise ValueError(f"atol must be positive where event_fn is given, got {tolerance}")
         check_times(t0.reshape(1))
         h = float(self.step_size)
-        t0 = t0.to(self.y0.device, self._vector_field.time_dtype)
+        # A copy, for the backward pass may need it when the caller has changed it.
+        t0 = t0.to(self.y0.device, self._vector_field.time_dtype, copy=True)
         tape = self._tape(t0.requires_grad, MAX_EVENT_STEPS)
         beginning = self._unroll(_equal_steps(h, 2 * self.method.steps + 2 * self.method.order + 2))
         endless = Endless(beginning)

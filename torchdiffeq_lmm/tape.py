@@ -220,7 +220,7 @@ class Tape:
         rerun = Rerun(recurrence, steps, self._recorder, self._circumstances, self._differentiate_times)
         if isinstance(self._backward, Checkpoint):
             snapshots = self._snapshots.taken
-            return lambda gradients: gradients(Checkpoints(rerun, snapshots))
+            return lambda gradients: gradients(Checkpoints(rerun, snapshots, history.x))
         last = self._snapshots.at(recurrence.nodes[-1], history)
         return _Backwards(rerun, [*self._snapshots.taken, last], self._backward)
 
@@ -259,8 +259,10 @@ class _Backwards:
             if self._backward.on_drift == "raise":
                 raise
             stride = Checkpoint().stride(len(self._rerun.recurrence.nodes) - 1)
-            found = gradients(Checkpoints(self._rerun, self._rerun.snapshots(start, stride)))
+            snapshots = self._rerun.snapshots(start, stride)
+            found = gradients(Checkpoints(self._rerun, snapshots, self._anchors[-1].history.x))
         finally:
+            reversal.close()
             if self._backward.report is not None:
                 self._backward.report(reversal.drift)
         return found
@@ -292,6 +294,11 @@ class _Solve:
     def check_versions(self) -> None:
         """Raise a RuntimeError where func would not be what it was."""
         for tensor, version in self.versions:
+            if tensor is not self.versions[0][0] and not tensor.requires_grad:
+                raise RuntimeError(
+                    f"adjoint_params must require a gradient until the backward pass; one of shape "
+                    f"{tuple(tensor.shape)} does not any more"
+                )
             if tensor._version != version:
                 raise RuntimeError(
                     f"y0 and adjoint_params must not be modified in place before the backward pass, which evaluates "
