@@ -82,6 +82,7 @@ def filtered_cotangents(
     layer = layer_terms(plan, in_layer, cotangents, zero)
     stages: list[int] = []
     next_window = zero
+    value: Tensor | None
     for point in backwards:
         state, node = point.state, point.node
         if node is None:
@@ -93,7 +94,8 @@ def filtered_cotangents(
                 width = plan.widths[owner if owner in plan.widths else state]
                 terms = _scaled(1 / plan.equal_step(at), point.mu)
                 if state in plan.widths and at in layer:
-                    terms += _term(expand(state, *layer[at], plan.damping(at)))
+                    value = expand(state, *layer[at], plan.damping(at))
+                    terms += [] if value is None else [(1.0, value)]
                 yield from _weighted(state, width, terms)
             elif state in plan.widths:
                 stages.append(state)
@@ -106,7 +108,6 @@ def filtered_cotangents(
         stages, next_window = [], point.window
         if state not in plan.widths:
             continue
-        value: Tensor | None
         if raw[node]:
             terms = _scaled(1 / plan.equal_step(node), point.mu)
             value, slope = layer.get(node, (None, None))
@@ -117,16 +118,16 @@ def filtered_cotangents(
             # What E sees of the node comes after half of its cell.
             jump = -_right_share(plan, node) * g
             value = jump if value is None else value + jump
-        terms += _term(expand(state, value, slope, plan.damping(node)))
+        damping = plan.damping(node)
+        if slope is not None or damping > 0.0:
+            value = expand(state, value, slope, damping)
+        if value is not None:
+            terms.append((1.0, value))
         yield from _weighted(state, plan.widths[state], terms)
 
 
 def _scaled(weight: float, contributions: Contributions) -> Contributions:
     return [(weight * own, cotangent) for own, cotangent in contributions]
-
-
-def _term(value: Tensor | None) -> Contributions:
-    return [] if value is None else [(1.0, value)]
 
 
 def _weighted(state: int, width: float, terms: Contributions) -> Iterator[tuple[int, Tensor]]:
@@ -154,11 +155,13 @@ def _history(plan: FilterPlan, point: AdjointState) -> tuple[Contributions, Tens
     """
     weights: dict[int, float] = {}
     cotangents: dict[int, Tensor] = {}
-    shares = [(1.0, contributions) for contributions in point.slopes_before.values()]
-    shares += [(plan.steps[node - 1], contributions) for node, contributions in point.increments_before.items()]
-    for share, contributions in shares:
+    for contributions in point.slopes_before.values():
         for weight, cotangent in contributions:
-            weights[id(cotangent)] = weights.get(id(cotangent), 0.0) + share * weight
+            weights[id(cotangent)] = weights.get(id(cotangent), 0.0) + weight
+            cotangents[id(cotangent)] = cotangent
+    for node, contributions in point.increments_before.items():
+        for weight, cotangent in contributions:
+            weights[id(cotangent)] = weights.get(id(cotangent), 0.0) + plan.steps[node - 1] * weight
             cotangents[id(cotangent)] = cotangent
     if len(weights) == len(point.later) == len(point.pulled) == 1:
         ((own, cotangent),) = point.later

@@ -87,9 +87,10 @@ class Recorder:
             ValueError: func depends on a tensor that `parameters` should have and has not.
         """
         with torch.enable_grad():
-            state = self._cut_off(x)
-            arguments: tuple[GradientEdge, ...] = (get_gradient_edge(state),)
-            time = user_time.detach()
+            state = self._cut_off(x.detach() if x.requires_grad else x)
+            # What get_gradient_edge would give, in less time.
+            arguments: tuple[GradientEdge, ...] = (GradientEdge(state.grad_fn, 0),)  # type: ignore[arg-type]
+            time = user_time.detach() if user_time.requires_grad else user_time
             if self._differentiate_times:
                 time = self._cut_off(time)
                 arguments = (*arguments, get_gradient_edge(time))
@@ -123,7 +124,7 @@ class Recorder:
 
     def _cut_off(self, argument: Tensor) -> Tensor:
         # A leaf in its place would keep the state alive as long as the graph is; the node of a sum does not.
-        return argument.detach() + self._zeros[argument.dtype]
+        return argument + self._zeros[argument.dtype]
 
     def _sources(self, slope: GradientEdge, arguments: tuple[GradientEdge, ...]) -> tuple[tuple[Tensor, ...], bool]:
         """The sources that a graph leads to, and whether it leads beyond."""

@@ -11,7 +11,7 @@ SPEED = (
     ('leapfrog, grad_filter="leapfrog"', "leapfrog"),
     ('leapfrog, grad_filter="smooth"', "leapfrog"),
     ('leapfrog, backward="reversible"', "leapfrog"),
-    ("ab4", "torchdiffeq explicit_adams (order 4)"),
+    ("ab4", "torchdiffeq explicit_adams (default)"),
     ("leapfrog", "diffrax LeapfrogMidpoint, jitted"),
 )
 
