@@ -13,7 +13,7 @@ from .evaluation import Evaluation
 from .implicit import solve_adjoint
 from .recollection import Recollection
 
-_AT_ONCE = 32
+_AT_ONCE = 16
 """So many evaluations are differentiated with respect to the parameters in one call."""
 
 

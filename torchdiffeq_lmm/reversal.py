@@ -59,7 +59,7 @@ class Reversal:
         self._state = anchors[-1].state
         self._evaluation: Evaluation | None = None
         self._slope: Tensor
-        self._increment: Tensor
+        self._around: tuple[Tensor, Tensor]
 
     def evaluation(self, state: int) -> Evaluation | None:
         """See `Recollection`.
@@ -79,7 +79,8 @@ class Reversal:
     def increment(self, node: int) -> Tensor:
         """See `Recollection`."""
         assert node == self._state
-        return self._increment
+        x, before = self._around
+        return x - before
 
     def close(self) -> None:
         """Let go of all that it holds."""
@@ -98,13 +99,13 @@ class Reversal:
             turned = History(x, past.x, [-d for d in past.increments])
             evaluate = _downwards_from(top, steps)
             for number, before in march(turned, backwards, evaluate, steps.solve_implicit):
-                self._increment = x - before
+                self._around = x, before
                 x, after = before, x
                 yield top + 1 - number
             self._measure(x, below.history.x)
             past = below.history
             if past.previous is not None:
-                self._increment = past.increments[0] if past.increments else past.x - past.previous
+                self._around = past.x, past.previous
             # One step forth again, for nothing else tells whether func is what it was.
             row = rows[below.state : below.state + 1]
             for _, made in march(past.copy(), row, steps, steps.solve_implicit, below.state):
