@@ -92,7 +92,9 @@ def test_an_unknown_filter_is_refused_before_any_step(odeint: object, grad_filte
         calls.append(t)
         return y
 
-    with pytest.raises(error, match=r"grad_filter must be None, 'auto', 'leapfrog' or a CostateFilter"):
+    with pytest.raises(
+        error, match=r"grad_filter must be None, 'auto', 'leapfrog', 'smooth', a CostateFilter or a SmoothFilter"
+    ):
         odeint(func, Y0, T, method="leapfrog", options={"grad_filter": grad_filter})
     assert not calls
 
