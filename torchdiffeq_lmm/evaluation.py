@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .vector_field import VectorField
@@ -98,6 +99,9 @@ class Recorder:
             refuse_tangents(slope)
             if not slope.requires_grad:
                 return slope, None
+            if isinstance(slope.grad_fn, BackwardCFunction):
+                # Before torch 2.10 a GradientEdge keeps a node of C++ alive, as the view's is, but not one of Python.
+                slope = slope.view_as(slope)
             edge = get_gradient_edge(slope)
             if self._known is not None and not self._are_all and len(self._parameters) <= _FEW:
                 return slope, Evaluation(edge, arguments, self._parameters, None)
