@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 def eager(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """A method that is no part of what torch.compile traces around it; func may be compiled by itself.
 
-    The steps would be unrolled, and compiled for as long as they are many, to gain nothing over eager ones.
+    The steps would be unrolled, and compiled for as long as they are many, to gain little over eager ones.
     """
     disabled = cache(torch.compiler.disable)
 
