@@ -54,7 +54,7 @@ def filtered_cotangents(
     plan: FilterPlan,
     backwards: Iterable[AdjointState],
     seen: Sequence[Tensor | None],
-    seen_by_slopes: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
     expand: Expansion,
     zero: Tensor,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -64,7 +64,7 @@ def filtered_cotangents(
         plan: what to do where.
         backwards: the states of `discrete_adjoint`, as they come.
         seen: g_0, ..., g_N, None for a node that E does not see.
-        seen_by_slopes: of each node, Jᵀ times what E sees of slopes there.
+        cotangents: the same with Jᵀ times what E sees of the slope there.
         expand: V + Jᵀ S at a state.
         zero: a state of zeros.
 
@@ -72,10 +72,6 @@ def filtered_cotangents(
         The number of a state and the cotangent of its slope; 0 where a state is missing.
     """
     positions = plan.recurrence.positions
-    cotangents = [
-        slope if node is None else node if slope is None else node + slope
-        for node, slope in zip(seen, seen_by_slopes, strict=True)
-    ]
     distances = _distances(cotangents)
     raw = [flag and (d is None or d >= plan.near) for flag, d in zip(plan.raw, distances, strict=True)]
     in_layer = [m for m, d in enumerate(distances) if raw[m] and d is not None and d <= plan.layer]

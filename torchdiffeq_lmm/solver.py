@@ -166,7 +166,8 @@ class MultistepSolver:
         if len(t) == 1:
             return torch.stack([self.y0])
         grid, placements = self._grid(t)
-        self._check_equal(grid.steps)
+        if self._is_smooth:
+            _check_equal(grid.steps)
         lengths: list[float] = grid.steps.tolist()
         steps: Sequence[Weight] = grid.steps.unbind() if grid.requires_grad else lengths
         recurrence = self._unroll(grid.steps)
@@ -313,14 +314,6 @@ class MultistepSolver:
     @property
     def _is_smooth(self) -> bool:
         return isinstance(self.grad_filter, SmoothFilter)
-
-    def _check_equal(self, steps: Tensor) -> None:
-        shortest, longest = float(steps.detach().min()), float(steps.detach().max())
-        if self._is_smooth and shortest != longest:
-            raise ValueError(
-                f"grad_filter='smooth' is for equal steps, got steps from {shortest:.6g} to {longest:.6g}; use "
-                f"grad_filter='leapfrog', which is for any grid, or a step_size of which the interval is a multiple"
-            )
 
     def _times(
         self, times: Tensor, recurrence: Recurrence, t: Tensor
@@ -594,6 +587,15 @@ def solver_of(method: MultistepMethod | TwoStageMethod) -> type[MultistepSolver]
     summary = f"The method {method.name!r} as a solver of torchdiffeq: see `MultistepSolver`."
     members = {"method": method, "order": method.order, "__doc__": summary, "__module__": __name__}
     return type(method.name, (MultistepSolver,), members)
+
+
+def _check_equal(steps: Tensor) -> None:
+    shortest, longest = float(steps.detach().min()), float(steps.detach().max())
+    if shortest != longest:
+        raise ValueError(
+            f"grad_filter='smooth' is for equal steps, got steps from {shortest:.6g} to {longest:.6g}; use "
+            f"grad_filter='leapfrog', which is for any grid, or a step_size of which the interval is a multiple"
+        )
 
 
 def _equal_steps(h: float, count: int) -> Tensor:

@@ -344,7 +344,7 @@ class _Solve:
                 pass
         else:
             for state, cotangent in filtered_cotangents(
-                self.plan, followed(), by_node, by_slopes, linearisation.expand, zero
+                self.plan, followed(), by_node, total, linearisation.expand, zero
             ):
                 evaluation = recollection.evaluation(state)
                 if evaluation is not None:
