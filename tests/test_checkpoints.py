@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.checkpoints import Checkpoints, Rerun, Snapshot, Snapshots
+from torchdiffeq_lmm.checkpoints import Checkpoints, Rerun, Snapshot, Snapshots, between
 from torchdiffeq_lmm.circumstances import Circumstances, RandomState
 from torchdiffeq_lmm.methods import METHODS
 from torchdiffeq_lmm.recurrence import Recurrence, unroll
@@ -101,6 +101,10 @@ class Run:
             keeps_values,
         )
 
+    def again(self, keeps_values: bool = False) -> Checkpoints:
+        segments = between(self.snapshots, len(self.recurrence.rows), self.end)
+        return Checkpoints(self.rerun(keeps_values), segments)
+
 
 def test_snapshots_are_taken_at_every_stride_and_where_else_it_is_said() -> None:
     snapshots = Snapshots(3, 7, CPU)
@@ -132,7 +136,7 @@ class TestCheckpoints:
         run = Run(name, 23, stride)
         torch.rand(17)
         before = torch.get_rng_state()
-        again = Checkpoints(run.rerun(keeps_values=True), run.snapshots, run.end)
+        again = run.again(keeps_values=True)
         at_node, evaluated = run.recurrence.nodes, run.recurrence.evaluated
         rows = run.recurrence.rows
         for state in range(len(rows), -1, -1):
@@ -149,7 +153,7 @@ class TestCheckpoints:
 
     def test_every_step_is_made_once_more(self, name: str, stride: int) -> None:
         run = Run(name, 23, stride)
-        again = Checkpoints(run.rerun(), run.snapshots, run.end)
+        again = run.again()
         assert run.recorder.recorded == []
         for state in range(len(run.recurrence.rows), -1, -1):
             again.evaluation(state)
@@ -160,7 +164,7 @@ class TestCheckpoints:
     def test_another_func_is_noticed(self, name: str, stride: int) -> None:
         run = Run(name, 23, stride)
         run.recorder.offset = 1e-4
-        again = Checkpoints(run.rerun(), run.snapshots, run.end)
+        again = run.again()
         last = max(state for state, flag in enumerate(run.recurrence.evaluated) if flag)
         with pytest.raises(RuntimeError, match="func gave other values when it was evaluated again"):
             again.evaluation(last)
@@ -179,7 +183,7 @@ class TestCheckpoints:
 
 def test_only_the_steps_of_one_stretch_are_alive() -> None:
     run = Run("ab2", 20, 5)
-    again = Checkpoints(run.rerun(keeps_values=True), run.snapshots, run.end)
+    again = run.again(keeps_values=True)
     held = []
     for state in range(19, -1, -1):
         again.evaluation(state)
@@ -190,7 +194,7 @@ def test_only_the_steps_of_one_stretch_are_alive() -> None:
 def test_what_differs_by_rounding_is_the_same() -> None:
     run = Run("ab2", 20, 5)
     run.recorder.offset = 1e-14
-    again = Checkpoints(run.rerun(), run.snapshots, run.end)
+    again = run.again()
     assert again.evaluation(12) is not None
 
 
@@ -199,7 +203,7 @@ def test_a_state_that_is_not_a_number_is_no_other_state() -> None:
     lost = SimpleNamespace(**run.snapshots[3]._asdict())
     lost.history = History(torch.full_like(X0, torch.nan))
     snapshots = [*run.snapshots[:3], Snapshot(lost.state, lost.history, lost.random)]
-    assert Checkpoints(run.rerun(), snapshots, run.end).evaluation(11) is not None
+    assert Checkpoints(run.rerun(), between(snapshots, len(run.recurrence.rows), run.end)).evaluation(11) is not None
 
 
 def test_a_state_without_entries() -> None:
@@ -214,7 +218,7 @@ def test_a_state_without_entries() -> None:
             snapshots.pass_by(state, history)
     rerun = Rerun(recurrence, lambda e: Steps(e, recurrence.positions), recorder, Circumstances(CPU), False)
     before_the_end = [snapshot for snapshot in snapshots.taken if snapshot.state < len(recurrence.rows)]
-    again = Checkpoints(rerun, before_the_end, empty)
+    again = Checkpoints(rerun, between(before_the_end, len(recurrence.rows), empty))
     for state in range(len(recurrence.rows) - 1, -1, -1):
         assert again.evaluation(state) == "evaluation" or not recurrence.evaluated[state]
     assert random.equals(RandomState.now(CPU))

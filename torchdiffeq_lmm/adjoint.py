@@ -155,10 +155,10 @@ def weight_gradients(
 
 def combine(contributions: Contributions) -> Tensor:
     """The sum of one contribution or more, a new tensor."""
-    (weight, total), *others = contributions
-    if weight != 1.0 or not others:
+    weight, total = contributions[0]
+    if weight != 1.0 or len(contributions) == 1:
         total = total * weight
-    for weight, tensor in others:
+    for weight, tensor in contributions[1:]:
         total = torch.add(total, tensor, alpha=weight)
     return total
 

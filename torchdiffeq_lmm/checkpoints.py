@@ -1,7 +1,6 @@
 """Some states of the forward pass are kept; the evaluations between them are made again in the backward pass."""
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,6 +11,7 @@ from .circumstances import Circumstances, RandomState
 from .evaluation import Evaluation, Recorder
 from .recurrence import Layout, Recurrence
 from .stepping import History, march
+from .stretch import Stretch, connect
 
 
 class Snapshot(NamedTuple):
@@ -104,26 +104,62 @@ class Rerun:
         return snapshots.taken
 
 
+class Segment(NamedTuple):
+    """Some steps on end, to be made again.
+
+    Attributes:
+        begin: what they begin with.
+        end: the number of the state that they lead to.
+        x: that state, as it is known.
+    """
+
+    begin: Snapshot
+    end: int
+    x: Tensor
+
+
+def between(snapshots: Sequence[Snapshot], end: int, x: Tensor) -> Iterator[Segment]:
+    """The segments from one snapshot to the next, the last one first.
+
+    Args:
+        snapshots: from the first state on.
+        end: the number of the last state.
+        x: the last state.
+    """
+    for snapshot in reversed(snapshots):
+        yield Segment(snapshot, end, x)
+        end, x = snapshot.state, snapshot.history.x
+
+
 class Checkpoints:
-    """The evaluations of a solve, made again from one snapshot to the next.
+    """The evaluations of a solve, made again from one state that is known to the next.
 
     Args:
         rerun: how.
-        snapshots: from the first state on.
-        end: the last state.
+        segments: all steps, the last ones first.
     """
 
-    def __init__(self, rerun: Rerun, snapshots: Sequence[Snapshot], end: Tensor) -> None:
+    def __init__(self, rerun: Rerun, segments: Iterator[Segment]) -> None:
         self._rerun = rerun
-        self._end = end
         self._rows = rerun.recurrence.rows
         self._layout = Layout(self._rows)
-        self._snapshots = snapshots
-        self._starts = [snapshot.state for snapshot in snapshots]
-        self._segment = len(snapshots)
+        self._segments = segments
+        self._begin: Snapshot | None = None
         self._evaluations: dict[int, Evaluation | None] = {}
         self._states: dict[int, Tensor] = {}
         self._slopes: dict[int, Tensor] = {}
+
+    def stretches(self) -> Iterator[Stretch]:
+        """All steps as graphs, instead of one evaluation after the other, the last ones first."""
+        for segment in self._segments:
+            first, _, random = segment.begin
+            rows = self._rows[first : segment.end]
+            with self._rerun.circumstances.restored(random):
+                steps = self._rerun.steps(self._rerun.recorder.connect)
+                stretch = connect(segment.begin.history, rows, steps, steps.solve_implicit, first)
+            _check_same(stretch.end[0].detach(), segment.x)
+            self._rerun.recorder.check(stretch.end, stretch.begin)
+            yield stretch
 
     def evaluation(self, state: int) -> Evaluation | None:
         """See `Recollection`.
@@ -135,16 +171,19 @@ class Checkpoints:
             return None
         # An implicit row evaluates f at the state that it makes.
         row = state - 1 if state and self._rows[state - 1].implicit is not None else state
-        segment = bisect_right(self._starts, row) - 1
-        if segment != self._segment:
-            self._run(segment)
+        while self._begin is None or row < self._begin.state:
+            segment = next(self._segments)
+            self._begin = segment.begin
+            if row >= segment.begin.state:
+                self._run(segment)
         return self._evaluations[state]
 
     def slope(self, state: int) -> Tensor:
         """See `Recollection`."""
         if state in self._slopes:
             return self._slopes[state]
-        first, history, _ = self._snapshots[self._segment]
+        assert self._begin is not None
+        first, history, _ = self._begin
         # The first row of the segment may have evaluated one more.
         newer = int(self._rows[first].evaluates)
         known = (self._layout.slope(first, lag + newer) for lag in range(len(history.slopes)))
@@ -152,7 +191,8 @@ class Checkpoints:
 
     def increment(self, node: int) -> Tensor:
         """See `Recollection`."""
-        first, history, _ = self._snapshots[self._segment]
+        assert self._begin is not None
+        first, history, _ = self._begin
         at_node = self._rerun.recurrence.nodes
         if at_node[node] > first:
             return self._states[at_node[node]] - self._states[at_node[node - 1]]
@@ -161,12 +201,10 @@ class Checkpoints:
         assert history.previous is not None
         return history.x - history.previous
 
-    def _run(self, segment: int) -> None:
-        """Make the evaluations from one snapshot to the next."""
-        self._segment = segment
+    def _run(self, segment: Segment) -> None:
+        """Make the evaluations of a segment."""
         self._evaluations = {}
-        first, history, random = self._snapshots[segment]
-        following = self._snapshots[segment + 1] if segment + 1 < len(self._snapshots) else None
+        first, history, random = segment.begin
         self._states, self._slopes = {first: history.x}, {}
 
         def evaluate(state: int, user_time: Tensor, x: Tensor) -> Tensor:
@@ -177,13 +215,12 @@ class Checkpoints:
             return slope.detach()
 
         history = history.copy()
-        rows = self._rows[first : None if following is None else following.state]
         with self._rerun.circumstances.restored(random), torch.no_grad():
             steps = self._rerun.steps(evaluate)
-            for state, x in march(history, rows, steps, steps.solve_implicit, first):
+            for state, x in march(history, self._rows[first : segment.end], steps, steps.solve_implicit, first):
                 if self._rerun.keeps_values:
                     self._states[state] = x
-        _check_same(history.x, self._end if following is None else following.history.x)
+        _check_same(history.x, segment.x)
 
 
 def _check_same(reached: Tensor, known: Tensor) -> None:

@@ -1,6 +1,7 @@
 """One evaluation of f with a graph of its own, which can be differentiated apart from all others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,14 @@ from .vector_field import VectorField
 
 _FEW = 32
 """Of so many known parameters it costs less to ask for all gradients than to find out which there are."""
+
+_AS_IT_IS = nullcontext()
+
+_NOT_LISTED = (
+    "adjoint_params must be given where func depends on more than the parameters of the module that it is, got None, "
+    "and func uses another tensor that requires a gradient; list all tensors whose gradients are wanted, or use "
+    "backward='autograd', which needs no list"
+)
 
 
 class Evaluation(NamedTuple):
@@ -67,6 +76,9 @@ class Recorder:
             for dtype in (like.dtype, vector_field.time_dtype)
         }
         self._leaf_type = type(get_gradient_edge(self._zeros[like.dtype]).node)
+        self._device_type = like.device.type
+        # Kept, for else autograd would make their nodes' Python side anew at every evaluation.
+        self._leaves: dict[Node | None, Tensor] = {}
         self._are_all = are_all
         self._parameters = tuple(parameters or ())
         self._known: dict[tuple[Node, int], Tensor] | None = None
@@ -87,14 +99,13 @@ class Recorder:
         Raises:
             ValueError: func depends on a tensor that `parameters` should have and has not.
         """
-        with torch.enable_grad():
+        with _AS_IT_IS if torch.is_grad_enabled() else torch.enable_grad():
             state = self._cut_off(x.detach() if x.requires_grad else x)
-            # What get_gradient_edge would give, in less time.
-            arguments: tuple[GradientEdge, ...] = (GradientEdge(state.grad_fn, 0),)  # type: ignore[arg-type]
+            arguments: tuple[GradientEdge, ...] = (_edge(state),)
             time = user_time.detach() if user_time.requires_grad else user_time
             if self._differentiate_times:
                 time = self._cut_off(time)
-                arguments = (*arguments, get_gradient_edge(time))
+                arguments = (*arguments, _edge(time))
             slope = self._vector_field(time, state)
             refuse_tangents(slope)
             if not slope.requires_grad:
@@ -102,7 +113,7 @@ class Recorder:
             if isinstance(slope.grad_fn, BackwardCFunction):
                 # Before torch 2.10 a GradientEdge keeps a node of C++ alive, as the view's is, but not one of Python.
                 slope = slope.view_as(slope)
-            edge = get_gradient_edge(slope)
+            edge = _edge(slope)
             if self._known is not None and not self._are_all and len(self._parameters) <= _FEW:
                 return slope, Evaluation(edge, arguments, self._parameters, None)
             sources, leads_beyond = self._sources(edge, arguments)
@@ -110,21 +121,39 @@ class Recorder:
             if leads_beyond and self._known is None:
                 handle = _Handle.apply(slope)  # type: ignore[no-untyped-call]
             elif leads_beyond and self._are_all:
-                raise ValueError(
-                    "adjoint_params must be given where func depends on more than the parameters of the module that it "
-                    "is, got None, and func uses another tensor that requires a gradient; list all tensors whose "
-                    "gradients are wanted, or use backward='autograd', which needs no list"
-                )
+                raise ValueError(_NOT_LISTED)
             return slope, Evaluation(edge, arguments, sources, handle)
 
     def evaluate(self, user_time: Tensor, x: Tensor) -> Tensor:
         """Evaluate f and keep nothing but the value."""
         # What autocast caches without a graph would be without one for others, too.
-        with torch.set_grad_enabled(torch.is_autocast_enabled(x.device.type)):
+        with_graph = torch.is_autocast_enabled(self._device_type)
+        with _AS_IT_IS if torch.is_grad_enabled() == with_graph else torch.set_grad_enabled(with_graph):
             # Detached, for func may ask for the gradient of its argument.
             slope = self._vector_field(user_time, x.detach())
             refuse_tangents(slope)
             return slope.detach()
+
+    def connect(self, state: int, user_time: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        """Evaluate f with a graph that leads on to that of x."""
+        slope = self._vector_field(user_time, x)
+        refuse_tangents(slope)
+        return slope
+
+    def check(self, ends: Iterable[Tensor], begin: Iterable[Tensor]) -> None:
+        """Raise a ValueError where a graph from its ends to its beginning leads to more than all parameters."""
+        if not self._are_all or self._known is None:
+            return
+        known = self._known
+        seen: set[Node | None] = {None, *(get_gradient_edge(leaf).node for leaf in begin)}
+        pending = [end.grad_fn for end in ends]
+        for node in pending:
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if type(node) is self._leaf_type:
+                raise ValueError(_NOT_LISTED)
+            pending += [at for at, nr in node.next_functions if (at, nr) not in known and at not in seen]
 
     def _cut_off(self, argument: Tensor) -> Tensor:
         # A leaf in its place would keep the state alive as long as the graph is; the node of a sum does not.
@@ -132,30 +161,37 @@ class Recorder:
 
     def _sources(self, slope: GradientEdge, arguments: tuple[GradientEdge, ...]) -> tuple[tuple[Tensor, ...], bool]:
         """The sources that a graph leads to, and whether it leads beyond."""
-        known, leaf_type = self._known, self._leaf_type
+        known, leaf_type, leaves = self._known, self._leaf_type, self._leaves
         # Nodes are numbered as they are made.
         begin = arguments[0].node._sequence_nr() if known is None else 0
         found: dict[int, Tensor] = {}
         beyond = False
-        seen = {argument.node for argument in arguments}
-        pending: list[tuple[Node | None, int]] = [(slope.node, slope.output_nr)]
-        for node, output_nr in pending:
-            if known and (node, output_nr) in known:
-                source = known[node, output_nr]  # type: ignore[index]
-                found[id(source)] = source
-            elif node is None or node in seen:
-                pass
-            elif type(node) is leaf_type:
-                if known is None:
-                    found[id(node)] = node.variable  # type: ignore[attr-defined]
-                else:
+        seen: set[Node | None] = {None, *(argument.node for argument in arguments)}
+        edges: tuple[tuple[Node | None, int], ...] = ((slope.node, slope.output_nr),)
+        pending: list[Node] = []
+        while True:
+            for edge in edges:
+                node = edge[0]
+                if known and edge in known:
+                    source = known[edge]
+                    found[id(source)] = source
+                elif node in seen:
+                    continue
+                elif node in leaves:
+                    found[id(node)] = leaves[node]
+                elif type(node) is leaf_type:
+                    if known is None:
+                        found[id(node)] = leaves[node] = node.variable  # type: ignore[attr-defined]
+                    else:
+                        beyond = True
+                elif known is None and node._sequence_nr() < begin:  # type: ignore[union-attr]
                     beyond = True
-            elif node._sequence_nr() < begin:
-                beyond = True
-            else:
-                pending += node.next_functions
-            seen.add(node)  # type: ignore[arg-type]
-        return tuple(found.values()), beyond
+                else:
+                    pending.append(node)  # type: ignore[arg-type]
+                    seen.add(node)
+            if not pending:
+                return tuple(found.values()), beyond
+            edges = pending.pop().next_functions
 
 
 class _Handle(torch.autograd.Function):
@@ -168,6 +204,12 @@ class _Handle(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Tensor:  # noqa: ARG004
         return cotangent
+
+
+def _edge(tensor: Tensor) -> GradientEdge:
+    node = tensor.grad_fn
+    # Else what get_gradient_edge would give, in less time.
+    return get_gradient_edge(tensor) if node is None else GradientEdge(node, tensor.output_nr)
 
 
 def refuse_tangents(*tensors: Tensor) -> None:

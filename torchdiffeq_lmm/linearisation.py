@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.autograd import Variable
+from torch.autograd.graph import GradientEdge
 
 from .adjoint import Contributions, combine
 from .evaluation import Evaluation
 from .implicit import solve_adjoint
 from .recollection import Recollection
+
+_run_backward = Variable._execution_engine.run_backward
 
 _AT_ONCE = 16
 """So many evaluations are differentiated with respect to the parameters in one call."""
@@ -43,11 +46,13 @@ class ParameterGradients:
             sources = tuple({id(s): s for evaluation, _ in pending for s in evaluation.sources}.values())
             slopes = [evaluation.slope for evaluation, _ in pending]
             cotangents = [cotangent for _, cotangent in pending]
-            grads = _vector_jacobian(slopes, sources, cotangents)
+            grads = vector_jacobian(slopes, cotangents, sources)
             self.add(sources, grads, 1.0)
 
     def add(self, sources: Sequence[Tensor], grads: Sequence[Tensor | None], weight: float) -> None:
         """Add weight × gradients to the sums."""
+        totals: list[Tensor] = []
+        terms: list[Tensor] = []
         for source, grad in zip(sources, grads, strict=True):
             if grad is None:
                 continue
@@ -55,11 +60,14 @@ class ParameterGradients:
             if before is None:
                 self._sums[id(source)] = _Sum(source, grad if weight == 1.0 else grad * weight, is_own=weight != 1.0)
             elif before.is_own and not (before.total.is_sparse or grad.is_sparse):
-                before.total.add_(grad, alpha=weight)
+                totals.append(before.total)
+                terms.append(grad)
             else:
                 # A sparse tensor can be added to a dense one, but not the other way round.
                 first, second = sorted((before.total, weight * grad), key=lambda term: term.is_sparse)
                 self._sums[id(source)] = _Sum(source, first + second, is_own=True)
+        if totals:
+            torch._foreach_add_(totals, terms, alpha=weight)
 
     def of(self, source: Tensor) -> Tensor | None:
         """The gradient of a source; None for 0."""
@@ -105,7 +113,7 @@ class Linearisation:
         evaluation = self._recollection.evaluation(state)
         if evaluation is None:
             return None
-        return _vector_jacobian((evaluation.slope,), evaluation.arguments[:1], (vector,))[0]
+        return vector_jacobian((evaluation.slope,), (vector,), evaluation.arguments[:1])[0]
 
     def expand(self, state: int, value: Tensor | None, slope: Tensor | None, step: float) -> Tensor | None:
         """V + Jᵀ S; with a step τ > 0, R (V + R Jᵀ (S - τ V)), R = (1 - τ Jᵀ)⁻¹. None is 0."""
@@ -125,6 +133,9 @@ class Linearisation:
         if evaluation is None:
             return []
         weight, tensor = cotangent[0] if len(cotangent) == 1 else (1.0, combine(cotangent))
+        if self._time_gradients is None and not self._collects:
+            (pulled,) = vector_jacobian((evaluation.slope,), (tensor,), evaluation.arguments)
+            return [] if pulled is None else [(weight, pulled)]
         pulled = self._pull_back(evaluation, state, weight, tensor, self._collects)
         return [] if pulled is None else [(weight, pulled)]
 
@@ -149,7 +160,7 @@ class Linearisation:
         sources = evaluation.sources if collects and evaluation.handle is None else ()
         if collects and evaluation.handle is not None:
             self._parameters.give(evaluation, cotangent, weight)
-        grads = _vector_jacobian((evaluation.slope,), (*arguments, *sources), (cotangent,))
+        grads = vector_jacobian((evaluation.slope,), (cotangent,), (*arguments, *sources))
         if self._time_gradients is not None and grads[1] is not None:
             self._time_gradients[state] += weight * grads[1]
         self._parameters.add(sources, grads[len(arguments) :], weight)
@@ -181,10 +192,13 @@ def hooks_suspended(sources: Iterable[Tensor]) -> Iterator[None]:
             source.grad = grad
 
 
-def _vector_jacobian(
-    slopes: Sequence[GradientEdge], inputs: Sequence[Tensor | GradientEdge], cotangents: Sequence[Tensor]
+def vector_jacobian(
+    outputs: Sequence[Tensor | GradientEdge], cotangents: Sequence[Tensor], inputs: Sequence[Tensor | GradientEdge]
 ) -> tuple[Tensor | None, ...]:
-    # As torch.autograd.grad with retain_graph and allow_unused, whose checks cost as much as a small network does.
-    return _engine_run_backward(
-        tuple(slopes), tuple(cotangents), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+    """What `torch.autograd.grad` returns, whose checks cost as much as a small network does.
+
+    The graph is kept, for a part of it may belong to others too.
+    """
+    return _run_backward(
+        tuple(outputs), tuple(cotangents), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
     )

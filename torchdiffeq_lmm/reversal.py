@@ -124,9 +124,9 @@ class Reversal:
             return
         sizes = known.abs()
         # An entry may pass through 0, or be so small beside others that their rounding is all that it has.
-        scale = sizes.clamp(min=torch.finfo(known.dtype).eps ** 0.25 * float(sizes.max()))
-        difference = (reached - known).abs()
-        drift = float(torch.where(difference == 0, difference, difference / scale).max())
+        smallest = torch.finfo(known.dtype).eps ** 0.25 * float(sizes.max())
+        scale = sizes.clamp_(min=smallest or torch.finfo(known.dtype).tiny)
+        drift = float((reached - known).abs().div_(scale).max())
         # In this order, a drift that is not a number stays.
         self.drift = drift if not drift <= self.drift else self.drift
         if not drift <= self._tolerance:

@@ -617,14 +617,19 @@ class _Blocks:
         self._tensor = tensor
         self._first = -1
         self._block: Tensor
+        self._entries: tuple[Tensor, ...]
 
     def block(self, first: int) -> Tensor:
         """The block from `first` on, a multiple of its size."""
         if first != self._first:
             numbers = torch.tensor(self._numbers[first : first + self._SIZE], dtype=torch.float64)
             self._first, self._block = first, self._tensor(numbers, first)
+            # Cut once, for indexing a tensor costs as much as a small layer.
+            self._entries = self._block.unbind()
         return self._block
 
     def __call__(self, index: int) -> Tensor:
         rest = index % self._SIZE
-        return self.block(index - rest)[rest]
+        if index - rest != self._first:
+            self.block(index - rest)
+        return self._entries[rest]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .adjoint import AdjointState, discrete_adjoint, weight_gradients
 from .backward import Checkpoint, Reversible
-from .checkpoints import Checkpoints, Rerun, Snapshot, Snapshots, Steps
+from .checkpoints import Checkpoints, Rerun, Snapshot, Snapshots, Steps, between
 from .circumstances import Circumstances, RandomState
 from .compilation import repeatedly_differentiable
 from .costate import filtered_cotangents
@@ -27,6 +27,7 @@ from .recollection import Kept, Recollection
 from .recurrence import Layout, Recurrence
 from .reversal import DriftError, Reversal
 from .stepping import History
+from .stretch import pull_back
 from .vector_field import VectorField
 
 
@@ -219,8 +220,8 @@ class Tape:
             return lambda gradients: gradients(kept)
         rerun = Rerun(recurrence, steps, self._recorder, self._circumstances, self._differentiate_times)
         if isinstance(self._backward, Checkpoint):
-            snapshots = self._snapshots.taken
-            return lambda gradients: gradients(Checkpoints(rerun, snapshots, history.x))
+            taken, end = self._snapshots.taken, recurrence.nodes[-1]
+            return lambda gradients: gradients(Checkpoints(rerun, between(taken, end, history.x)))
         last = self._snapshots.at(recurrence.nodes[-1], history)
         return _Backwards(rerun, [*self._snapshots.taken, last], self._backward)
 
@@ -260,7 +261,8 @@ class _Backwards:
                 raise
             stride = Checkpoint().stride(len(self._rerun.recurrence.nodes) - 1)
             snapshots = self._rerun.snapshots(start, stride)
-            found = gradients(Checkpoints(self._rerun, snapshots, self._anchors[-1].history.x))
+            end = self._anchors[-1]
+            found = gradients(Checkpoints(self._rerun, between(snapshots, end.state, end.history.x)))
         finally:
             reversal.close()
             if self._backward.report is not None:
@@ -327,6 +329,11 @@ class _Solve:
                 by_slopes[node] = _sum(by_slopes[node], pulled)
         total = [_sum(node, slope) for node, slope in zip(by_node, by_slopes, strict=True)]
 
+        is_plain = self.plan is None and self.recurrence.weights is None and not times_need_grad
+        if is_plain and isinstance(recollection, Checkpoints) and all(row.implicit is None for row in rows):
+            window = self._through(recollection, total, parameters)
+            return window, None, None, *map(parameters.of, self.sources)
+
         window = zero
         weight_grads: list[list[Tensor]] = []
 
@@ -358,6 +365,19 @@ class _Solve:
             *map(parameters.of, self.sources),
             *map(parameters.of_handle, self.handles),
         )
+
+    def _through(
+        self, checkpoints: Checkpoints, cotangents: Sequence[Tensor | None], parameters: ParameterGradients
+    ) -> Tensor | None:
+        """Auto-differentiation through explicit steps, from one checkpoint to the one before; returns ∂E/∂x_0."""
+        seen = {state: g for state, g in zip(self.recurrence.nodes, cotangents, strict=True) if g is not None}
+        carried: Sequence[Tensor | None] | None = None
+        for stretch in checkpoints.stretches():
+            after = [None] * len(stretch.end) if carried is None else carried
+            carried, grads = pull_back(stretch, after, seen, self.sources)
+            parameters.add(self.sources, grads, 1.0)
+        assert carried is not None
+        return _sum(cotangents[0], carried[0])
 
 
 class _WeightGradients:
