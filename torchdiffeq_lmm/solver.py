@@ -26,6 +26,7 @@ from .grid import (
     place,
     uniform_grid,
 )
+from .grid_parameter import parameters_of
 from .host import MAX_EVENT_STEPS, find_event, unwrap, warn_of_unused_options
 from .implicit import ImplicitSolver
 from .interpolation import Interpolation, check_interpolation, cubic_hermite, linear, slide
@@ -131,7 +132,7 @@ class MultistepSolver:
                     f"adjoint_params must be given where func is not an nn.Module, got None and {func!r}; list the "
                     f"tensors that func depends on and whose gradients are wanted, or give () if there are none"
                 )
-            return Parameters(tuple(p for p in func.parameters() if p.requires_grad), are_all=True)
+            return Parameters(parameters_of(func), are_all=True)
         if isinstance(adjoint_params, Tensor):
             raise TypeError("adjoint_params must be an iterable of tensors, got a tensor; use a tuple of it alone")
         if not isinstance(adjoint_params, Iterable):

@@ -1,0 +1,275 @@
+"""A parameter that varies in time, with a value of its own for every step or node of the solver's grid."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["step", "linear"]
+Interpolation = Literal["linear", "constant"]
+
+_EARLY = 0.01
+"""A step is taken to begin by this part of it earlier, for a time that is rounded is to find it."""
+
+
+class GridParameter(nn.Module):
+    """θ(t) on a grid t_0, ..., t_N: constant over each step, or linear between the nodes.
+
+    A solver whose steps are those of the grid, with ``step_size`` or ``grid_constructor``, then finds at the node t_n
+    the n-th value, however the time is rounded. The gradient of a multistep method is the one per step that needs a
+    `grad_filter`.
+
+    Called with a 0-d time or a number it returns θ(t), of the shape of one value; with times of any shape, a value for
+    each. Before t_0 and after t_N it is what it is there. Where `values` is on the CPU a single value costs the same
+    whatever N, also its gradient; elsewhere a time is never read by the host, for the price of a gradient that is added
+    up in the size of all values.
+
+    Args:
+        values: θ, of shape (N, ...) for ``"step"``, a row for each step, or (N + 1, ...) for ``"linear"``, a row for
+            each node; floating or complex. A copy becomes the module's parameter `values`.
+        nodes: t_0, ..., t_N, strictly increasing or, for solves backwards in time, decreasing; at least two. They are
+            kept in double precision on the CPU, and stored with the module's state.
+        kind: ``"step"``, for methods that evaluate func once per step at its beginning, `leapfrog` and `ab1` to `ab5`;
+            ``"linear"`` for those that evaluate it at the last node too: implicit ones, predictor–corrector methods,
+            ``grad_filter="smooth"``.
+
+    Attributes:
+        values: the `torch.nn.Parameter`.
+        kind: as given.
+
+    Raises:
+        TypeError: `values` is not a floating or complex tensor, or `nodes` no sequence of numbers.
+        ValueError: `nodes` are not strictly monotone and finite, `kind` is unknown, or `values` has another number of
+            rows than it says.
+    """
+
+    values: nn.Parameter
+
+    def __init__(self, values: Tensor, nodes: Tensor | Sequence[float], kind: Kind = "step") -> None:
+        super().__init__()
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}")
+        if not isinstance(values, Tensor) or not (values.is_floating_point() or values.is_complex()):
+            got = f"dtype {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"values must be a floating or complex tensor, got {got}")
+        self.kind = kind
+        self._set_nodes(_checked_nodes("nodes", nodes))
+        rows = len(self._nodes) - (kind == "step")
+        if values.ndim == 0 or len(values) != rows:
+            raise ValueError(
+                f"values must have {rows} rows for {len(self._nodes)} nodes and kind {kind!r}, got shape "
+                f"{tuple(values.shape)}"
+            )
+        self.values = nn.Parameter(values.detach().clone())
+
+    def _set_nodes(self, nodes: Tensor) -> None:
+        self._nodes = nodes
+        self._sign = 1.0 if nodes[-1] > nodes[0] else -1.0
+        increasing = (self._sign * nodes).tolist()
+        steps = [b - a for a, b in pairwise(increasing)]
+        self._lengths = steps
+        self._begins = increasing[:-1]
+        if self.kind == "step":
+            shorter = map(min, steps, [steps[0], *steps])
+            self._begins = [begin - _EARLY * step for begin, step in zip(increasing[:-1], shorter, strict=True)]
+        self._cut: tuple[Tensor, int, tuple[Tensor, ...]] | None = None
+
+    @property
+    def nodes(self) -> Tensor:
+        """t_0, ..., t_N, of shape (N + 1,), float64, on the CPU."""
+        return self._nodes.clone()
+
+    @property
+    def widths(self) -> Tensor:
+        """How much of the time each row stands for, float64, on the CPU: its step; half of the steps around its node.
+
+        The gradient with respect to a row, divided by its width, is the density of the gradient in function space.
+        """
+        steps = self._nodes.diff().abs()
+        if self.kind == "step":
+            return steps
+        zero = steps.new_zeros(1)
+        return (torch.cat([steps, zero]) + torch.cat([zero, steps])) / 2
+
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """The rows of `values`, each a tensor of its own, cut from it once for all solves until it changes.
+
+        List them as ``adjoint_params``, in place of `values`, for a func that is not a module.
+        """
+        values = self.values
+        if not (torch.is_grad_enabled() and values.requires_grad):
+            return values.detach().unbind()
+        if self._cut is None or self._cut[0] is not values or self._cut[1] != values._version:
+            self._cut = values, values._version, values.unbind()
+        return self._cut[2]
+
+    def forward(self, t: Tensor | float) -> Tensor:
+        """θ(t).
+
+        Args:
+            t: a number, or a real tensor of any shape.
+
+        Returns:
+            A tensor of shape (*t.shape, *values.shape[1:]), of the dtype and on the device of `values`. Differentiable
+            with respect to `values` and, where it is linear, to t.
+        """
+        is_single = not isinstance(t, Tensor) or t.ndim == 0
+        if not is_single or self.values.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._at_all(torch.as_tensor(t, device=self.values.device))
+        time = self._sign * float(t)
+        m = min(max(bisect_right(self._begins, time) - 1, 0), len(self._begins) - 1)
+        if self.kind == "step":
+            return self._row(m)
+        if isinstance(t, Tensor) and t.requires_grad:
+            return self._between(self._row(m), self._row(m + 1), self._fraction(t, self._begins[m], self._lengths[m]))
+        fraction = min(max((time - self._begins[m]) / self._lengths[m], 0.0), 1.0)
+        if fraction in (0.0, 1.0):
+            return self._row(m + int(fraction))
+        return torch.lerp(self._row(m), self._row(m + 1), fraction)
+
+    def _at_all(self, t: Tensor) -> Tensor:
+        times = self._sign * t.double()
+        begins = torch.tensor(self._begins, dtype=torch.float64, device=t.device)
+        m = torch.searchsorted(begins, times.detach(), right=True).sub(1).clamp(0, len(begins) - 1)
+        if self.kind == "step":
+            return self.values[m]
+        lengths = torch.tensor(self._lengths, dtype=torch.float64, device=t.device)
+        fraction = self._fraction(t, begins[m], lengths[m])
+        fraction = fraction.reshape(*t.shape, *[1] * (self.values.ndim - 1))
+        return self._between(self.values[m], self.values[m + 1], fraction)
+
+    def _fraction(self, t: Tensor, begin: Tensor | float, length: Tensor | float) -> Tensor:
+        return ((self._sign * t.double() - begin) / length).clamp(0, 1).to(self.values.dtype.to_real())
+
+    def _between(self, a: Tensor, b: Tensor, fraction: Tensor) -> Tensor:
+        return a + fraction * (b - a)
+
+    def _row(self, n: int) -> Tensor:
+        # Without a graph there is nothing to share.
+        if torch.is_grad_enabled() and self.values.requires_grad:
+            return self.rows[n]
+        return self.values.detach()[n]
+
+    @torch.no_grad()
+    def regrid(self, nodes: Tensor | Sequence[float], interpolation: Interpolation = "linear") -> "GridParameter":
+        """The same θ(t) on another grid, as a new module with a parameter of its own.
+
+        Args:
+            nodes: of the new grid, from the same t_0 to the same t_N.
+            interpolation: ``"linear"``: values at the beginnings of steps, or at nodes, are interpolated linearly,
+                after the last beginning constantly: second order for the flow. ``"constant"``, for kind ``"step"``:
+                every new step gets the mean of the old steps over it, so that a refined parameter is the same function.
+
+        Raises:
+            TypeError, ValueError: `nodes` are not as they must be, `interpolation` is unknown or not for this kind.
+        """
+        new = _checked_nodes("nodes", nodes)
+        tolerance = 1e-6 * float((self._nodes[-1] - self._nodes[0]).abs())
+        if not torch.allclose(new[[0, -1]], self._nodes[[0, -1]], rtol=0, atol=tolerance):
+            raise ValueError(
+                f"nodes must lead from {float(self._nodes[0])} to {float(self._nodes[-1])} as the old ones do, got "
+                f"from {float(new[0])} to {float(new[-1])}"
+            )
+        if interpolation not in get_args(Interpolation):
+            raise ValueError(f"interpolation must be one of {get_args(Interpolation)}, got {interpolation!r}")
+        if interpolation == "constant" and self.kind == "linear":
+            raise ValueError("interpolation must be 'linear' for kind 'linear', got 'constant'")
+        old, exact = (
+            self._sign * self._nodes,
+            self.values.to("cpu", torch.promote_types(self.values.dtype, torch.double)),
+        )
+        at = self._sign * new
+        if interpolation == "constant":
+            lengths = old.diff().reshape(-1, *[1] * (exact.ndim - 1))
+            integral = torch.cat([torch.zeros_like(exact[:1]), (lengths * exact).cumsum(0)])
+            integrals = _interpolated(old, integral, at).diff(dim=0)
+            found = integrals / at.diff().reshape(-1, *[1] * (exact.ndim - 1))
+        elif self.kind == "step":
+            found = _interpolated(old[:-1], exact, at[:-1])
+        else:
+            found = _interpolated(old, exact, at)
+        return GridParameter(found.to(self.values), new, self.kind)
+
+    def refine(self, factor: int = 2, interpolation: Interpolation = "linear") -> "GridParameter":
+        """Divide every step into `factor` equal ones: see `regrid`."""
+        _check_factor(factor)
+        parts = torch.arange(factor, dtype=torch.float64) / factor
+        inner = (self._nodes[:-1, None] + self._nodes.diff()[:, None] * parts).reshape(-1)
+        return self.regrid(torch.cat([inner, self._nodes[-1:]]), interpolation)
+
+    def coarsen(self, factor: int = 2, interpolation: Interpolation = "linear") -> "GridParameter":
+        """Make one step of every `factor`, which must divide their number: see `regrid`."""
+        _check_factor(factor)
+        steps = len(self._nodes) - 1
+        if steps % factor:
+            raise ValueError(f"factor must divide the number of steps, {steps}, got {factor}")
+        return self.regrid(self._nodes[::factor], interpolation)
+
+    def extra_repr(self) -> str:
+        """What `print` tells."""
+        first, last = float(self._nodes[0]), float(self._nodes[-1])
+        return (
+            f"{tuple(self.values.shape)}, {len(self._nodes) - 1} steps from {first:g} to {last:g}, kind={self.kind!r}"
+        )
+
+    def get_extra_state(self) -> Tensor:
+        """The nodes, for `state_dict`."""
+        return self._nodes
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """The nodes, from `load_state_dict`."""
+        self._set_nodes(_checked_nodes("nodes", state.to("cpu")))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors with a graph cannot be copied.
+        return {**self.__dict__, "_cut": None}
+
+
+def parameters_of(module: nn.Module) -> tuple[Tensor, ...]:
+    """The tensors of a module that require a gradient, with the rows of grid parameters in place of their stacks.
+
+    The gradient of one row is as large as the row, that of the stack is as large as the stack.
+    """
+    grids = {
+        id(part.values): part
+        for part in module.modules()
+        if isinstance(part, GridParameter) and part.values.device.type == "cpu"
+    }
+    found: list[Tensor] = []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            found += grids[id(parameter)].rows if id(parameter) in grids else (parameter,)
+    return tuple(found)
+
+
+def _interpolated(at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+    """Linear interpolation in the first dimension, constant beyond both ends."""
+    if len(at) == 1:
+        return values.expand(len(wanted), *values.shape[1:])
+    left = torch.searchsorted(at, wanted, right=True).sub(1).clamp(0, len(at) - 2)
+    fraction = ((wanted - at[left]) / (at[left + 1] - at[left])).clamp(0, 1)
+    return torch.lerp(values[left], values[left + 1], fraction.reshape(-1, *[1] * (values.ndim - 1)).to(values.dtype))
+
+
+def _checked_nodes(argument: str, nodes: Tensor | Sequence[float]) -> Tensor:
+    try:
+        found = torch.as_tensor(nodes, dtype=torch.float64).detach().to("cpu", copy=True)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{argument} must be a sequence of numbers, got {nodes!r}") from None
+    if found.ndim != 1 or len(found) < 2:
+        raise ValueError(f"{argument} must be one-dimensional with at least 2 entries, got shape {tuple(found.shape)}")
+    steps = found.diff()
+    if not (bool((steps > 0).all()) or bool((steps < 0).all())) or not bool(found.isfinite().all()):
+        raise ValueError(f"{argument} must be finite and strictly increasing or decreasing, got {nodes!r}")
+    return found
+
+
+def _check_factor(factor: int) -> None:
+    if not isinstance(factor, int) or isinstance(factor, bool):
+        raise TypeError(f"factor must be an int, got {factor!r}")
+    if factor < 1:
+        raise ValueError(f"factor must be at least 1, got {factor}")

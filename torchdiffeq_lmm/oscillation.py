@@ -1,0 +1,227 @@
+"""Is a gradient oscillating over the steps? A diagnostic for finished gradients."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .grid_parameter import GridParameter
+
+Stack = Tensor | Sequence[Tensor]
+
+_OSCILLATES = 0.1
+"""The index above which a gradient is called oscillating."""
+
+
+@dataclass(frozen=True)
+class Oscillation:
+    """How much of a gradient alternates from step to step.
+
+    With G_n the gradient of the n-th row divided by its width, s_n = ¼ (G_{n-1} + 2 G_n + G_{n+1}) is what varies
+    slowly in it and d_n = ¼ (-G_{n-1} + 2 G_n - G_{n+1}) what alternates; for smooth G the latter is -¼ h² G''.
+
+    Attributes:
+        index: Σ |d_n|² / (Σ |s_n|² + Σ |d_n|²), over all entries and inner rows: 0 where nothing alternates, 1 where
+            nothing else is there. About ½ through leapfrog without a filter, and for white noise.
+        entry: the entry of a row that alternates most.
+        density: G_n of that entry, of shape (N,), without a graph, on the CPU.
+        smooth: its s_n at the inner rows, of shape (N - 2,).
+    """
+
+    index: float
+    entry: tuple[int, ...]
+    density: Tensor
+    smooth: Tensor
+
+    @property
+    def oscillates(self) -> bool:
+        """Whether the index is above 0.1, or not a number."""
+        return not self.index <= _OSCILLATES
+
+
+class OscillationReport(Mapping[str, Oscillation]):
+    """What `oscillation` has found, by the name of the parameter; `print` it."""
+
+    def __init__(self, found: Mapping[str, Oscillation]) -> None:
+        self._found = dict(found)
+
+    def __getitem__(self, name: str) -> Oscillation:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def index(self) -> float:
+        """The largest index of all, for a training log."""
+        return max((of.index for of in self.values()), key=lambda index: (index != index, index))
+
+    @property
+    def oscillates(self) -> bool:
+        """Whether any of them oscillates."""
+        return any(of.oscillates for of in self.values())
+
+    def __str__(self) -> str:
+        width = max(map(len, self))
+        lines = [f"{'parameter':<{max(width, 9)}}  rows  index"]
+        for name, of in self.items():
+            verdict = "oscillates" if of.oscillates else "smooth"
+            lines.append(f"{name:<{max(width, 9)}}  {len(of.density):>4}  {of.index:5.3f}  {verdict}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw, for every parameter, the entry that alternates most over the rows, and what is smooth in it.
+
+        Args:
+            path: where to write the picture; None to write none.
+
+        Returns:
+            The `matplotlib.figure.Figure`.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot needs matplotlib, which is not installed; pip install matplotlib") from error
+        figure = Figure(figsize=(6, 2.4 * len(self)), layout="constrained")
+        for axes, (name, of) in zip(figure.subplots(len(self), squeeze=False)[:, 0], self.items(), strict=True):
+            axes.plot(of.density, ".-", lw=0.8, ms=4, color="#D55E00", label="gradient / width")
+            axes.plot(range(1, len(of.density) - 1), of.smooth, color="#0072B2", label="its smooth part")
+            axes.set(xlabel="row", title=f"{name}, entry {list(of.entry)}: index {of.index:.3f}")
+            axes.legend(frameon=False, fontsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+        if path is not None:
+            figure.savefig(path, dpi=110)
+        return figure
+
+
+def oscillation(
+    parameters: nn.Module | Stack | Mapping[str, Stack], widths: Tensor | Sequence[float] | None = None
+) -> OscillationReport:
+    """Tell whether the gradients of per-step parameters oscillate over the steps.
+
+    Call it after ``backward()``, in a training loop as often as you like: it takes a few operations of the size of the
+    gradients. It looks at finished gradients only. A gradient may be rough for another reason, as where weights of
+    their own per step are freshly drawn at random; whether it is the solver, a `grad_filter` tells: with it the index
+    falls.
+
+    Args:
+        parameters: whose gradients. Of a module: those of every `GridParameter` in it, and of parameters that are equal
+            in name but for a number which counts from one to the next, and equal in shape, as
+            ``layers.0.weight, layers.1.weight, ...``. Else one stack, or stacks by name: a tensor whose leading
+            dimension counts the steps, or a sequence of tensors of one shape. A tensor that requires a gradient stands
+            for its ``grad``, any other for itself.
+        widths: the lengths of the steps, of shape (N,), by which gradients are divided where they are unequal. Those of
+            a `GridParameter` are known.
+
+    Returns:
+        The index of each, and what it takes to draw it.
+
+    Raises:
+        TypeError: `parameters` is none of these.
+        ValueError: there is no parameter per step, no gradient, fewer than 3 rows, rows of different shapes, or another
+            number of `widths`.
+
+    Source: the filter (¼, ½, ¼) of Xu, Chen, Li, Wright (arXiv 2306.02192) and its complement.
+    """
+    given = None if widths is None else torch.as_tensor(widths, dtype=torch.float64)
+    return OscillationReport({name: _measured(name, stack, given) for name, stack in _stacks(parameters).items()})
+
+
+class _Known(NamedTuple):
+    gradient: Tensor | None
+    widths: Tensor
+
+
+def _stacks(parameters: object) -> Mapping[str, Stack | _Known]:
+    if isinstance(parameters, nn.Module):
+        return _per_step(parameters)
+    if isinstance(parameters, Tensor):
+        return {"parameters": parameters}
+    if isinstance(parameters, Mapping) and parameters:
+        return parameters
+    if isinstance(parameters, Sequence) and parameters and all(isinstance(part, Tensor) for part in parameters):
+        return {"parameters": parameters}
+    raise TypeError(
+        f"parameters must be a module, a tensor, a sequence of tensors or a mapping from names to these, got "
+        f"{parameters!r}"
+    )
+
+
+def _per_step(module: nn.Module) -> dict[str, Stack | _Known]:
+    """The parameters per step of a module, by name."""
+    stacks: dict[str, Stack | _Known] = {}
+    taken: set[int] = set()
+    for name, part in module.named_modules():
+        if isinstance(part, GridParameter):
+            stacks[name or "values"] = _Known(part.values.grad, part.widths)
+            taken.add(id(part.values))
+    groups: dict[tuple[str, str, torch.Size], dict[int, Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        for number in re.finditer(r"(?<![^.])\d+(?![^.])", name):
+            if id(parameter) not in taken:
+                before, after = name[: number.start()], name[number.end() :]
+                groups.setdefault((before, after, parameter.shape), {})[int(number.group())] = parameter
+    # The largest first: of two numbers in a name the one that takes more values counts the steps.
+    for (before, after, _), group in sorted(groups.items(), key=lambda item: -len(item[1])):
+        numbers = sorted(group)
+        consecutive = all(b - a == 1 for a, b in pairwise(numbers))
+        if len(group) >= 3 and consecutive and not taken & {id(part) for part in group.values()}:
+            stacks[f"{before}*{after}"] = [group[number] for number in numbers]
+            taken |= {id(part) for part in group.values()}
+    if not stacks:
+        raise ValueError(
+            "parameters must have parameters per step, got a module with neither a GridParameter nor at least 3 "
+            "parameters that are equal in shape, and in name but for a number; give stacks of them by name"
+        )
+    return stacks
+
+
+def _measured(name: str, stack: Stack | _Known, widths: Tensor | None) -> Oscillation:
+    gradient = _gradient(name, stack)
+    if isinstance(stack, _Known) and widths is None:
+        widths = stack.widths
+    if len(gradient) < 3:
+        raise ValueError(f"parameters[{name!r}] must have at least 3 rows, got shape {tuple(gradient.shape)}")
+    rows = gradient.reshape(len(gradient), -1)
+    if widths is not None:
+        if widths.shape != (len(rows),):
+            raise ValueError(f"widths must have shape ({len(rows)},) for {name!r}, got {tuple(widths.shape)}")
+        rows = rows / widths[:, None].to(rows.device, rows.dtype)
+    outer = rows[:-2] + rows[2:]
+    smooth, alternating = (2 * rows[1:-1] + outer) / 4, (2 * rows[1:-1] - outer) / 4
+    by_entry = alternating.abs().square().sum(0)
+    entry = int(by_entry.argmax()) if by_entry.numel() else 0
+    high, low = float(by_entry.sum()), float(smooth.abs().square().sum())
+    index = high / (high + low) if high + low != 0 else 0.0
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(entry), gradient.shape[1:])) if rows.shape[1] else ()
+    of_entry = rows[:, entry : entry + 1].sum(1), smooth[:, entry : entry + 1].sum(1)
+    return Oscillation(index, place, *(part.detach().cpu() for part in of_entry))
+
+
+def _gradient(name: str, stack: Stack | _Known) -> Tensor:
+    if isinstance(stack, _Known):
+        parts = [stack.gradient]
+    else:
+        parts = [
+            part.grad if part.requires_grad else part for part in ([stack] if isinstance(stack, Tensor) else stack)
+        ]
+    present = [part for part in parts if part is not None]
+    if not present:
+        raise ValueError(f"parameters[{name!r}] must have a gradient, got none; call backward() before")
+    if isinstance(stack, Tensor | _Known):
+        return present[0].detach()
+    if len({part.shape for part in present}) > 1:
+        raise ValueError(f"parameters[{name!r}] must be tensors of one shape, got {[tuple(p.shape) for p in present]}")
+    # A row that the loss does not depend on.
+    return torch.stack([torch.zeros_like(present[0]) if part is None else part.detach() for part in parts])
