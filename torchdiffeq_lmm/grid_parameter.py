@@ -75,7 +75,7 @@ class GridParameter(nn.Module):
         if self.kind == "step":
             shorter = map(min, steps, [steps[0], *steps])
             self._begins = [begin - _EARLY * step for begin, step in zip(increasing[:-1], shorter, strict=True)]
-        self._cut: tuple[Tensor, int, tuple[Tensor, ...]] | None = None
+        self._cut: tuple[tuple[Tensor, int, int], tuple[Tensor, ...]] | None = None
 
     @property
     def nodes(self) -> Tensor:
@@ -103,9 +103,14 @@ class GridParameter(nn.Module):
         values = self.values
         if not (torch.is_grad_enabled() and values.requires_grad):
             return values.detach().unbind()
-        if self._cut is None or self._cut[0] is not values or self._cut[1] != values._version:
-            self._cut = values, values._version, values.unbind()
-        return self._cut[2]
+        try:
+            made_from = values, values._version, values.data_ptr()
+        except RuntimeError:
+            # Within a transform of torch.func there is no memory to speak of.
+            return values.unbind()
+        if self._cut is None or any(a is not b and a != b for a, b in zip(self._cut[0], made_from, strict=True)):
+            self._cut = made_from, values.unbind()
+        return self._cut[1]
 
     def forward(self, t: Tensor | float) -> Tensor:
         """θ(t).
@@ -120,7 +125,7 @@ class GridParameter(nn.Module):
         is_single = not isinstance(t, Tensor) or t.ndim == 0
         if not is_single or self.values.device.type != "cpu" or torch.compiler.is_compiling():
             return self._at_all(torch.as_tensor(t, device=self.values.device))
-        time = self._sign * float(t)
+        time = self._sign * float(t.detach() if isinstance(t, Tensor) else t)
         m = min(max(bisect_right(self._begins, time) - 1, 0), len(self._begins) - 1)
         if self.kind == "step":
             return self._row(m)
@@ -136,14 +141,19 @@ class GridParameter(nn.Module):
         begins = torch.tensor(self._begins, dtype=torch.float64, device=t.device)
         m = torch.searchsorted(begins, times.detach(), right=True).sub(1).clamp(0, len(begins) - 1)
         if self.kind == "step":
-            return self.values[m]
+            return self._pick(m)
         lengths = torch.tensor(self._lengths, dtype=torch.float64, device=t.device)
-        fraction = self._fraction(t, begins[m], lengths[m])
+        fraction = self._fraction(t, begins.take(m), lengths.take(m))
         fraction = fraction.reshape(*t.shape, *[1] * (self.values.ndim - 1))
-        return self._between(self.values[m], self.values[m + 1], fraction)
+        return self._between(self._pick(m), self._pick(m + 1), fraction)
+
+    def _pick(self, m: Tensor) -> Tensor:
+        # Indexing by a 0-d tensor would have its value read.
+        return self.values.index_select(0, m.reshape(-1)).reshape(*m.shape, *self.values.shape[1:])
 
     def _fraction(self, t: Tensor, begin: Tensor | float, length: Tensor | float) -> Tensor:
-        return ((self._sign * t.double() - begin) / length).clamp(0, 1).to(self.values.dtype.to_real())
+        real = self.values.real if self.values.is_complex() else self.values
+        return ((self._sign * t.double() - begin) / length).clamp(0, 1).to(real.dtype)
 
     def _between(self, a: Tensor, b: Tensor, fraction: Tensor) -> Tensor:
         return a + fraction * (b - a)

@@ -1,0 +1,142 @@
+"""The share of a gradient that alternates from step to step, on stacks of known content and in a solve."""
+
+import math
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_lmm import GridParameter, odeint, oscillation
+
+N = 41
+TIMES = torch.linspace(0, 1, N, dtype=torch.float64)
+SLOW = torch.sin(3 * TIMES) + 1.5
+ZIGZAG = (-1.0) ** torch.arange(N, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("amplitude", [0.0, 0.1, 1.0, 10.0])
+def test_the_index_is_the_share_of_what_alternates(amplitude: float) -> None:
+    found = oscillation(SLOW + amplitude * ZIGZAG)["parameters"]
+    wanted = amplitude**2 / (amplitude**2 + float(SLOW[1:-1].square().mean()))
+    assert found.index == pytest.approx(wanted, abs=1e-3)
+    assert found.oscillates == (wanted > 0.1)
+    assert found.smooth.shape == (N - 2,)
+    torch.testing.assert_close(found.smooth, SLOW[1:-1], rtol=0, atol=0.01)
+
+
+def test_extremes() -> None:
+    assert oscillation(ZIGZAG).index == 1.0
+    assert oscillation(torch.ones(5)).index == 0.0
+    assert oscillation(torch.zeros(5, 3)).index == 0.0
+    noise = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    assert oscillation(noise).index == pytest.approx(0.5, abs=0.03)
+    lost = torch.ones(5)
+    lost[2] = math.nan
+    report = oscillation({"a": torch.ones(5), "b": lost, "c": ZIGZAG})
+    assert math.isnan(report.index)
+    assert report["b"].oscillates
+    assert report.oscillates
+
+
+def test_the_entry_that_alternates_most_is_shown() -> None:
+    stack = SLOW[:, None, None].repeat(1, 2, 3).to(torch.complex128)
+    stack[:, 1, 2] += 2j * ZIGZAG
+    found = oscillation(stack)["parameters"]
+    assert found.entry == (1, 2)
+    torch.testing.assert_close(found.density, stack[:, 1, 2])
+
+
+def test_widths_make_densities_of_gradients() -> None:
+    widths = 0.1 * (1 + 0.9 * (torch.arange(N) % 2))
+    gradient = SLOW * widths
+    assert oscillation(gradient).index > 0.05
+    assert oscillation(gradient, widths).index < 1e-3
+
+
+class Layers(nn.Module):
+    """Layers per step with a shared network between, of which every second layer has weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)) for _ in range(12))
+        self.shared = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(3)) for _ in range(5))
+
+
+def test_parameters_per_step_are_found_in_a_module() -> None:
+    model = Layers()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for n, layer in enumerate(model.layers):
+        layer[2].weight.grad[0, 1] = 3.0 * (-1) ** n
+    model.scales[2].grad = None
+    report = oscillation(model)
+    names = {f"layers.*.{i}.{what}" for i in (0, 2) for what in ("weight", "bias")}
+    assert set(report) == names | {"scales.*"}
+    assert report["layers.*.2.weight"].oscillates
+    assert report["layers.*.2.weight"].entry == (0, 1)
+    assert report["layers.*.0.weight"].index == 0.0
+    assert report["scales.*"].density.tolist() == [1.0, 1.0, 0.0, 1.0, 1.0]
+    lines = str(report).splitlines()
+    assert len(lines) == 6
+    assert sum("oscillates" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize(("grad_filter", "oscillates"), [(None, True), ("leapfrog", False)])
+def test_it_tells_leapfrogs_gradient_from_the_filtered_one(grad_filter: str | None, oscillates: bool) -> None:
+    nodes = torch.linspace(0, 2, 41, dtype=torch.float64) ** 1.1
+    theta = GridParameter(torch.stack([1 + 0.5 * torch.sin(3 * nodes[:-1]), 1.5 + nodes[:-1]], dim=1), nodes)
+
+    def func(t: Tensor, x: Tensor) -> Tensor:
+        a, b = theta(t)
+        return torch.stack([a * x[1], -b * torch.sin(x[0]) - 0.3 * x[1]])
+
+    y0 = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    options = {"grid_constructor": lambda func, y0, t: nodes}
+    x = odeint(func, y0, nodes[[0, -1]], method="leapfrog", options=options, grad_filter=grad_filter)
+    x[-1].square().sum().backward()
+    report = oscillation(theta)
+    assert list(report) == ["values"]
+    assert report.oscillates == oscillates
+    assert report.index > 0.3 if oscillates else report.index < 0.01
+    torch.testing.assert_close(
+        report["values"].density, (theta.values.grad / theta.widths[:, None])[:, report["values"].entry[0]]
+    )
+
+
+def test_plot(tmp_path, monkeypatch) -> None:
+    report = oscillation({"a": SLOW, "b": SLOW + ZIGZAG})
+    figure = report.plot(tmp_path / "made.png")
+    assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG")
+    first, second = figure.axes
+    assert "index 0.000" in first.get_title()
+    assert list(second.lines[0].get_ydata()) == (SLOW + ZIGZAG).tolist()
+    assert len(report.plot().axes) == 2
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="plot needs matplotlib"):
+        report.plot()
+
+
+def with_gradient(*shape: int) -> Tensor:
+    parameter = torch.zeros(shape, requires_grad=True)
+    parameter.grad = torch.ones(shape)
+    return parameter
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: oscillation(3.0), TypeError, "parameters must be a module, a tensor, .* got 3.0"),
+        (lambda: oscillation({}), TypeError, "parameters must be a module"),
+        (lambda: oscillation(nn.Linear(2, 2)), ValueError, "neither a GridParameter nor at least 3"),
+        (lambda: oscillation(torch.ones(4, requires_grad=True)), ValueError, "must have a gradient, got none"),
+        (lambda: oscillation(GridParameter(torch.ones(4), range(5))), ValueError, "must have a gradient, got none"),
+        (lambda: oscillation(torch.ones(2, 3)), ValueError, r"at least 3 rows, got shape \(2, 3\)"),
+        (lambda: oscillation([with_gradient(2)] * 2 + [with_gradient(3)]), ValueError, "tensors of one shape"),
+        (lambda: oscillation(torch.ones(4), [1.0] * 3), ValueError, r"widths must have shape \(4,\).*got \(3,\)"),
+    ],
+)
+def test_what_cannot_be_meant_is_an_error(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
