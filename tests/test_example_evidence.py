@@ -46,3 +46,14 @@ def test_digits_trained_with_a_filter_can_be_run_at_any_depth(tmp_path):
     assert filtered["roughness"] < plain["roughness"] / 2
     assert filtered["index"][-1] < 0.1 < plain["index"][-1]
     assert "test accuracy over 1 seeds" in printed
+
+
+def test_shared_parameters_need_no_filter(tmp_path):
+    found, _ = run("spiral", tmp_path)
+    errors = found["gradient errors"]
+    for name, order in (("auto-differentiation", 4), ("filter, trapezoid weights", 4), ("filter, step weights", 2)):
+        ratio = errors[name][1] / errors[name][2]
+        assert 0.75 * order < ratio < 1.4 * order, name
+    assert errors["filter, step weights"][2] > 5 * errors["auto-differentiation"][2]
+    last = {name: runs[0][-1] for name, runs in found["test errors"].items()}
+    assert max(last.values()) < 1.2 * min(last.values())
