@@ -152,6 +152,7 @@ def draw(grids: tuple[int, ...], errors: dict, tests: dict) -> Figure:
     by_step.set(xlabel="step", ylabel="relative error", title="Gradient of the shared parameters")
     by_iteration.set(xlabel="iteration", ylabel="test error", title="Training, mean and range of the seeds")
     by_iteration.set_yscale("log")
+    by_step.tick_params(axis="x", which="minor", labelbottom=False)
     for axes in (by_step, by_iteration):
         axes.spines[["top", "right"]].set_visible(False)
     by_step.legend(frameon=False, fontsize=8)
