@@ -52,7 +52,11 @@ class AdjointState(NamedTuple):
 
 
 def discrete_adjoint(
-    rows: Sequence[Row], node_cotangents: Sequence[Tensor | None], linearisation: Linearisation, zero: Tensor
+    rows: Sequence[Row],
+    node_cotangents: Sequence[Tensor | None],
+    linearisation: Linearisation,
+    zero: Tensor,
+    kicked: Callable[[int], Tensor | None] | None = None,
 ) -> Iterator[AdjointState]:
     """Run the adjoint of X = x + Σ e d + Σ b f + b* f(X) backwards over the rows.
 
@@ -68,6 +72,8 @@ def discrete_adjoint(
         node_cotangents: g_0, ..., g_N, None for a node that E does not see.
         linearisation: the Jacobians.
         zero: a state of zeros.
+        kicked: what a state receives besides by its kick, where there are any: asked for after the state before it in
+            this order has been yielded. It belongs to P.
 
     Yields:
         All states, the last one first. The mappings are those of the moment.
@@ -83,6 +89,7 @@ def discrete_adjoint(
         later = slopes.pop(state, [])
         pulled = linearisation.pull_back(state, later)
         mu = later
+        by_kick = None if kicked is None else kicked(state)
         window: Tensor | None
         shift: Tensor | None
         increment: Tensor | None
@@ -90,11 +97,13 @@ def discrete_adjoint(
         if node is not None:
             seen = node_cotangents[node]
             rest = rest if seen is None else rest + seen
+            rest = rest if by_kick is None else rest + by_kick
             leading = increments.get(node, [])
             window = shift = plus(rest, pulled)
             increment = plus(window, leading)
         else:
-            window = shift = increment = combine(pulled) if pulled else None
+            received = pulled if by_kick is None else [*pulled, (1.0, by_kick)]
+            window = shift = increment = combine(received) if received else None
         if row is not None and row.implicit is not None and increment is not None:
             weight = float(row.implicit)
             increment = linearisation.solve(state, weight, increment)

@@ -1,6 +1,6 @@
 """One evaluation of f with a graph of its own, which can be differentiated apart from all others."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-
-from .vector_field import VectorField
 
 _FEW = 32
 """Of so many known parameters it costs less to ask for all gradients than to find out which there are."""
@@ -55,7 +53,7 @@ class Recorder:
 
     def __init__(
         self,
-        vector_field: VectorField,
+        vector_field: Callable[[Tensor, Tensor], Tensor],
         like: Tensor,
         differentiate_times: bool,
         parameters: Sequence[Tensor] | None = None,
@@ -73,7 +71,7 @@ class Recorder:
         self._zeros = {
             # Of the sign that leaves both zeros as they are.
             dtype: torch.full((), minus_zero, dtype=dtype, device=like.device, requires_grad=True)
-            for dtype in (like.dtype, vector_field.time_dtype)
+            for dtype in (like.dtype, like.dtype.to_real())
         }
         self._leaf_type = type(get_gradient_edge(self._zeros[like.dtype]).node)
         self._device_type = like.device.type
@@ -106,23 +104,15 @@ class Recorder:
             if self._differentiate_times:
                 time = self._cut_off(time)
                 arguments = (*arguments, _edge(time))
-            slope = self._vector_field(time, state)
-            refuse_tangents(slope)
-            if not slope.requires_grad:
-                return slope, None
-            if isinstance(slope.grad_fn, BackwardCFunction):
-                # Before torch 2.10 a GradientEdge keeps a node of C++ alive, as the view's is, but not one of Python.
-                slope = slope.view_as(slope)
-            edge = _edge(slope)
-            if self._known is not None and not self._are_all and len(self._parameters) <= _FEW:
-                return slope, Evaluation(edge, arguments, self._parameters, None)
-            sources, leads_beyond = self._sources(edge, arguments)
-            handle = None
-            if leads_beyond and self._known is None:
-                handle = _Handle.apply(slope)  # type: ignore[no-untyped-call]
-            elif leads_beyond and self._are_all:
-                raise ValueError(_NOT_LISTED)
-            return slope, Evaluation(edge, arguments, sources, handle)
+            return self._recorded(self._vector_field(time, state), arguments)
+
+    def record_parts(
+        self, evaluate: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor
+    ) -> list[tuple[Tensor, Evaluation | None]]:
+        """Evaluate several functions of the state at once: as `record`, for each; their graphs may share parts."""
+        with _AS_IT_IS if torch.is_grad_enabled() else torch.enable_grad():
+            state = self._cut_off(x.detach())
+            return [self._recorded(value, (_edge(state),)) for value in evaluate(state)]
 
     def evaluate(self, user_time: Tensor, x: Tensor) -> Tensor:
         """Evaluate f and keep nothing but the value."""
@@ -154,6 +144,24 @@ class Recorder:
             if type(node) is self._leaf_type:
                 raise ValueError(_NOT_LISTED)
             pending += [at for at, nr in node.next_functions if (at, nr) not in known and at not in seen]
+
+    def _recorded(self, slope: Tensor, arguments: tuple[GradientEdge, ...]) -> tuple[Tensor, Evaluation | None]:
+        refuse_tangents(slope)
+        if not slope.requires_grad:
+            return slope, None
+        if isinstance(slope.grad_fn, BackwardCFunction):
+            # Before torch 2.10 a GradientEdge keeps a node of C++ alive, as the view's is, but not one of Python.
+            slope = slope.view_as(slope)
+        edge = _edge(slope)
+        if self._known is not None and not self._are_all and len(self._parameters) <= _FEW:
+            return slope, Evaluation(edge, arguments, self._parameters, None)
+        sources, leads_beyond = self._sources(edge, arguments)
+        handle = None
+        if leads_beyond and self._known is None:
+            handle = _Handle.apply(slope)  # type: ignore[no-untyped-call]
+        elif leads_beyond and self._are_all:
+            raise ValueError(_NOT_LISTED)
+        return slope, Evaluation(edge, arguments, sources, handle)
 
     def _cut_off(self, argument: Tensor) -> Tensor:
         # A leaf in its place would keep the state alive as long as the graph is; the node of a sum does not.

@@ -57,8 +57,8 @@ class Placement(NamedTuple):
     shift: Tensor | None = None
 
 
-def check_step_size(step_size: object) -> None:
-    """Raise unless `step_size` is a positive, finite number.
+def check_step_size(step_size: object, argument: str = "step_size") -> None:
+    """Raise unless `step_size`, which the user knows as `argument`, is a positive, finite number.
 
     Raises:
         TypeError: it is not a real number nor a tensor that holds one.
@@ -72,16 +72,16 @@ def check_step_size(step_size: object) -> None:
         and step_size.dtype is not torch.bool
     )
     if not (is_number or is_scalar_tensor):
-        raise TypeError(f"step_size must be a positive real number, got {step_size!r}")
+        raise TypeError(f"{argument} must be a positive real number, got {step_size!r}")
     if isinstance(step_size, Tensor) and step_size.requires_grad:
-        raise ValueError("step_size must not require a gradient, got a tensor that does; use step_size.detach()")
+        raise ValueError(f"{argument} must not require a gradient, got a tensor that does; use {argument}.detach()")
     try:
         value = float(step_size)  # type: ignore[arg-type]
     except OverflowError:
         value = math.inf
     if not (math.isfinite(value) and value > 0):
         hint = "; it is a length and positive also where t is decreasing" if value < 0 else ""
-        raise ValueError(f"step_size must be positive and finite, got {value}{hint}")
+        raise ValueError(f"{argument} must be positive and finite, got {value}{hint}")
 
 
 def check_times(t: Tensor) -> None:
@@ -92,12 +92,13 @@ def check_times(t: Tensor) -> None:
         raise ValueError(f"t must be finite, got {t}")
 
 
-def uniform_grid(t: Tensor, step_size: float) -> Grid:
+def uniform_grid(t: Tensor, step_size: float, argument: str = "step_size") -> Grid:
     """Steps of `step_size` from t[0] on, the last one cut short at t[-1] where they do not fit.
 
     Args:
         t: increasing, of shape (n,), n ≥ 2.
         step_size: in the unit of `t`.
+        argument: as which the user knows it.
 
     Raises:
         ValueError: that makes more than `MAX_STEPS` steps.
@@ -109,8 +110,8 @@ def uniform_grid(t: Tensor, step_size: float) -> Grid:
     steps = max(1, math.ceil(count - min(_rounding(t) / step_size, 0.01))) if count <= MAX_STEPS else math.inf
     if steps > MAX_STEPS:
         raise ValueError(
-            f"step_size {step_size} makes {count:.3g} steps from t[0] to t[-1], over a length of {length}; at "
-            f"most {MAX_STEPS} are made. Use a larger step_size"
+            f"{argument} {step_size} makes {count:.3g} steps from t[0] to t[-1], over a length of {length}; at "
+            f"most {MAX_STEPS} are made. Use a larger {argument}"
         )
     nodes = torch.arange(int(steps) + 1, dtype=torch.float64).mul_(step_size)
     if times.requires_grad:

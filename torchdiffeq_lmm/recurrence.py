@@ -130,22 +130,34 @@ class Layout:
 
     Attributes:
         node_before: for each state, the last node that is reached with it.
+        evaluated: the states at which f is evaluated, in their order.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.node_before = list(accumulate((row.is_node for row in rows), initial=0))
-        self._evaluated: list[int] = []
+        self.evaluated: list[int] = []
         self._counts: list[int] = []
         for i, row in enumerate(rows):
             if row.evaluates:
-                self._evaluated.append(i)
-            self._counts.append(len(self._evaluated))
+                self.evaluated.append(i)
+            self._counts.append(len(self.evaluated))
             if row.implicit is not None:
-                self._evaluated.append(i + 1)
+                self.evaluated.append(i + 1)
 
     def slope(self, row: int, lag: int) -> int:
         """The state whose slope a row means by a lag."""
-        return self._evaluated[self._counts[row] - 1 - lag]
+        return self.evaluated[self._counts[row] - 1 - lag]
+
+
+def memory(method: MultistepMethod) -> Keeps:
+    """How many of the latest nodes' slopes, that of the last one included, and increments a step may use."""
+    formula, closing = method.on_equal_steps, method.closing is not None
+    slopes = (
+        len(formula.slopes),
+        0 if method.predictor is None else method.steps,
+        method.order if method.is_implicit or closing else 0,
+    )
+    return Keeps(max(slopes), max(len(formula.increments), method.order - 1 if closing else 0))
 
 
 def start_length(method: MultistepMethod) -> int:
@@ -310,11 +322,7 @@ class _Writer:
         self._count = 0
         self._latest: Hashable = 0
         self._shared: dict[Row, Row] = {}
-        self._slopes = max(
-            len(method.on_equal_steps.slopes),
-            0 if method.predictor is None else method.steps,
-            method.order if method.is_implicit or method.closing is not None else 0,
-        )
+        self._slopes, self._increments = memory(method)
         self.reach = max(method.steps, self._slopes)
 
     def write_sweep(self, swept: SweptState) -> None:
@@ -412,10 +420,7 @@ class _Writer:
         self._slots.pop(node - self._slopes, None)
         if in_start:
             return None
-        closing = self._method.order - 1 if self._method.closing is not None else 0
-        return Keeps(
-            self._count - min(later, default=self._count), max(len(self._method.on_equal_steps.increments), closing)
-        )
+        return Keeps(self._count - min(later, default=self._count), self._increments)
 
 
 def _differentiable_weights(method: MultistepMethod, steps: Tensor, lengths: Sequence[float], start: int) -> Tensor:

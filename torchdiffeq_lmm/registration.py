@@ -1,4 +1,4 @@
-"""Which solvers torchdiffeq learns from this package, the user's own methods among them."""
+"""Which solvers torchdiffeq and torchsde learn from this package, the user's own methods among them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,6 +18,7 @@ from .methods import (
     constant_formula,
 )
 from .runge_kutta import TWO_STAGE_METHODS
+from .sde_solver import MultistepSDESolver, sde_solver_of
 from .solver import Leapfrog, MultistepSolver, solver_of
 from .stability import order, unstable_root
 
@@ -26,24 +27,26 @@ SOLVERS: dict[str, type[MultistepSolver]] = {
     **{method.name: solver_of(method) for method in TWO_STAGE_METHODS},
 }
 
+SDE_SOLVERS: dict[str, type[MultistepSDESolver]] = {method.name: sde_solver_of(method) for method in METHODS}
+
 
 def register() -> None:
-    """Enter this package's methods into torchdiffeq's method table. Importing the package does it.
+    """Enter this package's methods into the method tables of torchdiffeq and torchsde. Importing the package does it.
 
     May be called any number of times.
 
     Raises:
-        RuntimeError: torchdiffeq has a method of one of the names that is not ours. Nothing is entered then.
+        RuntimeError: either has a method of one of the names that is not ours. Nothing is entered then.
     """
-    add_solvers(SOLVERS)
+    add_solvers(SOLVERS, SDE_SOLVERS)
 
 
 def unregister() -> None:
-    """Take this package's methods out of torchdiffeq's method table again; `register` brings them back.
+    """Take this package's methods out of both method tables again; `register` brings them back.
 
     May be called any number of times. Methods of the same name that are not ours stay.
     """
-    remove_solvers(SOLVERS)
+    remove_solvers(SOLVERS, SDE_SOLVERS)
 
 
 def register_method(name: str, alpha: Sequence[float | Fraction], beta: Sequence[float | Fraction]) -> MethodInfo:
@@ -54,7 +57,7 @@ def register_method(name: str, alpha: Sequence[float | Fraction], beta: Sequence
     it is made by the Adams or BDF formula of the same order.
 
     Args:
-        name: under which torchdiffeq shall know it.
+        name: under which torchdiffeq and torchsde shall know it.
         alpha: α_0, ..., α_k, with α_k ≠ 0, by which everything is divided. Fractions are exact; of floats the nearest
             simple fraction is taken where it is as near as rounding.
         beta: β_0, ..., β_k. With β_k = 0 the method is explicit.
@@ -67,7 +70,7 @@ def register_method(name: str, alpha: Sequence[float | Fraction], beta: Sequence
         ValueError: the coefficients do not make a method: they are too few, of different lengths, not finite, α_k is
             0, the method is not consistent, or violates the root condition. Or `name` is taken by another method of
             this package; by the same one it may be, and nothing changes.
-        RuntimeError: torchdiffeq has a method of that name that is not ours.
+        RuntimeError: torchdiffeq or torchsde has a method of that name that is not ours.
 
     Source: Hairer, Nørsett, Wanner, *Solving Ordinary Differential Equations I*, III.2 and III.3.
     """
@@ -90,8 +93,9 @@ def register_method(name: str, alpha: Sequence[float | Fraction], beta: Sequence
     ):
         raise ValueError(f"name must be new, got {name!r}, which is a method of this package already; choose another")
     solver = known or solver_of(method)
-    add_solvers({name: solver})
-    SOLVERS[name] = solver
+    sde_solver = SDE_SOLVERS.get(name) or sde_solver_of(method)
+    add_solvers({name: solver}, {name: sde_solver})
+    SOLVERS[name], SDE_SOLVERS[name] = solver, sde_solver
     return method_info(name)
 
 

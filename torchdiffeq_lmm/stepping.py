@@ -79,21 +79,7 @@ def march(
         else:
             if previous is not None and row.increments and not increments:
                 increments.append(x - previous)
-            terms = (*row.increments, *row.slopes)
-            known = None
-            # The weights of an implicit row may cancel to 0; an explicit one needs a slope.
-            if row.implicit is None or any(_counts(weight) for _, weight in terms):
-                tensors = (*_pick(increments, row.increments), *_pick(slopes, row.slopes))
-                known = linear_combination((weight for _, weight in terms), tensors)
-            if row.implicit is None:
-                assert known is not None
-                increment = known
-            else:
-                guess = None
-                if row.guess:
-                    guess = linear_combination((weight for _, weight in row.guess), _pick(slopes, row.guess))
-                increment, slope = solve_implicit(number + 1, x, known, row.implicit, guess)
-                slopes.insert(0, slope)
+            increment = increment_of(row, number + 1, x, history, solve_implicit)
             latest = x + increment
             if row.is_node:
                 increments.insert(0, increment)
@@ -102,6 +88,34 @@ def march(
         if row.keeps is not None:
             del slopes[row.keeps.slopes :], increments[row.keeps.increments :]
         yield number + 1, latest
+
+
+def increment_of(row: Row, state: int, x: Tensor, history: History, solve_implicit: SolveImplicit) -> Tensor:
+    """What a row adds to x, by the past; the slope at an implicit row's state becomes the latest one.
+
+    Args:
+        row: the row.
+        state: the number of the state that it makes.
+        x: what the increment is added to.
+        history: the past, of which the increments and slopes are used.
+        solve_implicit: see `march`.
+    """
+    slopes = history.slopes
+    terms = (*row.increments, *row.slopes)
+    known = None
+    # The weights of an implicit row may cancel to 0; an explicit one needs a slope.
+    if row.implicit is None or any(_counts(weight) for _, weight in terms):
+        tensors = (*_pick(history.increments, row.increments), *_pick(slopes, row.slopes))
+        known = linear_combination((weight for _, weight in terms), tensors)
+    if row.implicit is None:
+        assert known is not None
+        return known
+    guess = None
+    if row.guess:
+        guess = linear_combination((weight for _, weight in row.guess), _pick(slopes, row.guess))
+    increment, slope = solve_implicit(state, x, known, row.implicit, guess)
+    slopes.insert(0, slope)
+    return increment
 
 
 class _Form(NamedTuple):

@@ -9,20 +9,20 @@ gradients of the parameters, from the cotangents of the values of f, filtered or
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .adjoint import AdjointState, discrete_adjoint, weight_gradients
+from .attachment import attach
 from .backward import Checkpoint, Reversible
 from .checkpoints import Checkpoints, Rerun, Snapshot, Snapshots, Steps, between
 from .circumstances import Circumstances, RandomState
-from .compilation import repeatedly_differentiable
 from .costate import filtered_cotangents
 from .evaluation import Evaluation, Recorder, refuse_tangents
 from .filter_plan import FilterPlan
-from .linearisation import Linearisation, ParameterGradients, hooks_suspended
+from .linearisation import Linearisation, ParameterGradients
 from .recollection import Kept, Recollection
 from .recurrence import Layout, Recurrence
 from .reversal import DriftError, Reversal
@@ -199,9 +199,7 @@ class Tape:
             *trajectory.slopes.values(),
             *trajectory.end_slopes.values(),
         ]
-        attached: Iterator[Tensor] = iter(
-            _attach(solve, values, y0, user_times, recurrence.weights, *sources, *handles)
-        )
+        attached: Iterator[Tensor] = iter(attach(solve, values, y0, user_times, recurrence.weights, *sources, *handles))
         return Trajectory(
             states={0: y0, **{node: next(attached) for node in outputs}},
             slopes={node: next(attached) for node in trajectory.slopes},
@@ -293,7 +291,12 @@ class _Solve:
     handles: tuple[Tensor, ...]
     versions: list[tuple[Tensor, int]]
 
-    def check_versions(self) -> None:
+    def backward(self, cotangents: Sequence[Tensor | None], times_need_grad: bool) -> tuple[Tensor | None, ...]:
+        """See `attachment.Solve`."""
+        self._check_versions()
+        return self.recollect(lambda recollection: self.gradients(cotangents, times_need_grad, recollection))
+
+    def _check_versions(self) -> None:
         """Raise a RuntimeError where func would not be what it was."""
         for tensor, version in self.versions:
             if tensor is not self.versions[0][0] and not tensor.requires_grad:
@@ -412,53 +415,3 @@ class _WeightGradients:
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
-
-
-def _attach(solve: _Solve, values: list[Tensor], *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Apply the node so that it lets go of the solve when autograd lets go of what it has saved."""
-    token, unpacked = torch.empty(0), []
-
-    def unpack(packed: _Solve) -> Tensor:
-        unpacked.append(packed)
-        return token
-
-    with torch.autograd.graph.saved_tensors_hooks(lambda _: solve, unpack):
-        return _AttachedSolve.apply(token, unpacked, values, *inputs)  # type: ignore[no-untyped-call, no-any-return]
-
-
-class _AttachedSolve(torch.autograd.Function):
-    """(y0, times, weights, sources, handles) -> the states and values of f that are asked for."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        token: Tensor,
-        unpacked: list[_Solve],
-        values: list[Tensor],
-        y0: Tensor,  # noqa: ARG004
-        user_times: Tensor | None,
-        *others: Tensor | None,  # noqa: ARG004
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(token)
-        ctx.unpacked = unpacked
-        ctx.times_need_grad = user_times is not None and user_times.requires_grad
-        return tuple(values)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        assert len(ctx.saved_tensors) == 1
-        solve: _Solve = ctx.unpacked.pop()
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "grad_filter does not support create_graph=True, for its gradient is no derivative of the loss and has "
-                "none to give; nor do implicit methods, and backward='reversible' and 'checkpoint', whose gradients "
-                "are worked out once. For second derivatives solve with an explicit method and without both, or with "
-                "grad_filter='smooth'"
-            )
-        solve.check_versions()
-        if all(cotangent is None for cotangent in cotangents):
-            return (None,) * len(ctx.needs_input_grad)
-        with hooks_suspended(solve.sources), repeatedly_differentiable():
-            found = solve.recollect(lambda recollection: solve.gradients(cotangents, ctx.times_need_grad, recollection))
-        return (None, None, None, *found)

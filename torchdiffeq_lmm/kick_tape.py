@@ -1,0 +1,220 @@
+"""A solve of a stochastic differential equation as one node of autograd: the adjoint with kicks, filtered or not.
+
+A kick K(x, θ) that leads to a state receives the cotangent of that state with the past held fixed,
+
+    κ_n = ∂E/∂K_n = P_{n+1},      P_n = P_{n+1} + g_n + J_nᵀ μ_n + (∂K_n/∂x)ᵀ κ_n;
+
+all else is as in adjoint.py. P does not oscillate at leading order, so the parameters of the diffusion need no filter.
+Those of the drift receive, with a filter, the costate of costate.py: the shift of the discrete past along the flow is
+one on a given Brownian path too, but for the change of J over the few steps that it reaches back, O(√h), in a term of
+the size of h.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .adjoint import AdjointState, Contributions, combine, discrete_adjoint
+from .attachment import attach
+from .costate import filtered_cotangents
+from .evaluation import Evaluation, Recorder, refuse_tangents
+from .filter_plan import FilterPlan, plan_filter
+from .grad_filter import CostateFilter
+from .kicks import Kicked
+from .linearisation import Linearisation, ParameterGradients
+from .methods import MultistepMethod
+from .recollection import Kept
+from .recurrence import Recurrence
+
+
+class Timed(Kicked, Protocol):
+    """f and K at the states of one solve, which have times."""
+
+    def time(self, state: int) -> Tensor:
+        """The time of a state."""
+
+    def drift_at(self, time: Tensor, x: Tensor) -> Tensor:
+        """Return f."""
+
+
+class KickTape:
+    """Records f and the kicks of one solve.
+
+    Args:
+        y0: the initial state.
+    """
+
+    def __init__(self, y0: Tensor) -> None:
+        refuse_tangents(y0)
+        self._y0 = y0
+        self._slopes: dict[int, Evaluation | None] = {}
+        self._kicks: dict[int, Evaluation | None] = {}
+
+    def recording(self, field: Timed) -> Kicked:
+        """The same f and K, recorded, with values that have no graph."""
+        return _Recording(field, Recorder(field.drift_at, self._y0, False), self._slopes, self._kicks)
+
+    def attach(
+        self,
+        states: dict[int, Tensor],
+        recurrence: Recurrence,
+        offset: int,
+        kicks: Sequence[tuple[int, ...]],
+        grad_filter: CostateFilter | None,
+        steps: list[float],
+        method: MultistepMethod,
+    ) -> dict[int, Tensor]:
+        """Attach the recorded states to autograd.
+
+        Args:
+            states: by node; x_0 with the graph of y0.
+            recurrence: the rows.
+            offset: the node of the recurrence at which the solve begins.
+            kicks: the states whose kicks each row uses.
+            grad_filter: None for the gradient of auto-differentiation.
+            steps: h, of the solve.
+            method: the method.
+
+        Returns:
+            The states, with the graph that plain stepping would have given them but for the filter.
+        """
+        evaluations = [e for e in (*self._slopes.values(), *self._kicks.values()) if e is not None]
+        sources = tuple({id(s): s for e in evaluations if e.handle is None for s in e.sources}.values())
+        handles = tuple(e.handle for e in evaluations if e.handle is not None)
+        if not (self._y0.requires_grad or sources or handles):
+            return states
+        plan = None
+        if grad_filter is not None:
+            plan = plan_filter(grad_filter.weights, recurrence, steps, method)
+            # Kicks are like observations at every node, in whose layers μ_m / h is not the costate.
+            plan = replace(plan, raw=[False] * len(plan.raw))
+        outputs = [node for node in states if node > 0]
+        solve = _KickedSolve(recurrence, offset, kicks, plan, self._slopes, self._kicks, outputs, sources, handles)
+        attached = attach(solve, [states[node] for node in outputs], self._y0, None, *sources, *handles)
+        return {0: states[0], **dict(zip(outputs, attached, strict=True))}
+
+
+class _Recording:
+    """See `KickTape.recording`."""
+
+    def __init__(
+        self,
+        field: Timed,
+        recorder: Recorder,
+        slopes: dict[int, Evaluation | None],
+        kicks: dict[int, Evaluation | None],
+    ) -> None:
+        self._field = field
+        self._recorder = recorder
+        self._slopes = slopes
+        self._kicks = kicks
+
+    def drift(self, state: int, x: Tensor) -> Tensor:
+        slope, self._slopes[state] = self._recorder.record(self._field.time(state), x)
+        return slope.detach()
+
+    def kick(self, state: int, x: Tensor) -> Tensor:
+        ((kick, self._kicks[state]),) = self._recorder.record_parts(lambda x: (self._field.kick(state, x),), x)
+        return kick.detach()
+
+    def drift_and_kick(self, state: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        (slope, self._slopes[state]), (kick, self._kicks[state]) = self._recorder.record_parts(
+            lambda x: self._field.drift_and_kick(state, x), x
+        )
+        return slope.detach(), kick.detach()
+
+
+@dataclass(frozen=True)
+class _KickedSolve:
+    """What the node knows of its solve beside its inputs and outputs: see `KickTape.attach`."""
+
+    recurrence: Recurrence
+    offset: int
+    kicks: Sequence[tuple[int, ...]]
+    plan: FilterPlan | None
+    slope_evaluations: dict[int, Evaluation | None]
+    kick_evaluations: dict[int, Evaluation | None]
+    outputs: list[int]
+    sources: tuple[Tensor, ...]
+    handles: tuple[Tensor, ...]
+
+    def backward(
+        self,
+        cotangents: Sequence[Tensor | None],
+        times_need_grad: bool,  # noqa: ARG002
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients with respect to y0, the times (none), the sources and the handles."""
+        zero = torch.zeros_like(next(cotangent for cotangent in cotangents if cotangent is not None))
+        parameters = ParameterGradients()
+        recollection = Kept(self.slope_evaluations, {}, {}, self.recurrence.nodes)
+        linearisation = Linearisation(recollection, parameters, self.plan is None, None)
+        kicks = _KickCotangents(self.kicks, self.kick_evaluations, parameters)
+        seen: list[Tensor | None] = [None] * len(self.recurrence.nodes)
+        for node, cotangent in zip(self.outputs, cotangents, strict=True):
+            seen[self.offset + node] = cotangent
+        window = zero
+
+        def followed() -> Iterator[AdjointState]:
+            nonlocal window
+            for point in discrete_adjoint(self.recurrence.rows, seen, linearisation, zero, kicks.pull_back):
+                window = point.window
+                kicks.pass_by(point)
+                yield point
+
+        if self.plan is None:
+            for _ in followed():
+                pass
+        else:
+            for state, cotangent in filtered_cotangents(self.plan, followed(), seen, seen, linearisation.expand, zero):
+                evaluation = recollection.evaluation(state)
+                if evaluation is not None:
+                    parameters.give(evaluation, cotangent)
+        parameters.settle()
+        return (window, None, *map(parameters.of, self.sources), *map(parameters.of_handle, self.handles))
+
+
+class _KickCotangents:
+    """The cotangents κ of the kicks."""
+
+    def __init__(
+        self,
+        kicks: Sequence[tuple[int, ...]],
+        evaluations: dict[int, Evaluation | None],
+        parameters: ParameterGradients,
+    ) -> None:
+        self._kicks = kicks
+        self._cotangents: dict[int, Contributions] = {}
+        self._linearisation = Linearisation(Kept(evaluations, {}, {}, ()), parameters, True, None)
+
+    def pass_by(self, point: AdjointState) -> None:
+        """Give a state's cotangent to the kicks that lead to it."""
+        for state in self._kicks[point.state - 1] if point.state else ():
+            self._cotangents.setdefault(state, []).append((1.0, point.window))
+
+    def pull_back(self, state: int) -> Tensor | None:
+        """(∂K/∂x)ᵀ κ at a state; the parameters of K receive theirs."""
+        pulled = self._linearisation.pull_back(state, self._cotangents.pop(state, []))
+        return combine(pulled) if pulled else None
+
+
+def refuse_gradients(like: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Let an attempt to differentiate tensors of a recorded solve raise an error; `like` is one of its states."""
+    if not (like.requires_grad and tensors):
+        return tensors
+    return _Refused.apply(like, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:  # noqa: ARG004
+        raise RuntimeError(
+            "extra_solver_state of a solve with grad_filter, or by an implicit method, has no gradient; detach its "
+            "tensors, or use an explicit method without grad_filter"
+        )

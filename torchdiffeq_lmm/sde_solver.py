@@ -1,0 +1,263 @@
+"""A multistep method in the form in which torchsde calls its solvers: from an SDE and times to states."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .compilation import eager
+from .continuation import Past, past_of, resume
+from .grad_filter import CostateFilter, resolve_grad_filter
+from .grid import Placement, check_step_size, check_times, place, uniform_grid
+from .host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
+from .implicit import ImplicitSolver
+from .interpolation import linear
+from .kick_tape import KickTape, refuse_gradients
+from .kicks import kicks_of_rows, march_with_kicks
+from .methods import MultistepMethod
+from .recurrence import start_length
+
+if TYPE_CHECKING:
+    from torchsde import BaseBrownian, BaseSDE
+
+
+class MultistepSDESolver:
+    """A stochastic linear multistep (Maruyama) method as a fixed-step solver of torchsde.
+
+    torchsde makes one for every call of `sdeint`. Steps of `dt` go from ts[0] on, the last one cut short at ts[-1];
+    outputs in between are linear interpolations, all as for torchsde's own methods. The times of the nodes are
+    ts[0] + n dt in float64.
+
+    Of strong (mean-square) order 1 for additive noise and 1/2 else, of weak order 1. Where the noise is small, of size
+    ε, the mean-square error is O(h^p + ε h + ε² √h), with p the order of the ODE method: that is what the methods are
+    for.
+
+    Args:
+        sde: the SDE, in torchsde's wrapper: Itô, or Stratonovich with additive noise, where both are the same.
+        bm: the Brownian motion, of which increments are asked for.
+        dt: the length of the steps, positive.
+        adaptive: must be False.
+        rtol, atol: for implicit steps, whose equations are solved to 1e-4 (atol + rtol |y|).
+        dt_min: unused.
+        options: ``grad_filter``: None, "auto", "leapfrog" or a `CostateFilter`; anything else is warned of.
+
+    Raises:
+        TypeError: dt, grad_filter or y0 is of a wrong type.
+        ValueError: dt or grad_filter has a wrong value, `adaptive` is set, or the noise is none that the methods are
+            for.
+
+    Source: Buckwar, Winkler, *Multistep methods for SDEs and their application to problems with small noise* (SIAM
+    Journal on Numerical Analysis, 2006).
+    """
+
+    method: ClassVar[MultistepMethod]
+    weak_order = 1.0
+
+    def __init__(
+        self,
+        sde: "BaseSDE",
+        bm: "BaseBrownian",
+        dt: float | Tensor,
+        adaptive: bool,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        dt_min: float | Tensor,  # noqa: ARG002
+        options: dict[str, Any],
+    ) -> None:
+        name = self.method.name
+        if sde.sde_type == "stratonovich" and sde.noise_type != "additive":
+            raise ValueError(
+                f"method {name!r} is for Ito SDEs, and for Stratonovich SDEs with additive noise, where both are the "
+                f"same; got a Stratonovich SDE with {sde.noise_type} noise. Use 'midpoint', 'heun' or "
+                f"'reversible_heun', or write the SDE in the Ito sense"
+            )
+        if adaptive:
+            raise ValueError(
+                f"adaptive must be False for method {name!r}, which makes steps of dt, got {adaptive}; for adaptive "
+                f"steps use a method of torchsde's own"
+            )
+        check_step_size(dt, "dt")
+        options = dict(options)
+        grad_filter = resolve_grad_filter(options.pop("grad_filter", None), name)
+        if grad_filter is not None and not isinstance(grad_filter, CostateFilter):
+            raise ValueError(
+                f"grad_filter must be None, 'auto', 'leapfrog' or a CostateFilter in torchsde.sdeint, got "
+                f"{grad_filter!r}: a smoothed observation would average the noise too"
+            )
+        if options:
+            warn_of_unused_sde_options(name, options)
+        self.grad_filter = grad_filter
+        self.strong_order = 1.0 if sde.noise_type == "additive" else 0.5
+        self._sde = sde
+        self._bm = bm
+        self._dt = float(dt)
+        self._rtol = rtol
+        self._atol = atol
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of strong order: {self.strong_order}, and weak order: {self.weak_order}"
+
+    def init_extra_solver_state(self, t0: Tensor, y0: Tensor) -> Past:  # noqa: ARG002
+        """The past at the beginning: none. The first steps are then made together, as for ODEs."""
+        return ()
+
+    @eager
+    def integrate(self, y0: Tensor, ts: Tensor, extra0: Past) -> tuple[Tensor, Past]:
+        """Solve from ts[0] to ts[-1].
+
+        Args:
+            y0: the initial state, of shape (batch, d).
+            ts: the output times, of shape (T,), strictly increasing.
+            extra0: empty, or what a solve up to ts[0] has returned: its latest steps, its increments by the drift and
+                its slopes, so that this one goes on as if both were one solve. The steps may have another length.
+
+        Returns:
+            The states at `ts`, of shape (T, batch, d), and the same for a solve that goes on from ts[-1]; empty where
+            the method reaches over more steps than have been made.
+
+        Raises:
+            TypeError, ValueError: y0, ts, dt or extra0 is not as it must be.
+            RuntimeError: an implicit equation was not solved.
+        """
+        if not y0.is_floating_point():
+            raise TypeError(f"y0 must be a floating tensor, got dtype {y0.dtype}; use y0.float()")
+        check_times(ts)
+        if not ts.is_floating_point():
+            ts = ts.to(y0.dtype)
+        if len(ts) == 1:
+            return torch.stack([y0]), extra0
+        method = self.method
+        grid = uniform_grid(ts, self._dt, "dt")
+        placements = place(ts, grid)
+        tape = self._tape(y0, extra0)
+        start = y0 if tape is None else y0.detach()
+        recurrence, history, offset = resume(method, extra0, grid.steps, start)
+        first, kicks = recurrence.nodes[offset], kicks_of_rows(recurrence)
+        field = _Field(self._sde, self._bm, grid.nodes, ts, recurrence.positions, offset, method)
+        kicked = field if tape is None else tape.recording(field)
+        implicit = ImplicitSolver(self._rtol, self._atol, torch.finfo(y0.dtype).eps)
+
+        def solve_implicit(
+            state: int, x: Tensor, known: Tensor | None, weight: Any, guess: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            return implicit.solve(
+                x,
+                known,
+                float(weight),
+                guess,
+                slope=lambda y: field.drift(state, y),
+                iterate=lambda y: kicked.drift(state, y),
+                where=lambda: f"of method {method.name!r} at t = {float(field.time(state)):.6g}",
+            )
+
+        wanted = {near for placement in placements for near in _neighbours(placement)}
+        states = {0: y0}
+        node = 0
+        rows = recurrence.rows[first:]
+        for state, made in march_with_kicks(history, rows, kicks, kicked, solve_implicit, first):
+            if not recurrence.rows[state - 1].is_node:
+                continue
+            node += 1
+            if node in wanted:
+                states[node] = made
+        past = past_of(method, recurrence, _behind(extra0, grid.steps), history)
+        if tape is not None:
+            states = tape.attach(states, recurrence, offset, kicks, self.grad_filter, grid.steps.tolist(), method)
+            past = refuse_gradients(states[node], past)
+        return torch.stack([_output(placement, states) for placement in placements]), past
+
+    def _tape(self, y0: Tensor, extra0: Past) -> KickTape | None:
+        if not torch.is_grad_enabled() or (self.grad_filter is None and not self.method.is_implicit):
+            return None
+        if extra0 and self.grad_filter is not None:
+            raise ValueError(
+                "extra_solver_state must not be given with grad_filter, which looks at the whole solve at once; solve "
+                "in one piece, or without grad_filter"
+            )
+        if any(tensor.requires_grad for tensor in extra0):
+            raise ValueError(
+                f"extra_solver_state must not require a gradient for method {self.method.name!r}, whose steps are "
+                f"implicit; detach its tensors, use an explicit method, or solve in one piece"
+            )
+        return KickTape(y0)
+
+
+class _Field:
+    """f and K at the states of one solve.
+
+    Args:
+        sde, bm: see `MultistepSDESolver`.
+        nodes: the times of the nodes, float64.
+        ts: for the dtype and the device of times.
+        positions: of the states, see `Recurrence`.
+        offset: the position of nodes[0].
+        method: the method.
+    """
+
+    def __init__(
+        self,
+        sde: "BaseSDE",
+        bm: "BaseBrownian",
+        nodes: Tensor,
+        ts: Tensor,
+        positions: list[float],
+        offset: int,
+        method: MultistepMethod,
+    ) -> None:
+        self._times = nodes.to(ts).unbind()
+        self._positions = positions
+        self._offset = offset
+        numbers: list[float] = nodes.tolist()
+
+        @lru_cache(max(1, start_length(method)))
+        def increment(n: int) -> Tensor:
+            dw: Tensor = bm(numbers[n], numbers[n + 1])
+            return dw
+
+        self._increment: Callable[[int], Tensor] = increment
+        self._sde: HostedSDE = unwrap_sde(sde, increment(0))
+
+    def time(self, state: int) -> Tensor:
+        """What the SDE is given for the time of a state."""
+        return self._times[self._node(state)]
+
+    def drift_at(self, time: Tensor, x: Tensor) -> Tensor:
+        """See `Timed`."""
+        return self._sde.drift(time, x)
+
+    def drift(self, state: int, x: Tensor) -> Tensor:
+        """See `Kicked`."""
+        return self._sde.drift(self.time(state), x)
+
+    def kick(self, state: int, x: Tensor) -> Tensor:
+        """See `Kicked`."""
+        return self._sde.kick(self.time(state), x, self._increment(self._node(state)))
+
+    def drift_and_kick(self, state: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Kicked`."""
+        return self._sde.drift_and_kick(self.time(state), x, self._increment(self._node(state)))
+
+    def _node(self, state: int) -> int:
+        return int(self._positions[state]) - self._offset
+
+
+def _neighbours(placement: Placement) -> tuple[int, ...]:
+    node = placement.node
+    return (node,) if placement.fraction is None else (node, node + 1)
+
+
+def _output(placement: Placement, states: dict[int, Tensor]) -> Tensor:
+    node, fraction, _ = placement
+    return states[node] if fraction is None else linear(fraction, states[node], states[node + 1])
+
+
+def _behind(past: Past, steps: Tensor) -> Tensor:
+    return torch.cat([past[0].to(steps).flip(0), steps]) if past else steps
+
+
+def sde_solver_of(method: MultistepMethod) -> type[MultistepSDESolver]:
+    """The solver class of a method."""
+    summary = f"The method {method.name!r} as a solver of torchsde: see `MultistepSDESolver`."
+    return type(method.name, (MultistepSDESolver,), {"method": method, "__doc__": summary, "__module__": __name__})
