@@ -222,7 +222,7 @@ def _wrapped_adjoint_select(original: Callable[..., str], solvers: Mapping[str, 
                 raise ValueError(
                     f"{argument} must be one of torchsde's own in sdeint_adjoint, got {name!r}: a multistep method "
                     f"cannot solve the adjoint SDE, nor go with one. Use torchsde.sdeint(..., method=...), whose "
-                    f"gradient comes from auto-differentiation through the steps, or from options={{'grad_filter': ...}}"
+                    f"gradient comes from auto-differentiation through the steps, or options={{'grad_filter': ...}}"
                 )
         return original(sde, method, adjoint_method)
 
