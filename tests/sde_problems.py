@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+import torchdiffeq_lmm  # noqa: F401  registers the methods
+
 NOISES = ("diagonal", "additive", "scalar", "general")
 
 
