@@ -39,6 +39,7 @@ class Scheme(NamedTuple):
         steps: N here for N in the table.
         depths: if any, every batch is solved with one of so many steps, in units of N, drawn at random, with the
             weights interpolated.
+        dtype: of the network and the pixels.
     """
 
     solve: Callable[..., Tensor]
@@ -46,10 +47,11 @@ class Scheme(NamedTuple):
     kind: str = "step"
     steps: Callable[[int], int] = lambda n: n
     depths: tuple[float, ...] = ()
+    dtype: torch.dtype = torch.float32
 
 
 RANDOM = (0.75, 1.0, 1.25, 1.5)
-# Dozens of evaluations a step are spent on digits that training does not need.
+# Dozens of evaluations a step would be spent on digits that training does not need.
 BDF2 = {"method": "bdf2", "rtol": 1e-3, "atol": 1e-3}
 
 SCHEMES = {
@@ -58,8 +60,8 @@ SCHEMES = {
     "leapfrog, smooth": Scheme(odeint, {"method": "leapfrog", "grad_filter": "smooth"}, "linear"),
     "ab2, auto-differentiation": Scheme(odeint, {"method": "ab2"}),
     "ab2, filtered": Scheme(odeint, {"method": "ab2", "grad_filter": "auto"}),
-    "bdf2, auto-differentiation": Scheme(odeint, BDF2, "linear"),
-    "bdf2, filtered": Scheme(odeint, {**BDF2, "grad_filter": "auto"}, "linear"),
+    "bdf2, auto-differentiation": Scheme(odeint, BDF2, "linear", dtype=torch.float64),
+    "bdf2, filtered": Scheme(odeint, {**BDF2, "grad_filter": "auto"}, "linear", dtype=torch.float64),
     "leapfrog, random depth, auto-differentiation": Scheme(odeint, {"method": "leapfrog"}, "linear", depths=RANDOM),
     "leapfrog, random depth, filtered": Scheme(
         odeint, {"method": "leapfrog", "grad_filter": "leapfrog"}, "linear", depths=RANDOM
@@ -141,16 +143,16 @@ def data() -> Data:
 
 def accuracy(network: Network, pixels: Tensor, digits: Tensor) -> float:
     with torch.no_grad():
-        return float((network(pixels).argmax(1) == digits).double().mean())
+        return float((network(pixels.to(network.scheme.dtype)).argmax(1) == digits).double().mean())
 
 
 def train(scheme: Scheme, steps: int, epochs: int, seed: int, independent: bool, digits: Data) -> dict:
     """Train one network; returns what the table needs."""
     torch.manual_seed(seed)
     own = scheme.steps(steps)
-    network = Network(scheme, own, independent)
+    network = Network(scheme, own, independent).to(scheme.dtype)
     trainer = torch.optim.Adam(network.parameters(), lr=RATE)
-    pixels, labels = digits.train
+    pixels, labels = digits.train[0].to(scheme.dtype), digits.train[1]
     indices, losses = [], []
     for _ in range(epochs):
         total = 0.0
