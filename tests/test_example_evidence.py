@@ -57,3 +57,17 @@ def test_shared_parameters_need_no_filter(tmp_path):
     assert errors["filter, step weights"][2] > 5 * errors["auto-differentiation"][2]
     last = {name: runs[0][-1] for name, runs in found["test errors"].items()}
     assert max(last.values()) < 1.2 * min(last.values())
+
+
+def test_a_source_is_recovered_smoother_with_a_filter_and_hardly_better(tmp_path):
+    found, printed = run("forcing", tmp_path)
+    twin, real = (found[name]["0.3"]["160"] for name in ("twin", "Mauna Loa"))
+    for runs in (twin, real):
+        plain, filtered = runs["auto-differentiation"], runs["filtered"]
+        assert plain["variation"] > 1.2 * filtered["variation"]
+        assert plain["reported"] < filtered["reported"]
+        assert plain["true"] > 1.01 * filtered["true"]
+        assert abs(plain["held out, weeks"] / filtered["held out, weeks"] - 1) < 0.05
+    assert filtered["held out, weeks"] < 0.5
+    assert twin["filtered"]["error"] < twin["auto-differentiation"]["error"] < 0.3
+    assert "held-out years" in printed

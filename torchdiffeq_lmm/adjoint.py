@@ -164,14 +164,12 @@ def weight_gradients(
 
 def combine(contributions: Contributions) -> Tensor:
     """The sum of one contribution or more, a new tensor."""
-    weight, total = contributions[0]
-    if weight != 1.0 or len(contributions) == 1:
-        total = total * weight
-    for weight, tensor in contributions[1:]:
-        total = torch.add(total, tensor, alpha=weight)
-    return total
+    (weight, first), *others = contributions
+    return plus(first * weight if weight != 1.0 or not others else first, others)
 
 
 def plus(value: Tensor, contributions: Contributions) -> Tensor:
     """The sum of a tensor and contributions."""
-    return combine([(1.0, value), *contributions]) if contributions else value
+    for weight, tensor in contributions:
+        value = torch.add(value, tensor, alpha=weight)
+    return value

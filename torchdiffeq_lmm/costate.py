@@ -57,8 +57,8 @@ def filtered_cotangents(
     cotangents: Sequence[Tensor | None],
     expand: Expansion,
     zero: Tensor,
-) -> Iterator[tuple[int, Tensor]]:
-    """The cotangents ω p̃ of the slopes.
+) -> Iterator[tuple[int, float, Tensor]]:
+    """The filtered costates p̃, and the weights ω that make them the cotangents ω p̃ of the slopes.
 
     Args:
         plan: what to do where.
@@ -69,7 +69,7 @@ def filtered_cotangents(
         zero: a state of zeros.
 
     Yields:
-        The number of a state and the cotangent of its slope; 0 where a state is missing.
+        The number of a state, ω and p̃; where a state is missing the cotangent is 0.
     """
     positions = plan.recurrence.positions
     distances = _distances(cotangents)
@@ -92,17 +92,19 @@ def filtered_cotangents(
                 if state in plan.widths and at in layer:
                     value = expand(state, *layer[at], plan.damping(at))
                     terms += [] if value is None else [(1.0, value)]
-                yield from _weighted(state, width, terms)
+                if terms and width > 0.0:
+                    yield state, width, combine(terms)
             elif state in plan.widths:
                 stages.append(state)
             continue
         g = seen[node]
         after = point.window if g is None else point.window - g
         for stage in stages:
-            width, fraction = plan.widths[stage], positions[stage] - node
-            yield stage, linear_combination((width * (1 - fraction), width * fraction), (after, next_window))
+            fraction = positions[stage] - node
+            yield stage, plan.widths[stage], linear_combination((1 - fraction, fraction), (after, next_window))
         stages, next_window = [], point.window
-        if state not in plan.widths:
+        width = plan.widths.get(state, 0.0)
+        if width == 0.0:
             continue
         if raw[node]:
             terms = _scaled(1 / plan.equal_step(node), point.mu)
@@ -118,18 +120,13 @@ def filtered_cotangents(
         if slope is not None or damping > 0.0:
             value = expand(state, value, slope, damping)
         if value is not None:
-            terms.append((1.0, value))
-        yield from _weighted(state, plan.widths[state], terms)
+            terms.insert(0, (1.0, value))
+        if terms:
+            yield state, width, combine(terms)
 
 
 def _scaled(weight: float, contributions: Contributions) -> Contributions:
     return [(weight * own, cotangent) for own, cotangent in contributions]
-
-
-def _weighted(state: int, width: float, terms: Contributions) -> Iterator[tuple[int, Tensor]]:
-    terms = [(width * weight, tensor) for weight, tensor in terms if width * weight != 0.0]
-    if terms:
-        yield state, combine(terms)
 
 
 def _right_share(plan: FilterPlan, node: int) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class ParameterGradients:
     def __init__(self) -> None:
         self._beyond: dict[int, Tensor] = {}
         self._sums: dict[int, _Sum] = {}
-        self._pending: list[tuple[Evaluation, Tensor]] = []
+        self._pending: list[tuple[Evaluation, Tensor, float]] = []
 
     def give(self, evaluation: Evaluation, cotangent: Tensor, weight: float = 1.0) -> None:
         """Pass weight × the cotangent of a slope on to the sources, or to the handle."""
@@ -35,7 +36,7 @@ class ParameterGradients:
             before = self._beyond.get(id(evaluation.handle))
             self._beyond[id(evaluation.handle)] = given if before is None else before + given
         elif evaluation.sources:
-            self._pending.append((evaluation, cotangent if weight == 1.0 else weight * cotangent))
+            self._pending.append((evaluation, cotangent, weight))
             if len(self._pending) == _AT_ONCE:
                 self.settle()
 
@@ -43,29 +44,38 @@ class ParameterGradients:
         """Do what has been put off."""
         pending, self._pending = self._pending, []
         if pending:
-            sources = tuple({id(s): s for evaluation, _ in pending for s in evaluation.sources}.values())
-            slopes = [evaluation.slope for evaluation, _ in pending]
-            cotangents = [cotangent for _, cotangent in pending]
-            grads = vector_jacobian(slopes, cotangents, sources)
-            self.add(sources, grads, 1.0)
+            evaluations, cotangents, weights = zip(*pending, strict=True)
+            sources = tuple({id(s): s for evaluation in evaluations for s in evaluation.sources}.values())
+            weight = 1.0
+            if len(set(weights)) == 1 and len(sources) <= len(pending):
+                # Fewer multiplications, where steps are equal and share their parameters.
+                weight = weights[0]
+            else:
+                cotangents = tuple(map(mul, weights, cotangents))
+            grads = vector_jacobian([evaluation.slope for evaluation in evaluations], cotangents, sources)
+            self.add(sources, grads, weight)
 
     def add(self, sources: Sequence[Tensor], grads: Sequence[Tensor | None], weight: float) -> None:
         """Add weight × gradients to the sums."""
         totals: list[Tensor] = []
         terms: list[Tensor] = []
+        sums = self._sums
         for source, grad in zip(sources, grads, strict=True):
             if grad is None:
                 continue
-            before = self._sums.get(id(source))
+            before = sums.get(id(source))
             if before is None:
-                self._sums[id(source)] = _Sum(source, grad if weight == 1.0 else grad * weight, is_own=weight != 1.0)
-            elif before.is_own and not (before.total.is_sparse or grad.is_sparse):
+                sums[id(source)] = _Sum(
+                    source, grad if weight == 1.0 else grad * weight, is_own=weight != 1.0 and not grad.is_sparse
+                )
+            elif before.is_own and not grad.is_sparse:
                 totals.append(before.total)
                 terms.append(grad)
             else:
                 # A sparse tensor can be added to a dense one, but not the other way round.
                 first, second = sorted((before.total, weight * grad), key=lambda term: term.is_sparse)
-                self._sums[id(source)] = _Sum(source, first + second, is_own=True)
+                total = first + second
+                sums[id(source)] = _Sum(source, total, is_own=not total.is_sparse)
         if totals:
             torch._foreach_add_(totals, terms, alpha=weight)
 

@@ -353,12 +353,12 @@ class _Solve:
             for _ in followed():
                 pass
         else:
-            for state, cotangent in filtered_cotangents(
+            for state, weight, costate in filtered_cotangents(
                 self.plan, followed(), by_node, total, linearisation.expand, zero
             ):
                 evaluation = recollection.evaluation(state)
                 if evaluation is not None:
-                    parameters.give(evaluation, cotangent)
+                    parameters.give(evaluation, costate, weight)
         parameters.settle()
         flat = [grad for of_row in reversed(weight_grads) for grad in of_row]
         return (
