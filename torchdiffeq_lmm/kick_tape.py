@@ -168,10 +168,12 @@ class _KickedSolve:
             for _ in followed():
                 pass
         else:
-            for state, cotangent in filtered_cotangents(self.plan, followed(), seen, seen, linearisation.expand, zero):
+            for state, width, costate in filtered_cotangents(
+                self.plan, followed(), seen, seen, linearisation.expand, zero
+            ):
                 evaluation = recollection.evaluation(state)
                 if evaluation is not None:
-                    parameters.give(evaluation, cotangent)
+                    parameters.give(evaluation, costate, width)
         parameters.settle()
         return (window, None, *map(parameters.of, self.sources), *map(parameters.of_handle, self.handles))
 
