@@ -8,25 +8,22 @@ observation.
     python examples/method_gallery.py
 """
 
-import argparse
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
+import harness
 import numpy as np
 import torch
+from harness import arguments, table, write
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from oscillations import HORIZON, SHOWN_COMPONENT, TARGET, X0, theta
 from scipy.integrate import solve_ivp
 from torch import Tensor
 from tqdm import tqdm
 
 from torchdiffeq_lmm import method_info, odeint
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 OBSERVED = (HORIZON / 2, HORIZON)
 
@@ -51,7 +48,7 @@ ONE_STEP = ("midpoint", "heun2")
 
 # The two gradients, by what odeint is given as grad_filter.
 GRADIENTS: dict[str, str | None] = {"auto-differentiation": None, "filtered": "auto"}
-COLORS = {"forward": "black", "auto-differentiation": "#D55E00", "filtered": "#0072B2"}
+COLORS = {"forward": "black", **{name: harness.COLORS[name] for name in ("auto-differentiation", "filtered")}}
 
 
 class Solve(NamedTuple):
@@ -201,23 +198,24 @@ def last_order(cells: tuple[int, ...], errors: list[float]) -> float:
     return round(order, 2) + 0.0
 
 
-def table(cells: tuple[int, ...], results: dict[str, dict[str, Any]]) -> str:
+def report(cells: tuple[int, ...], results: dict[str, dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     header = ("method", "order", "measured", "evaluations per step", "AD error", "filtered error", "its order")
-    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    rows = []
     for method, figures in results.items():
         errors, orders = figures["errors"], figures["orders"]
-        entries = (
+        row = (
             method,
-            str(figures["order"]),
+            figures["order"],
             f"{orders['forward']:.2f}",
             f"{figures['evaluations per step']:.2f}",
             f"{errors['auto-differentiation'][-1]:.2g}",
             f"{errors['filtered'][-1]:.1e}",
             f"{orders['filtered']:.2f}",
         )
-        lines.append("| " + " | ".join(entries) + " |")
-    lines += [
+        rows.append(row)
+    lines = [
+        table(header, rows),
         "",
         f"Evaluations, and errors of the gradient's density at the worst time, for N = {cells[-1]} steps (of midpoint",
         f"half steps); orders from N = {cells[-2]} to {cells[-1]}. By auto-differentiation (AD) the error stays,",
@@ -227,11 +225,10 @@ def table(cells: tuple[int, ...], results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict[str, dict[str, Any]], truth: Truth, path: Path) -> None:
+def draw(results: dict[str, dict[str, Any]], truth: Truth) -> Figure:
     """A panel for every method: both gradients over time, and the orders."""
-    figure, rows = plt.subplots(
-        len(FAMILIES), COLUMNS, figsize=(12.5, 9.5), sharex=True, sharey="row", layout="constrained"
-    )
+    figure = Figure(figsize=(12.5, 9.5), layout="constrained")
+    rows = figure.subplots(len(FAMILIES), COLUMNS, sharex=True, sharey="row")
     for (family, methods), panels in zip(FAMILIES.items(), rows, strict=True):
         for axes, method in zip(panels, (*methods, *[None] * (COLUMNS - len(methods))), strict=True):
             if method is None:
@@ -259,11 +256,10 @@ def draw(results: dict[str, dict[str, Any]], truth: Truth, path: Path) -> None:
         "observed half-way and at the end",
         fontsize=12,
     )
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    return figure
 
 
-def draw_panel(axes: plt.Axes, method: str, orders: dict[str, float], truth: Truth) -> None:
+def draw_panel(axes: Axes, method: str, orders: dict[str, float], truth: Truth) -> None:
     """Both gradients of one method over time."""
     times = torch.linspace(0, HORIZON, 401, dtype=torch.float64)
     axes.plot(times, truth.density(times)[:, SHOWN_COMPONENT], color="black", lw=1.5)
@@ -284,23 +280,13 @@ def draw_panel(axes: plt.Axes, method: str, orders: dict[str, float], truth: Tru
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="only up to 80 steps")
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), metavar="DIR", help="where to write, default: %(default)s"
-    )
-    args = parser.parse_args()
+    args = arguments(__doc__, "only up to 80 steps")
     cells = QUICK_CELLS if args.quick else CELLS
 
     truth = true_solution()
     results = measure(cells, truth)
-    print(table(cells, results))
-
-    args.output.mkdir(parents=True, exist_ok=True)
-    picture, figures = args.output / "method_gallery.png", args.output / "method_gallery.json"
-    draw(results, truth, picture)
-    figures.write_text(json.dumps({"cells": cells, "methods": results}, indent=2) + "\n", encoding="utf-8")
-    print(f"\nWrote {picture} and {figures}")
+    print(report(cells, results))
+    write(args.output, "method_gallery", {"cells": cells, "methods": results}, {"method_gallery": draw(results, truth)})
 
 
 if __name__ == "__main__":

@@ -8,23 +8,18 @@ node, by an amount that does not shrink with the step. With ``grad_filter="leapf
     python examples/oscillations.py
 """
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import torch
+from harness import COLORS, arguments, write
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from scipy.integrate import solve_ivp
 from torch import Tensor
 from tqdm import tqdm
 
 from torchdiffeq_lmm import odeint
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.legend import Legend
 
 HORIZON = 2.0
 X0 = (1.0, 0.5)
@@ -192,7 +187,7 @@ def measure(steps: tuple[int, ...], density: Callable[[Tensor], Tensor]) -> dict
     return results
 
 
-def table(steps: tuple[int, ...], results: dict) -> str:
+def report(steps: tuple[int, ...], results: dict) -> str:
     """The results as text, with what to read from them."""
     width = max(map(len, GRIDS))
     header = f"{'grid':<{width}}  {'N':>5}" + "".join(f"  {gradient:>20}" for gradient in GRADIENTS)
@@ -210,10 +205,10 @@ def table(steps: tuple[int, ...], results: dict) -> str:
     return "\n".join(lines)
 
 
-def draw(steps: tuple[int, ...], results: dict, density: Callable[[Tensor], Tensor], path: Path) -> None:
+def draw(steps: tuple[int, ...], results: dict, density: Callable[[Tensor], Tensor]) -> Figure:
     """Left the gradient over time, right the errors against the step."""
-    colors = {"auto-differentiation": "#D55E00", "filtered": "#0072B2"}
-    figure, (over_time, over_step) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    over_time, over_step = figure.subplots(1, 2)
 
     times = torch.linspace(0, HORIZON, 400, dtype=torch.float64)
     over_time.plot(times, density(times)[:, SHOWN_COMPONENT], color="black", label="truth")
@@ -224,7 +219,7 @@ def draw(steps: tuple[int, ...], results: dict, density: Callable[[Tensor], Tens
     }
     for gradient, grad_filter in GRADIENTS.items():
         values = leapfrog_density(nodes, grad_filter)[:, SHOWN_COMPONENT]
-        over_time.plot(nodes[:-1], values, color=colors[gradient], label=gradient, **styles[gradient])
+        over_time.plot(nodes[:-1], values, color=COLORS[gradient], label=gradient, **styles[gradient])
     over_time.set(xlabel="time", ylabel=rf"density of the gradient for $\theta_{SHOWN_COMPONENT + 1}$")
     over_time.set_title(f"Gradient over time, {SHOWN_STEPS} equal steps")
     over_time.legend(frameon=False, fontsize=9)
@@ -235,7 +230,7 @@ def draw(steps: tuple[int, ...], results: dict, density: Callable[[Tensor], Tens
         curves, labels = [], []
         for grid, marker in markers.items():
             error, order = results[grid][gradient]["errors"], results[grid][gradient]["order"]
-            curves += over_step.loglog(lengths, error, f"{marker}-", color=colors[gradient], lw=1, mfc="none", ms=5)
+            curves += over_step.loglog(lengths, error, f"{marker}-", color=COLORS[gradient], lw=1, mfc="none", ms=5)
             labels.append(f"{grid}: order {order:.2f}")
         text = {"frameon": False, "fontsize": 9, "title_fontsize": 9, "alignment": "left"}
         over_step.add_artist(Legend(over_step, curves, labels, loc=place, title=gradient, **text))
@@ -245,28 +240,18 @@ def draw(steps: tuple[int, ...], results: dict, density: Callable[[Tensor], Tens
 
     for axes in (over_time, over_step):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="only grids of up to 80 steps")
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), metavar="DIR", help="where to write, default: %(default)s"
-    )
-    args = parser.parse_args()
+    args = arguments(__doc__, "only grids of up to 80 steps")
     steps = QUICK_STEPS if args.quick else STEPS
 
     density = true_density()
     results = measure(steps, density)
-    print(table(steps, results))
-
-    args.output.mkdir(parents=True, exist_ok=True)
-    picture, figures = args.output / "oscillations.png", args.output / "oscillations.json"
-    draw(steps, results, density, picture)
-    figures.write_text(json.dumps({"steps": steps, "grids": results}, indent=2) + "\n", encoding="utf-8")
-    print(f"\nWrote {picture} and {figures}")
+    print(report(steps, results))
+    figures = {"oscillations": draw(steps, results, density)}
+    write(args.output, "oscillations", {"steps": steps, "grids": results}, figures)
 
 
 if __name__ == "__main__":

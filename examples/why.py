@@ -3,20 +3,14 @@
 python examples/why.py
 """
 
-import argparse
-import json
-from pathlib import Path
-
-import matplotlib as mpl
 import numpy as np
 import torch
+from harness import COLORS, arguments, write
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 from torchdiffeq_lmm import method_info, odeint
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 METHODS = {
     "leapfrog": "leapfrog: never dies out",
@@ -32,7 +26,7 @@ STEPS = 16
 QUICK_STEPS = 12
 SHIFT = 0.5
 
-ORANGE, BLUE, GREY = "#D55E00", "#0072B2", "#999999"
+ORANGE, BLUE, GREY = COLORS["auto-differentiation"], COLORS["filtered"], "#999999"
 
 
 def leapfrog(start: float, forcing: Tensor, grad_filter: str | None = None) -> Tensor:
@@ -87,9 +81,10 @@ def densities(steps: int) -> dict[str, list[float]]:
     return results
 
 
-def draw_weights(weights: dict[str, list[float]], path: Path) -> None:
+def draw_weights(weights: dict[str, list[float]]) -> Figure:
     """The weights of the slopes before an observation, a panel for every method."""
-    figure, panels = plt.subplots(1, len(weights), figsize=(11, 3), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    panels = figure.subplots(1, len(weights), sharey=True)
     for axes, (method, values) in zip(panels, weights.items(), strict=True):
         before = -np.arange(len(values))
         axes.axhline(1, color="black", lw=1.2, label="exact costate")
@@ -102,16 +97,16 @@ def draw_weights(weights: dict[str, list[float]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("in steps")
     panels[-1].legend(frameon=False, fontsize=9, loc="upper right")
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    return figure
 
 
-def draw_shift(solutions: dict[str, list[float]], gradients: dict[str, list[float]], path: Path) -> None:
+def draw_shift(solutions: dict[str, list[float]], gradients: dict[str, list[float]]) -> Figure:
     """The two questions, and the two answers."""
     steps = len(gradients["costate"])
     times, fine = node_times(steps).numpy(), np.linspace(0, steps * STEP, 200)
     middle = float(times[steps // 2])
-    figure, (kick, shift, answers) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    kick, shift, answers = figure.subplots(1, 3)
 
     titles = ("AD: change one slope", "filter: shift the whole past")
     for axes, change, color, title in zip(
@@ -137,17 +132,11 @@ def draw_shift(solutions: dict[str, list[float]], gradients: dict[str, list[floa
 
     for axes in (kick, shift, answers):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help=f"only {QUICK_STEPS} steps")
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), metavar="DIR", help="where to write, default: %(default)s"
-    )
-    args = parser.parse_args()
+    args = arguments(__doc__, f"only {QUICK_STEPS} steps")
     steps = QUICK_STEPS if args.quick else STEPS
 
     weights = {method: [float(w) for w in method_info(method).weights] for method in tqdm(METHODS, unit="method")}
@@ -155,17 +144,9 @@ def main() -> None:
     for method, values in weights.items():
         print(f"{method:<14}" + "".join(f"{value:>8.3f}" for value in values) + "  ...")
     print("\nWeights of the slopes 0, 1, ... nodes before an observation, in steps; the costate is 1.")
-
-    args.output.mkdir(parents=True, exist_ok=True)
-    pictures = args.output / "why_weights.png", args.output / "why_shift.png"
-    draw_weights(weights, pictures[0])
-    draw_shift(solutions, gradients, pictures[1])
-    figures = args.output / "why.json"
-    figures.write_text(
-        json.dumps({"step": STEP, "weights": weights, "solutions": solutions, "gradients": gradients}, indent=2) + "\n",
-        encoding="utf-8",
-    )
-    print(f"\nWrote {pictures[0]}, {pictures[1]} and {figures}")
+    results = {"step": STEP, "weights": weights, "solutions": solutions, "gradients": gradients}
+    figures = {"why_weights": draw_weights(weights), "why_shift": draw_shift(solutions, gradients)}
+    write(args.output, "why", results, figures)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,37 @@
+"""The examples of stochastic differential equations, in their quick modes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, output: Path) -> dict:
+    command = [sys.executable, EXAMPLES / f"{name}.py", "--quick", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((output / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_where_the_noise_is_small_errors_fall_as_for_an_ode(tmp_path):
+    found = run("small_noise", tmp_path)
+    small = found["0.001"]
+    for method, factor in (("leapfrog", 4), ("ab2", 4), ("ab3", 8), ("bdf2", 4), ("euler", 2), ("milstein", 2)):
+        errors = small[method]["errors"]
+        assert 0.8 * factor < errors[1] / errors[2] < 1.2 * factor, method
+    assert small["leapfrog"]["errors"][2] < 0.05 * small["euler"]["errors"][2]
+    assert small["leapfrog"]["evaluations"] == small["leapfrog"]["steps"]
+    large = found["0.1"]["ab3"]["errors"]
+    assert large[1] / large[2] < 4
+
+
+def test_a_filtered_gradient_converges_on_the_path_and_without_one_it_does_not(tmp_path):
+    found = run("sde_gradients", tmp_path)
+    for noise, falls_by in (("additive, 0.3", 2.0), ("multiplicative, 0.003", 4.0)):
+        errors = found[noise]["errors"]
+        assert min(errors["auto-differentiation"]) > 2, noise
+        assert errors["filtered"][0] > falls_by * errors["filtered"][2], noise
+        assert errors["filtered"][2] < 0.02, noise
