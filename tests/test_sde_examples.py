@@ -35,3 +35,12 @@ def test_a_filtered_gradient_converges_on_the_path_and_without_one_it_does_not(t
         assert min(errors["auto-differentiation"]) > 2, noise
         assert errors["filtered"][0] > falls_by * errors["filtered"][2], noise
         assert errors["filtered"][2] < 0.02, noise
+
+
+def test_a_latent_sde_is_trained_through_a_multistep_method(tmp_path):
+    found = run("latent_sde", tmp_path)
+    assert set(found) == {"ab2", "euler"}
+    for method, (training,) in found.items():
+        losses = training["losses"]
+        assert sum(losses[-5:]) < 0.6 * sum(losses[:5]), method
+        assert training["bound, train"] < 0.6 * losses[0], method
