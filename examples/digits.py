@@ -144,24 +144,29 @@ def data() -> Data:
 
 
 class Score(NamedTuple):
-    """Which part of the digits is recognised, and which was not solved, by an implicit method, and so counts as wrong."""
+    """Which part of the digits is recognised, and which, through an implicit method, was not solved and is so wrong."""
 
     accuracy: float
     unsolved: float
 
 
+def recognised(network: Network, pixels: Tensor, digits: Tensor) -> int | None:
+    """How many digits are recognised; None if an implicit equation was not solved."""
+    try:
+        with torch.no_grad():
+            return int((network(pixels).argmax(1) == digits).sum())
+    except RuntimeError as error:
+        if "was not solved" not in str(error):
+            raise
+        return None
+
+
 def score(network: Network, pixels: Tensor, digits: Tensor, at_once: int) -> Score:
     """Test a network, on so many digits at once."""
-    right = unsolved = 0
-    for x, y in zip(pixels.split(at_once), digits.split(at_once), strict=True):
-        try:
-            with torch.no_grad():
-                right += int((network(x).argmax(1) == y).sum())
-        except RuntimeError as error:
-            if "was not solved" not in str(error):
-                raise
-            unsolved += len(y)
-    return Score(right / len(digits), unsolved / len(digits))
+    parts = list(zip(pixels.split(at_once), digits.split(at_once), strict=True))
+    right = [recognised(network, *part) for part in parts]
+    unsolved = sum(len(part[1]) for part, count in zip(parts, right, strict=True) if count is None)
+    return Score(sum(count or 0 for count in right) / len(digits), unsolved / len(digits))
 
 
 def train(scheme: Scheme, steps: int, epochs: int, seed: int, independent: bool, digits: Data) -> dict:
