@@ -221,30 +221,35 @@ def report(steps: int, found: dict[str, list[dict]]) -> str:
     return "\n\n".join([f"N = {steps}, test accuracy", table(header, rows), *notes, ""])
 
 
-def draw(found: dict[str, list[dict]], steps: int) -> Figure:
-    """Left some weights over depth, right the accuracy against the number of steps."""
-    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+def draw(found: dict[int, dict[str, list[dict]]]) -> Figure:
+    """Left some weights over depth, for most steps; right the accuracy against the number of steps, for fewest."""
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     over_depth, by_depth = figure.subplots(1, 2)
     colors = {f"leapfrog, {name}": COLORS[name] for name in ("auto-differentiation", "filtered", "smooth")}
     colors |= {"midpoint, 2N evaluations": COLORS["midpoint"], "residual network": "#777777"}
+    colors |= {"leapfrog, random depth, auto-differentiation": "#E69F00", "bdf2, filtered": "#56B4E9"}
+    steps = max(found)
     for name in QUICK_SCHEMES:
-        weights = np.array(found[name][0]["weight"])
+        weights = np.array(found[steps][name][0]["weight"])
         times = np.arange(len(weights)) * DEPTH / steps
         lines = over_depth.plot(times, weights, ".-", lw=1, ms=4, color=colors[name])
         lines[0].set_label(name)
     over_depth.set(xlabel="depth", ylabel="three weights of the first unit", title=f"Weights over depth, {steps} steps")
+    over_depth.legend(frameon=False, fontsize=8)
+    steps = min(found)
     ratios = {"N/2": 0.5, "N": 1, "2N": 2, "8N": 8}
-    for name in (name for name in colors if name in found):
-        values = np.array([[run["accuracy"][depth] for depth in ratios] for run in found[name]])
+    for i, name in enumerate(name for name in colors if name in found[steps]):
+        values = np.array([[run["accuracy"][depth] for depth in ratios] for run in found[steps][name]])
+        # Side by side, for most of them agree.
+        places = np.array(list(ratios.values())) * 1.04 ** (i - 3)
         by_depth.errorbar(
-            list(ratios.values()), values.mean(0), values.std(0), marker="o", ms=4, lw=1, capsize=3, label=name,
-            color=colors[name],
-        )  # fmt: skip
+            places, values.mean(0), values.std(0), marker="o", ms=4, lw=1, capsize=2, label=name, color=colors[name]
+        )
     by_depth.set_xscale("log", base=2)
     by_depth.set_xticks(list(ratios.values()), list(ratios))
     by_depth.set(xlabel="steps in the test", ylabel="test accuracy", title=f"Trained with N = {steps} steps")
+    by_depth.legend(frameon=False, fontsize=8, loc="lower right")
     for axes in (over_depth, by_depth):
-        axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -271,8 +276,7 @@ def main() -> None:
     for setting, by_depth in found.items():
         for steps, runs in by_depth.items():
             print(f"{setting}: {report(steps, runs)}")
-    shown = found[settings[0][0]][depths[-1]]
-    write(args.output, "digits", found, {"digits": draw(shown, depths[-1])})
+    write(args.output, "digits", found, {"digits": draw(found[settings[0][0]])})
 
 
 if __name__ == "__main__":
