@@ -45,7 +45,7 @@ def test_digits_trained_with_a_filter_can_be_run_at_any_depth(tmp_path):
     assert plain["accuracy"]["N/2"] < plain["accuracy"]["N"] - 0.04
     assert filtered["roughness"] < plain["roughness"] / 2
     assert filtered["index"][-1] < 0.1 < plain["index"][-1]
-    assert "test accuracy over 1 seeds" in printed
+    assert f"{plain['accuracy']['N/2']:.3f} ± 0.000" in printed
 
 
 def test_shared_parameters_need_no_filter(tmp_path):
@@ -59,15 +59,17 @@ def test_shared_parameters_need_no_filter(tmp_path):
     assert max(last.values()) < 1.2 * min(last.values())
 
 
-def test_a_source_is_recovered_smoother_with_a_filter_and_hardly_better(tmp_path):
+def test_a_source_is_fitted_as_by_an_accurate_solver_with_a_filter_and_with_a_zigzag_without(tmp_path):
     found, printed = run("forcing", tmp_path)
-    twin, real = (found[name]["0.3"]["160"] for name in ("twin", "Mauna Loa"))
-    for runs in (twin, real):
-        plain, filtered = runs["auto-differentiation"], runs["filtered"]
-        assert plain["variation"] > 1.2 * filtered["variation"]
-        assert plain["reported"] < filtered["reported"]
-        assert plain["true"] > 1.01 * filtered["true"]
-        assert abs(plain["held out, weeks"] / filtered["held out, weeks"] - 1) < 0.05
-    assert filtered["held out, weeks"] < 0.5
-    assert twin["filtered"]["error"] < twin["auto-differentiation"]["error"] < 0.3
-    assert "held-out years" in printed
+    for name in ("twin", "Mauna Loa"):
+        for penalty, runs in found[name].items():
+            plain, filtered = runs["160"]["auto-differentiation"], runs["160"]["filtered"]
+            assert plain["variation"] > 1.08 * filtered["variation"], penalty
+            assert plain["true"] - plain["reported"] > 3 * (filtered["true"] - filtered["reported"]) > 0, penalty
+            # What is held out does not tell them apart.
+            assert abs(plain["held-out weeks"] / filtered["held-out weeks"] - 1) < 0.02, penalty
+            assert f"{plain['variation']:.1f} | {plain['reported']:.1f}" in printed
+    on_slope, on_size = (found["twin"][penalty]["160"] for penalty in ("3 on the slope", "10 on the size"))
+    assert on_slope["filtered"]["distance"] < 0.3 * on_slope["auto-differentiation"]["distance"]
+    assert on_size["filtered"]["error"] < 0.7 * on_size["auto-differentiation"]["error"]
+    assert on_size["auto-differentiation"]["variation"] > 2 * on_size["filtered"]["variation"]
