@@ -300,3 +300,22 @@ def test_torchsdes_own_methods_go_on(run: Callable[..., Tensor]) -> None:
             torchdiffeq_lmm.register()
     for ours, theirs in zip(results[:3], results[3:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_sde_may_return_the_same_memory_again_and_again(method: str) -> None:
+    fresh, drift, diffusion = Pendulum("diagonal"), torch.empty(4, 2).double(), torch.empty(4, 2).double()
+
+    class Reused:
+        sde_type, noise_type = "ito", "diagonal"
+
+        def f(self, t: Tensor, y: Tensor) -> Tensor:
+            return drift.copy_(fresh.f(t, y))
+
+        def g(self, t: Tensor, y: Tensor) -> Tensor:
+            return diffusion.copy_(fresh.g(t, y))
+
+    path = Path(4, 2, 16)
+    with torch.no_grad():
+        expected, found = (solve(sde, method, [0.0, 0.4, 1.0], bm=path) for sde in (fresh, Reused()))
+    assert torch.equal(expected, found)

@@ -218,6 +218,7 @@ class _Field:
 
         self._increment: Callable[[int], Tensor] = increment
         self._sde: HostedSDE = unwrap_sde(sde, increment(0))
+        self._copies = method.remembers_slopes
 
     def time(self, state: int) -> Tensor:
         """What the SDE is given for the time of a state."""
@@ -225,19 +226,24 @@ class _Field:
 
     def drift_at(self, time: Tensor, x: Tensor) -> Tensor:
         """See `Timed`."""
-        return self._sde.drift(time, x)
+        return self._kept(self._sde.drift(time, x))
 
     def drift(self, state: int, x: Tensor) -> Tensor:
         """See `Kicked`."""
-        return self._sde.drift(self.time(state), x)
+        return self.drift_at(self.time(state), x)
 
     def kick(self, state: int, x: Tensor) -> Tensor:
         """See `Kicked`."""
-        return self._sde.kick(self.time(state), x, self._increment(self._node(state)))
+        return self._kept(self._sde.kick(self.time(state), x, self._increment(self._node(state))))
 
     def drift_and_kick(self, state: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kicked`."""
-        return self._sde.drift_and_kick(self.time(state), x, self._increment(self._node(state)))
+        slope, kick = self._sde.drift_and_kick(self.time(state), x, self._increment(self._node(state)))
+        return self._kept(slope), self._kept(kick)
+
+    def _kept(self, value: Tensor) -> Tensor:
+        # The SDE may return the same memory again and again.
+        return value.clone() if self._copies else value
 
     def _node(self, state: int) -> int:
         return int(self._positions[state]) - self._offset
