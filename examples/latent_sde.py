@@ -160,6 +160,7 @@ class Training:
         """What the table needs; the model is judged by euler with the fine step."""
         found = {"losses": self.losses, "milliseconds": 1e3 * float(np.median(self.seconds))}
         torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
         with torch.no_grad():
             for name, windows in (("train", series.train[:, ::6]), ("test", series.test)):
                 repeated = windows.repeat(1, 4)
@@ -224,8 +225,9 @@ def main() -> None:
         for seed in range(args.seed, args.seed + seeds):
             trainings = []
             for method in methods:
-                # All begin with the same weights.
+                # All begin with the same weights; torchsde's Brownian motions take their seeds from NumPy.
                 torch.manual_seed(seed)
+                np.random.seed(seed)  # noqa: NPY002
                 trainings.append(Training(method, iterations))
             # In turn, so that times compare.
             for _ in range(iterations):

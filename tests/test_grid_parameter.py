@@ -290,7 +290,7 @@ class TestState:
         buffer = io.BytesIO()
         torch.save(theta.state_dict(), buffer)
         buffer.seek(0)
-        other.load_state_dict(torch.load(buffer))
+        other.load_state_dict(torch.load(buffer, weights_only=True))
         assert torch.equal(other.nodes, theta.nodes)
         assert torch.equal(other(0.6), theta(0.6))
 
