@@ -1,6 +1,27 @@
-"""Settings of all tests."""
+"""Settings and fixtures of all tests."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
+from torchdiffeq._impl.odeint import SOLVERS
+
+import torchdiffeq_lmm
+from torchdiffeq_lmm import registration
 
 # Two workers with a thread each: with more threads than cores, each waits for the others.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def _method_tables() -> Iterator[None]:
+    """Leave torchdiffeq's and torchsde's tables, and the package's own, as every other test expects them."""
+    tables = (SOLVERS, registration.SOLVERS, registration.SDE_SOLVERS)
+    before = [dict(table) for table in tables]
+    yield
+    # torchsde's table has no other way in or out.
+    torchdiffeq_lmm.unregister()
+    for table, contents in zip(tables, before, strict=True):
+        table.clear()
+        table.update(contents)
+    torchdiffeq_lmm.register()

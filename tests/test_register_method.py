@@ -1,7 +1,7 @@
 """Methods of one's own: what is refused and why, and that what is accepted solves."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -18,14 +18,7 @@ from torchdiffeq_lmm import method_info, register_method, registration
 Coefficients = Sequence[float | Fraction]
 
 
-@pytest.fixture(autouse=True)
-def _tables() -> Iterator[None]:
-    tables = (SOLVERS, registration.SOLVERS)
-    before = [dict(table) for table in tables]
-    yield
-    for table, contents in zip(tables, before, strict=True):
-        table.clear()
-        table.update(contents)
+pytestmark = pytest.mark.usefixtures("_method_tables")
 
 
 def thirds(*numerators: int) -> list[Fraction]:

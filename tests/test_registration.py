@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,12 +17,7 @@ class Foreign:
     """A solver of somebody else."""
 
 
-@pytest.fixture(autouse=True)
-def _table() -> Iterator[None]:
-    before = dict(SOLVERS)
-    yield
-    SOLVERS.clear()
-    SOLVERS.update(before)
+pytestmark = pytest.mark.usefixtures("_method_tables")
 
 
 def solve() -> torch.Tensor:

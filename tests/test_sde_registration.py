@@ -1,7 +1,5 @@
 """torchsde's method table."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torchsde
@@ -27,10 +25,7 @@ OWN = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
-    yield
-    torchdiffeq_lmm.register()
+pytestmark = pytest.mark.usefixtures("_method_tables")
 
 
 def solve() -> torch.Tensor:
