@@ -28,7 +28,8 @@ METHODS = {
     "ab2": ("ito", {"color": "#009E73", "marker": "s"}),
     "ab3": ("ito", {"color": "#56B4E9", "marker": "^"}),
     "bdf2": ("ito", {"color": "#000000", "marker": "v"}),
-    "euler": ("ito", {"color": "#D55E00", "marker": "o", "ls": "--"}),
+    # Larger and hollow, for milstein lies on it where the noise is small.
+    "euler": ("ito", {"color": "#D55E00", "marker": "o", "ls": "--", "ms": 9, "mfc": "none"}),
     "milstein": ("ito", {"color": "#CC79A7", "marker": "s", "ls": "--"}),
     "srk": ("ito", {"color": "#E69F00", "marker": "^", "ls": "--"}),
     "midpoint": ("stratonovich", {"color": "#777777", "marker": "v", "ls": "--"}),

@@ -112,7 +112,7 @@ def drift(y: Tensor, values: Tensor) -> Tensor:
 
 
 class PerStep:
-    """A drift with parameters of its own per step and path."""
+    """A drift and a diffusion with parameters of their own per step and path."""
 
     sde_type, noise_type = "ito", "diagonal"
 
@@ -120,12 +120,16 @@ class PerStep:
         self.epsilon, self.multiplicative, self.steps = epsilon, multiplicative, steps
         times = torch.arange(steps + 1, dtype=torch.float64) * (HORIZON / steps)
         self.theta = theta(times).T.unsqueeze(1).repeat(1, batch, 1).requires_grad_()
+        self.scale = torch.ones_like(self.theta, requires_grad=True)
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
-        return drift(y, self.theta[round(float(t) / HORIZON * self.steps)])
+        return drift(y, self.theta[self._step(t)])
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.epsilon * (torch.cos(y) if self.multiplicative else torch.ones_like(y))
+        return self.epsilon * self.scale[self._step(t)] * (torch.cos(y) if self.multiplicative else 1)
+
+    def _step(self, t: Tensor) -> int:
+        return round(float(t) / HORIZON * self.steps)
 
 
 FINE, BATCH = 2560, 32
@@ -136,31 +140,36 @@ def loss_of(x: Tensor) -> Tensor:
 
 
 @cache
-def reference(epsilon: float, multiplicative: bool) -> tuple[Path, Tensor]:
-    """A path, and at its nodes (∂f/∂θ)ᵀ p, by Milstein's method with Heun's for the drift and its exact adjoint."""
+def reference(epsilon: float, multiplicative: bool) -> tuple[Path, Tensor, Tensor]:
+    """A path, at its nodes (∂f/∂θ)ᵀ p, and in its steps the gradient of a scale of g.
+
+    By Milstein's method with Heun's for the drift, and its exact adjoint.
+    """
     path = Path(BATCH, 2, FINE, HORIZON)
     h = HORIZON / FINE
     values = theta(torch.arange(FINE + 1, dtype=torch.float64) * h).T
     x = torch.tensor([[1.0, 0.5]], dtype=torch.float64).repeat(BATCH, 1).requires_grad_()
     states = [x]
-    for n, dw in enumerate(path.increments):
-        g = epsilon * (torch.cos(x) if multiplicative else torch.ones_like(x))
+    scales = torch.ones_like(path.increments, requires_grad=True).unbind()
+    for n, (dw, scale) in enumerate(zip(path.increments, scales, strict=True)):
+        g = epsilon * scale * (torch.cos(x) if multiplicative else 1)
         slope = drift(x, values[n])
         corrected = drift(x + h * slope + g * dw, values[n + 1])
-        levy = 0.5 * g * -epsilon * torch.sin(x) * (dw**2 - h) if multiplicative else 0
+        levy = 0.5 * g * -epsilon * scale * torch.sin(x) * (dw**2 - h) if multiplicative else 0
         x = x + 0.5 * h * (slope + corrected) + g * dw + levy
         states.append(x)
-    costates = torch.autograd.grad(loss_of(x), states)
+    grads = torch.autograd.grad(loss_of(x), [*states, *scales])
+    costates, of_scales = grads[: len(states)], grads[len(states) :]
     density = [
         torch.stack([y[:, 1] * p[:, 0], -torch.sin(y[:, 0]) * p[:, 1]], 1)
         for y, p in zip(states, costates, strict=True)
     ]
-    return path, torch.stack(density).detach()
+    return path, torch.stack(density).detach(), torch.stack(of_scales)
 
 
 def density_errors(method: str, epsilon: float, multiplicative: bool, **options: object) -> list[float]:
     """Of the gradients per step, divided by the step: the root of their mean square."""
-    path, exact = reference(epsilon, multiplicative)
+    path, exact, _ = reference(epsilon, multiplicative)
     errors = []
     for steps in (20, 40, 80, 160):
         sde = PerStep(epsilon, multiplicative, steps, BATCH)
@@ -191,3 +200,20 @@ def test_filtered_it_converges(method: str, epsilon: float, multiplicative: bool
     assert sum(orders(filtered)) / 3 > order
     assert filtered[-1] < largest
     assert all(after < before / 2 for before, after in zip(plain, filtered, strict=True))
+
+
+@pytest.mark.parametrize("method", ["leapfrog", "ab2", "bdf2"])
+@pytest.mark.parametrize(("multiplicative", "order", "largest"), [(False, 0.85, 0.02), (True, 0.45, 0.1)])
+def test_the_diffusions_parameters_need_no_filter(
+    method: str, multiplicative: bool, order: float, largest: float
+) -> None:
+    path, _, exact = reference(0.3, multiplicative)
+    errors = []
+    for steps in (20, 40, 80, 160):
+        sde = PerStep(0.3, multiplicative, steps, BATCH)
+        x0 = torch.tensor([[1.0, 0.5]], dtype=torch.float64).repeat(BATCH, 1)
+        (gradient,) = torch.autograd.grad(loss_of(solve(sde, method, path, x0, HORIZON / steps)[-1]), sde.scale)
+        of_steps = exact.unflatten(0, (steps, -1)).sum(1)
+        errors.append(float((gradient[:steps] - of_steps).norm() / of_steps.norm()))
+    assert sum(orders(errors)) / 3 > order
+    assert errors[-1] < largest

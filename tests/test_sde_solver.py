@@ -1,5 +1,6 @@
 """Solves by torchsde.sdeint: the recurrence that they obey, torchsde's contract, and what is refused."""
 
+import math
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -239,9 +240,10 @@ def test_stratonovich_with_additive_noise_is_the_same() -> None:
         ({"dt": 0.0}, ValueError, "dt must be positive and finite, got 0.0"),
         ({"dt": "0.1"}, TypeError, "dt must be a positive real number"),
         ({"dt": 1e-9}, ValueError, "dt 1e-09 makes"),
-        ({"options": {"grad_filter": "none"}}, ValueError, "grad_filter must be None"),
+        ({"options": {"grad_filter": "none"}}, ValueError, "'leapfrog' or a CostateFilter, got 'none'"),
         ({"options": {"grad_filter": 3}}, TypeError, "grad_filter must be None"),
-        ({"options": {"grad_filter": "smooth"}}, ValueError, "in torchsde.sdeint"),
+        ({"options": {"grad_filter": "smooth"}}, ValueError, "'leapfrog' or a CostateFilter, got 'smooth'"),
+        ({"ts": [0.0, math.inf]}, ValueError, "ts must be finite, got"),
         ({"options": {"grad_filter": "leapfrog"}, "method": "ab2"}, ValueError, "is for method 'leapfrog'"),
         ({"extra_solver_state": (torch.ones(3),)}, ValueError, "extra_solver_state must be what"),
     ],

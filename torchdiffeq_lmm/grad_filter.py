@@ -86,12 +86,13 @@ GRAD_FILTERS: dict[str, GradFilter] = {
 }
 
 
-def resolve_grad_filter(grad_filter: object, method: str) -> GradFilter | None:
+def resolve_grad_filter(grad_filter: object, method: str, smooth: bool = True) -> GradFilter | None:
     """The filter that the user asks for, checked against the method that it is to work on.
 
     Args:
         grad_filter: None, the name of a filter, or a filter.
         method: the name of the method.
+        smooth: whether a `SmoothFilter` is one of those that there are.
 
     Raises:
         ValueError: there is no filter of that name, or it is for another method.
@@ -99,16 +100,16 @@ def resolve_grad_filter(grad_filter: object, method: str) -> GradFilter | None:
     """
     if grad_filter is None:
         return None
-    known = (
-        f"grad_filter must be None, {', '.join(map(repr, GRAD_FILTERS))}, a CostateFilter or a SmoothFilter, got "
-        f"{grad_filter!r}"
-    )
+    kinds = (CostateFilter, SmoothFilter) if smooth else (CostateFilter,)
+    named = {name: known for name, known in GRAD_FILTERS.items() if isinstance(known, kinds)}
+    choices = [*map(repr, named), *(f"a {kind.__name__}" for kind in kinds)]
+    expected = f"grad_filter must be None, {', '.join(choices[:-1])} or {choices[-1]}, got {grad_filter!r}"
     if isinstance(grad_filter, str):
-        if grad_filter not in GRAD_FILTERS:
-            raise ValueError(known)
-        grad_filter = GRAD_FILTERS[grad_filter]
-    if not isinstance(grad_filter, CostateFilter | SmoothFilter):
-        raise TypeError(known)
+        if grad_filter not in named:
+            raise ValueError(expected)
+        grad_filter = named[grad_filter]
+    if not isinstance(grad_filter, kinds):
+        raise TypeError(expected)
     if grad_filter.method not in (None, method):
         raise ValueError(
             f"grad_filter {grad_filter!r} is for method {grad_filter.method!r}, got method {method!r}; use "

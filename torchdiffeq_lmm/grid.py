@@ -84,12 +84,12 @@ def check_step_size(step_size: object, argument: str = "step_size") -> None:
         raise ValueError(f"{argument} must be positive and finite, got {value}{hint}")
 
 
-def check_times(t: Tensor) -> None:
-    """Raise a ValueError unless `t` holds at least one time and every one is finite."""
+def check_times(t: Tensor, argument: str = "t") -> None:
+    """Raise a ValueError unless `t`, which the user knows as `argument`, holds at least one time, and finite ones."""
     if len(t) == 0:
-        raise ValueError("t must hold at least one time, got an empty tensor")
+        raise ValueError(f"{argument} must hold at least one time, got an empty tensor")
     if not bool(torch.isfinite(t).all()):
-        raise ValueError(f"t must be finite, got {t}")
+        raise ValueError(f"{argument} must be finite, got {t}")
 
 
 def uniform_grid(t: Tensor, step_size: float, argument: str = "step_size") -> Grid:

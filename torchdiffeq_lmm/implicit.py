@@ -105,15 +105,16 @@ class ImplicitSolver:
                     found, size, residual = self._newton(equation, beginning)
         if found is None and size == torch.inf:
             raise RuntimeError(
-                f"the implicit equation {where()} was not solved, because func returned NaN or infinity there, or the "
-                f"equation is singular. Check func; or use smaller steps, by step_size or grid_constructor"
+                f"the implicit equation {where()} was not solved, because func (an SDE's drift) returned NaN or "
+                f"infinity there, or the equation is singular. Check func; or use smaller steps, by step_size or "
+                f"grid_constructor (dt for an SDE)"
             )
         if found is None:
             raise RuntimeError(
                 f"the implicit equation {where()} was not solved: its residual is {residual:.3g}, and the last Newton "
                 f"correction {size:.3g} times the tolerance, {SAFETY:g} (atol + rtol |y|). Use smaller steps there, by "
-                f"step_size or grid_constructor; a BDF method of lower order, if the problem is stiff or the steps "
-                f"grow fast; or larger rtol and atol, if func is exact to no more digits"
+                f"step_size or grid_constructor (dt for an SDE); a BDF method of lower order, if the problem is "
+                f"stiff or the steps grow fast; or larger rtol and atol, if func is exact to no more digits"
             )
         return found
 

@@ -1,13 +1,28 @@
 """A solve of a stochastic differential equation as one node of autograd: the adjoint with kicks, filtered or not.
 
-A kick K(x, θ) that leads to a state receives the cotangent of that state with the past held fixed,
+A kick K_n = g(t_n, x_n) ΔW_n that leads to a state receives the cotangent of that state with the past held fixed,
 
     κ_n = ∂E/∂K_n = P_{n+1},      P_n = P_{n+1} + g_n + J_nᵀ μ_n + (∂K_n/∂x)ᵀ κ_n;
 
-all else is as in adjoint.py. P does not oscillate at leading order, so the parameters of the diffusion need no filter.
-Those of the drift receive, with a filter, the costate of costate.py: the shift of the discrete past along the flow is
-one on a given Brownian path too, but for the change of J over the few steps that it reaches back, O(√h), in a term of
-the size of h.
+all else is as in adjoint.py, and g_n with an index is what E sees of node n.
+
+**The costate of a path.** On a given Brownian path a shift of X(t) goes on as dδ = J δ dt + (∂g/∂x δ) dW, and
+p(t) = dE/dX(t) is its adjoint: a random function, known when the path is. A change of the drift during dt changes E by
+pᵀ (∂f/∂θ) δθ dt, as for an ODE, and one of the diffusion by pᵀ (∂g/∂θ) δθ dW.
+
+**The parameters of the drift.** Shift the discrete past at node m along that flow: x_m by δ, a slope f_l before by
+J_l δ_l, an increment by the drift D_l (which has no kick in it) by h J_l δ_l. It is the past of a shifted solution, so
+E responds by pᵀ δ up to the error of the method on the equation and its linearisation. As δ_l - δ and J_l - J_m are
+O(√h), being changes over the few steps that a method reaches back, and H_m is O(h),
+
+    p_m = P_m + J_mᵀ H_m + O(h^{3/2}) + the error of the solve,
+
+the identity of costate.py, term by term. The error of the solve leads: the mean-square order is 1 for additive noise,
+1/2 else, and for noise of size ε the error is O(h² + ε h + ε² √h). Kicks give P a jump of their own at every node, like
+observations, so that nowhere is μ_m / h the costate beyond a layer; the identity is used at all nodes.
+
+**The parameters of the diffusion.** κ_n = P_{n+1} is p_{n+1} but for Jᵀ H = O(h): what oscillates in it is no larger
+than the error of the solve. They need no filter, and keep the exact gradient of the discrete loss.
 """
 
 from collections.abc import Iterator, Sequence

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .compilation import eager
 from .continuation import Past, past_of, resume
-from .grad_filter import CostateFilter, resolve_grad_filter
+from .grad_filter import SmoothFilter, resolve_grad_filter
 from .grid import Placement, check_step_size, check_times, place, uniform_grid
 from .host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
 from .implicit import ImplicitSolver
@@ -80,12 +80,9 @@ class MultistepSDESolver:
             )
         check_step_size(dt, "dt")
         options = dict(options)
-        grad_filter = resolve_grad_filter(options.pop("grad_filter", None), name)
-        if grad_filter is not None and not isinstance(grad_filter, CostateFilter):
-            raise ValueError(
-                f"grad_filter must be None, 'auto', 'leapfrog' or a CostateFilter in torchsde.sdeint, got "
-                f"{grad_filter!r}: a smoothed observation would average the noise too"
-            )
+        # A smoothed observation would average the noise too.
+        grad_filter = resolve_grad_filter(options.pop("grad_filter", None), name, smooth=False)
+        assert not isinstance(grad_filter, SmoothFilter)
         if options:
             warn_of_unused_sde_options(name, options)
         self.grad_filter = grad_filter
@@ -123,7 +120,7 @@ class MultistepSDESolver:
         """
         if not y0.is_floating_point():
             raise TypeError(f"y0 must be a floating tensor, got dtype {y0.dtype}; use y0.float()")
-        check_times(ts)
+        check_times(ts, "ts")
         if not ts.is_floating_point():
             ts = ts.to(y0.dtype)
         if len(ts) == 1:
