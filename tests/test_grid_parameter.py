@@ -69,6 +69,51 @@ class TestLookup:
             end = torch.nextafter(single[1:], single[1:] - 1) - 0.02 * horizon / steps
             assert torch.equal(theta(end), theta.values[:-1])
 
+    @pytest.mark.parametrize(("begin", "end", "steps"), [(1990, 2000, 3650), (2000, 1990, 3650), (-1e4, 0, 400_000)])
+    def test_every_step_is_found_far_from_zero(self, begin: float, end: float, steps: int) -> None:
+        nodes = torch.linspace(begin, end, steps + 1, dtype=torch.float64)
+        theta = GridParameter(torch.arange(steps, dtype=torch.float32), nodes)
+        single = nodes[:-1].float()
+        # As solvers find them: the first time and so many steps.
+        added = single[0] + torch.arange(steps) * (nodes[1] - nodes[0]).float()
+        for times in (single, torch.nextafter(single, single - 1), torch.nextafter(single, single + 1), added):
+            assert torch.equal(theta(times), theta.values)
+            assert [float(theta(t).detach()) for t in times[:100]] == list(range(min(steps, 100)))
+        middle = ((nodes[:-1] + nodes[1:]) / 2).float()
+        assert torch.equal(theta(middle), theta.values)
+
+    def test_an_exact_time_is_not_taken_for_a_rounded_one(self) -> None:
+        nodes = torch.linspace(1990, 2000, 3651, dtype=torch.float64)
+        theta = GridParameter(torch.arange(3650, dtype=torch.float32), nodes)
+        assert torch.equal(theta(nodes[1:] - 0.02 * nodes.diff()), theta.values)
+
+    def test_a_dtype_that_does_not_tell_the_steps_apart_is_refused(self) -> None:
+        nodes = torch.linspace(1990, 2000, 10 * 365 * 24 + 1, dtype=torch.float64)
+        theta = GridParameter(torch.arange(len(nodes) - 1.0), nodes)
+        assert torch.equal(theta(nodes[:-1]), theta.values)
+        for t in (nodes[0].float(), nodes[:3].float()):
+            with pytest.raises(ValueError, match=r"t must be of a dtype that .* 5.7e-08 \|t\|, got torch.float32"):
+                theta(t)
+        short = GridParameter(torch.arange(15.0), torch.linspace(0, 1, 16))
+        assert torch.equal(short(short.nodes[:-1].bfloat16()), short.values)
+        with pytest.raises(ValueError, match="t must be of a dtype"):
+            GridParameter(torch.zeros(100), torch.linspace(0, 1, 101))(torch.tensor(0.5, dtype=torch.bfloat16))
+
+    @pytest.mark.parametrize("kind", ["step", "linear"])
+    def test_times_that_are_none(self, kind: str) -> None:
+        theta = steps_of() if kind == "step" else lines_of()
+        for t in (float("nan"), torch.tensor(torch.nan), torch.tensor([0.1, torch.nan])):
+            with pytest.raises(ValueError, match="t must be a number, got NaN"):
+                theta(t)
+        for t in ([0.1], np.array([0.1]), np.float32(0.1), 1j, torch.tensor(1j), "0.1", None):
+            with pytest.raises(TypeError, match="t must be a number or a real tensor, got"):
+                theta(t)
+        assert torch.equal(theta(torch.tensor(2)), theta(2))
+
+    def test_many_times_within_vmap(self) -> None:
+        times = torch.tensor([[0.1, 0.6], [1.0, 1.9]], dtype=torch.float64)
+        torch.testing.assert_close(torch.func.vmap(steps_of())(times), steps_of()(times))
+
     @pytest.mark.parametrize("kind", ["step", "linear"])
     def test_times_of_any_shape(self, kind: str) -> None:
         theta = steps_of() if kind == "step" else lines_of()
@@ -211,6 +256,8 @@ class TestInASolve:
     def test_lookups_cost_the_same_however_many_steps(self) -> None:
         nodes = torch.linspace(0, 1, 1001, dtype=torch.float64)
         theta = GridParameter(torch.ones(1000, 64), nodes)
+        with torch.no_grad():
+            theta(nodes[0])
         seen = []
         theta.values.register_hook(lambda grad: seen.append(grad.shape))
         sizes = []
