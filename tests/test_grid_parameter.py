@@ -181,6 +181,8 @@ class TestGradient:
         assert torch.equal(theta(0.6), theta.values[1])
         theta.float()
         assert theta(0.6).dtype == torch.float32
+        theta.values = nn.Parameter(other)
+        assert theta(0.6).tolist() == [0.0] * 3
 
     def test_without_a_graph(self) -> None:
         theta = steps_of()
@@ -341,9 +343,36 @@ class TestState:
         assert torch.equal(other.nodes, theta.nodes)
         assert torch.equal(other(0.6), theta(0.6))
 
-    def test_a_state_of_another_size_is_an_error(self) -> None:
-        with pytest.raises(RuntimeError, match="size mismatch for values"):
-            GridParameter(torch.zeros(2, 3), [0.0, 1, 2]).load_state_dict(steps_of().state_dict())
+    @pytest.mark.parametrize(
+        ("state", "message"),
+        [
+            (lambda: GridParameter(values(2, 3), range(3)).state_dict(), r"size mismatch for theta.values.*\(2, 3\)"),
+            (lambda: GridParameter(values(4, 2), range(5)).state_dict(), r"size mismatch for theta.values.*\(4, 2\)"),
+            (lambda: GridParameter(values(4, 3), range(4), "linear").state_dict(), "theta.kind must be 'step'.*'line"),
+            (lambda: lines_of().state_dict(), "theta.kind must be 'step' .*'linear'"),
+            (
+                lambda: {"values": values(4, 3), "_extra_state": torch.arange(9.0)},
+                r"theta.values must have a row for each of 9 nodes or steps, got shape \(4, 3\)",
+            ),
+            (lambda: {"_extra_state": torch.arange(9.0)}, "theta.values must have a row for each of 9 nodes"),
+            (lambda: {"values": values(4, 3), "_extra_state": torch.zeros(5)}, "theta.nodes must be .*increasing"),
+        ],
+    )
+    def test_a_refused_state_changes_nothing(self, state, message: str) -> None:
+        model = nn.ModuleDict({"theta": steps_of()})
+        before = copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict({f"theta.{name}": of for name, of in state().items()}, strict=False)
+        assert torch.equal(model["theta"].values, before["theta"].values)
+        assert torch.equal(model["theta"].nodes, before["theta"].nodes)
+        assert torch.equal(model["theta"](0.6), before["theta"](0.6))
+
+    def test_a_state_without_nodes_or_values(self) -> None:
+        theta, state = lines_of(), lines_of(-1.0).state_dict()
+        with pytest.raises(RuntimeError, match=r"Missing key.*_extra_state"):
+            theta.load_state_dict({"values": state["values"]})
+        assert theta.load_state_dict({"_extra_state": state["_extra_state"]}, strict=False).missing_keys == ["values"]
+        assert torch.equal(theta.nodes, lines_of(-1.0).nodes)
 
     def test_copies_after_use(self) -> None:
         theta = steps_of()

@@ -129,7 +129,7 @@ class GridParameter(nn.Module):
         except RuntimeError:
             # Within a transform of torch.func there is no memory to speak of.
             return values.unbind()
-        if self._cut is None or any(a is not b and a != b for a, b in zip(self._cut[0], made_from, strict=True)):
+        if self._cut is None or self._cut[0][0] is not values or self._cut[0][1:] != made_from[1:]:
             self._cut = made_from, values.unbind()
         return self._cut[1]
 
@@ -277,7 +277,35 @@ class GridParameter(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """The nodes, from `load_state_dict`."""
-        self._set_nodes(_checked_nodes("nodes", state.to("cpu")))
+        self._set_nodes(_checked_nodes("nodes", state))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        values = state_dict.get(f"{prefix}values", self.values)
+        nodes = state_dict.get(f"{prefix}_extra_state", self._nodes)
+        try:
+            self._check_state(prefix, values, nodes)
+        except (TypeError, ValueError) as error:
+            # Nothing is set then, neither the values nor the nodes.
+            lists[-1].append(str(error))
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+    def _check_state(self, prefix: str, values: Tensor, nodes: Tensor) -> None:
+        count = len(_checked_nodes(f"{prefix}nodes", nodes))
+        shape = tuple(values.shape)
+        # A row for each node, or for each step: so a state tells its kind.
+        kind = {0: "linear", 1: "step"}.get(count - shape[0]) if shape else None
+        if kind is None:
+            raise ValueError(f"{prefix}values must have a row for each of {count} nodes or steps, got shape {shape}")
+        if kind != self.kind:
+            raise ValueError(f"{prefix}kind must be {self.kind!r} as the module's, got a state of kind {kind!r}")
+        if shape != tuple(self.values.shape):
+            raise ValueError(
+                f"size mismatch for {prefix}values: must have shape {tuple(self.values.shape)} as the module's, got "
+                f"{shape}"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors with a graph cannot be copied.
