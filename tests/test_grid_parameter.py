@@ -323,8 +323,15 @@ class TestOtherGrids:
             errors.append(float(error[inside].abs().max()))
         assert min(np.log2(np.array(errors[:-1]) / errors[1:])) > 1.7
 
+    def test_frozen_it_stays_frozen(self) -> None:
+        theta = steps_of().requires_grad_(False)
+        for other in (theta.refine(), theta.coarsen(), theta.regrid([0.0, 2.0], "constant")):
+            assert not other.values.requires_grad
+        assert steps_of().refine().values.requires_grad
+
     def test_integer_like_and_single_rows(self) -> None:
         one = GridParameter(torch.ones(1, 2), [0.0, 1.0])
+        assert one.refine(np.int64(6)).coarsen(np.int32(2)).values.shape == (3, 2)
         assert one.refine(5).values.tolist() == [[1.0, 1.0]] * 5
         assert one.widths.tolist() == [1.0]
 
@@ -412,6 +419,7 @@ class TestState:
         (lambda: steps_of().coarsen(3), ValueError, "factor must divide the number of steps, 4, got 3"),
         (lambda: steps_of().refine(0), ValueError, "factor must be at least 1, got 0"),
         (lambda: steps_of().refine(1.5), TypeError, "factor must be an int, got 1.5"),
+        (lambda: steps_of().coarsen(True), TypeError, "factor must be an int, got True"),
     ],
 )
 def test_what_cannot_be_meant_is_an_error(make, error: type[Exception], message: str) -> None:

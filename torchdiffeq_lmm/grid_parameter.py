@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -43,7 +44,7 @@ class GridParameter(nn.Module):
             ``grad_filter="smooth"``.
 
     Attributes:
-        values: the `torch.nn.Parameter`.
+        values: the `torch.nn.Parameter`. `torch.nn.utils.parametrize` cannot take one of this name.
         kind: as given.
 
     Raises:
@@ -211,7 +212,7 @@ class GridParameter(nn.Module):
 
     @torch.no_grad()
     def regrid(self, nodes: Tensor | Sequence[float], interpolation: Interpolation = "linear") -> "GridParameter":
-        """The same θ(t) on another grid, as a new module with a parameter of its own.
+        """The same θ(t) on another grid, as a new module with a parameter of its own, frozen if this one is.
 
         Args:
             nodes: of the new grid, from the same t_0 to the same t_N.
@@ -247,18 +248,19 @@ class GridParameter(nn.Module):
             found = _interpolated(old[:-1], exact, at[:-1])
         else:
             found = _interpolated(old, exact, at)
-        return GridParameter(found.to(self.values), new, self.kind)
+        made = GridParameter(found.to(self.values), new, self.kind)
+        return made.requires_grad_(self.values.requires_grad)
 
     def refine(self, factor: int = 2, interpolation: Interpolation = "linear") -> "GridParameter":
         """Divide every step into `factor` equal ones: see `regrid`."""
-        _check_factor(factor)
+        factor = _checked_factor(factor)
         parts = torch.arange(factor, dtype=torch.float64) / factor
         inner = (self._nodes[:-1, None] + self._nodes.diff()[:, None] * parts).reshape(-1)
         return self.regrid(torch.cat([inner, self._nodes[-1:]]), interpolation)
 
     def coarsen(self, factor: int = 2, interpolation: Interpolation = "linear") -> "GridParameter":
         """Make one step of every `factor`, which must divide their number: see `regrid`."""
-        _check_factor(factor)
+        factor = _checked_factor(factor)
         steps = len(self._nodes) - 1
         if steps % factor:
             raise ValueError(f"factor must divide the number of steps, {steps}, got {factor}")
@@ -364,8 +366,9 @@ def _has_nan(t: Tensor) -> bool:
         return False
 
 
-def _check_factor(factor: int) -> None:
-    if not isinstance(factor, int) or isinstance(factor, bool):
+def _checked_factor(factor: int) -> int:
+    if isinstance(factor, bool) or not isinstance(factor, Integral):
         raise TypeError(f"factor must be an int, got {factor!r}")
     if factor < 1:
         raise ValueError(f"factor must be at least 1, got {factor}")
+    return int(factor)
