@@ -83,6 +83,41 @@ def test_parameters_per_step_are_found_in_a_module() -> None:
     assert sum("oscillates" in line for line in lines) == 2
 
 
+def test_what_has_no_gradient_in_a_module_is_left_out() -> None:
+    model = Layers()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.unused, model.short, model.frozen, model.used = (
+        GridParameter(torch.ones(rows, 2), range(rows + 1)) for rows in (5, 2, 5, 4)
+    )
+    model.short.values.grad = torch.ones(2, 2)
+    model.frozen.values.grad = torch.ones(5, 2)
+    model.frozen.requires_grad_(False)
+    model.used.values.grad = torch.ones(4, 2)
+    model.tables = nn.ModuleList(nn.Embedding(3, 2, sparse=True) for _ in range(3))
+    sum(table(torch.tensor([1])).sum() for table in model.tables).backward()
+    model.scales.requires_grad_(False)
+    model.layers[:2].requires_grad_(False)
+    model.layers[5][0].weight.requires_grad_(False)
+    for layer in model.layers:
+        layer[0].bias.grad = None
+    report = oscillation(model)
+    # A frozen layer among others leaves no row of steps that follow one another.
+    assert list(report) == ["used", "layers.*.2.weight", "layers.*.2.bias"]
+    assert len(report["layers.*.2.weight"].density) == 10
+
+
+def test_no_weight_is_taken_for_a_gradient() -> None:
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(6))
+    for n, layer in enumerate(model):
+        nn.init.constant_(layer.weight, 1e3 * (-1) ** n)
+    model[:2].requires_grad_(False)
+    sum(layer.weight.sum() for layer in model).backward()
+    assert oscillation(model)["*.weight"].index == 0.0
+    with pytest.raises(ValueError, match=r"parameters\['a'\] must require a gradient, got a frozen parameter"):
+        oscillation({"a": [layer.weight for layer in model]})
+
+
 @pytest.mark.parametrize(("grad_filter", "oscillates"), [(None, True), ("leapfrog", False)])
 def test_it_tells_leapfrogs_gradient_from_the_filtered_one(grad_filter: str | None, oscillates: bool) -> None:
     nodes = torch.linspace(0, 2, 41, dtype=torch.float64) ** 1.1
@@ -132,9 +167,20 @@ def with_gradient(*shape: int) -> Tensor:
         (lambda: oscillation(nn.Linear(2, 2)), ValueError, "neither a GridParameter nor at least 3"),
         (lambda: oscillation(torch.ones(4, requires_grad=True)), ValueError, "must have a gradient, got none"),
         (lambda: oscillation(GridParameter(torch.ones(4), range(5))), ValueError, "must have a gradient, got none"),
+        (lambda: oscillation(nn.ModuleList(nn.Linear(2, 2) for _ in range(3))), ValueError, r"a gradient.*\*.weight"),
+        (lambda: oscillation(nn.Parameter(torch.ones(4), False)), ValueError, "must require a gradient, got a frozen"),
         (lambda: oscillation(torch.ones(2, 3)), ValueError, r"at least 3 rows, got shape \(2, 3\)"),
+        (lambda: oscillation([torch.ones(3)] * 2), ValueError, r"at least 3 rows, got shape \(2, 3\)"),
+        (lambda: oscillation(torch.tensor(1.0)), ValueError, r"at least 3 rows, got shape \(\)"),
+        (lambda: oscillation(torch.eye(4).to_sparse()), ValueError, "must have a dense gradient, got a sparse one"),
+        (lambda: oscillation({"a": nn.Linear(2, 2)}), TypeError, r"parameters\['a'\] must be a tensor or.*Linear"),
+        (lambda: oscillation({"a": GridParameter(torch.ones(4), range(5))}), TypeError, "a tensor or.*GridParameter"),
+        (lambda: oscillation({"a": None}), TypeError, r"parameters\['a'\] must be a tensor or.* got None"),
+        (lambda: oscillation({"a": []}), TypeError, r"parameters\['a'\] must be a tensor or.* got \[\]"),
         (lambda: oscillation([with_gradient(2)] * 2 + [with_gradient(3)]), ValueError, "tensors of one shape"),
         (lambda: oscillation(torch.ones(4), [1.0] * 3), ValueError, r"widths must have shape \(4,\).*got \(3,\)"),
+        (lambda: oscillation(torch.ones(4), "abc"), TypeError, "widths must be a sequence of numbers, got 'abc'"),
+        (lambda: oscillation(torch.ones(4), [1.0, 1.0, 0.0, 1.0]), ValueError, "widths must be positive and finite"),
     ],
 )
 def test_what_cannot_be_meant_is_an_error(call, error: type[Exception], message: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -118,9 +118,10 @@ def oscillation(
     Args:
         parameters: whose gradients. Of a module: those of every `GridParameter` in it, and of parameters that are equal
             in name but for a number which counts from one to the next, and equal in shape, as
-            ``layers.0.weight, layers.1.weight, ...``. Else one stack, or stacks by name: a tensor whose leading
-            dimension counts the steps, or a sequence of tensors of one shape. A tensor that requires a gradient stands
-            for its ``grad``, any other for itself.
+            ``layers.0.weight, layers.1.weight, ...``, where there are at least 3; frozen ones, and those without a
+            dense gradient, are left out. Else one stack, or stacks by name: a tensor whose leading dimension counts the
+            steps, or a sequence of tensors of one shape. A tensor that requires a gradient stands for its ``grad``, one
+            that is not a parameter for itself.
         widths: the lengths of the steps, of shape (N,), by which gradients are divided where they are unequal. Those of
             a `GridParameter` are known.
 
@@ -128,48 +129,73 @@ def oscillation(
         The index of each, and what it takes to draw it.
 
     Raises:
-        TypeError: `parameters` is none of these.
-        ValueError: there is no parameter per step, no gradient, fewer than 3 rows, rows of different shapes, or another
-            number of `widths`.
+        TypeError: `parameters` or `widths` are none of these.
+        ValueError: a module has no parameter per step that is left; or what is given has a frozen parameter, no dense
+            gradient, fewer than 3 rows, rows of different shapes; or `widths` are not positive, or another number.
 
     Source: the filter (¼, ½, ¼) of Xu, Chen, Li, Wright (arXiv 2306.02192) and its complement.
     """
-    given = None if widths is None else torch.as_tensor(widths, dtype=torch.float64)
+    given = None if widths is None else _checked_widths(widths)
     return OscillationReport({name: _measured(name, stack, given) for name, stack in _stacks(parameters).items()})
 
 
-class _Known(NamedTuple):
-    gradient: Tensor | None
-    widths: Tensor
+class _Gradient(NamedTuple):
+    rows: Tensor | list[Tensor]
+    widths: Tensor | None = None
 
 
-def _stacks(parameters: object) -> Mapping[str, Stack | _Known]:
+def _checked_widths(widths: Tensor | Sequence[float]) -> Tensor:
+    try:
+        found = torch.as_tensor(widths, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"widths must be a sequence of numbers, got {widths!r}") from None
+    if not bool((found.isfinite() & (found > 0)).all()):
+        raise ValueError(f"widths must be positive and finite, got {widths!r}")
+    return found
+
+
+def _stacks(parameters: object) -> dict[str, _Gradient]:
     if isinstance(parameters, nn.Module):
         return _per_step(parameters)
-    if isinstance(parameters, Tensor):
-        return {"parameters": parameters}
     if isinstance(parameters, Mapping) and parameters:
-        return parameters
-    if isinstance(parameters, Sequence) and parameters and all(isinstance(part, Tensor) for part in parameters):
-        return {"parameters": parameters}
+        for name, stack in parameters.items():
+            if not _is_stack(stack):
+                raise TypeError(
+                    f"parameters[{name!r}] must be a tensor or a sequence of tensors, got {stack!r}; a module is given "
+                    "as it is, not in a mapping"
+                )
+        return {name: _given(name, stack) for name, stack in parameters.items()}
+    if _is_stack(parameters):
+        return {"parameters": _given("parameters", parameters)}
     raise TypeError(
         f"parameters must be a module, a tensor, a sequence of tensors or a mapping from names to these, got "
         f"{parameters!r}"
     )
 
 
-def _per_step(module: nn.Module) -> dict[str, Stack | _Known]:
-    """The parameters per step of a module, by name."""
-    stacks: dict[str, Stack | _Known] = {}
+def _is_stack(stack: object) -> TypeGuard[Stack]:
+    if isinstance(stack, Sequence):
+        return len(stack) > 0 and all(isinstance(part, Tensor) for part in stack)
+    return isinstance(stack, Tensor)
+
+
+def _per_step(module: nn.Module) -> dict[str, _Gradient]:
+    """The gradients of the parameters per step of a module, by name."""
+    found: dict[str, _Gradient] = {}
+    left_out: list[str] = []
     taken: set[int] = set()
     for name, part in module.named_modules():
         if isinstance(part, GridParameter):
-            stacks[name or "values"] = _Known(part.values.grad, part.widths)
             taken.add(id(part.values))
+            gradient = part.values.grad
+            if part.values.requires_grad and _is_dense(gradient) and len(part.values) >= 3:
+                found[name or "values"] = _Gradient(gradient.detach(), part.widths)
+            else:
+                left_out.append(name or "values")
     groups: dict[tuple[str, str, torch.Size], dict[int, Tensor]] = {}
     for name, parameter in module.named_parameters():
-        for number in re.finditer(r"(?<![^.])\d+(?![^.])", name):
-            if id(parameter) not in taken:
+        if parameter.requires_grad and id(parameter) not in taken:
+            for number in re.finditer(r"(?<![^.])\d+(?![^.])", name):
                 before, after = name[: number.start()], name[number.end() :]
                 groups.setdefault((before, after, parameter.shape), {})[int(number.group())] = parameter
     # The largest first: of two numbers in a name the one that takes more values counts the steps.
@@ -177,22 +203,61 @@ def _per_step(module: nn.Module) -> dict[str, Stack | _Known]:
         numbers = sorted(group)
         consecutive = all(b - a == 1 for a, b in pairwise(numbers))
         if len(group) >= 3 and consecutive and not taken & {id(part) for part in group.values()}:
-            stacks[f"{before}*{after}"] = [group[number] for number in numbers]
             taken |= {id(part) for part in group.values()}
-    if not stacks:
+            gradients = [group[number].grad for number in numbers]
+            present = [part for part in gradients if part is not None]
+            if present and all(map(_is_dense, present)):
+                found[f"{before}*{after}"] = _Gradient(_filled(gradients))
+            else:
+                left_out.append(f"{before}*{after}")
+    if not found and left_out:
+        raise ValueError(
+            f"parameters must have a gradient, got none that is dense and has at least 3 rows: {', '.join(left_out)}; "
+            "call backward() before"
+        )
+    if not found:
         raise ValueError(
             "parameters must have parameters per step, got a module with neither a GridParameter nor at least 3 "
-            "parameters that are equal in shape, and in name but for a number; give stacks of them by name"
+            "parameters that require a gradient and are equal in shape, and in name but for a number; give stacks of "
+            "them by name"
         )
-    return stacks
+    return found
 
 
-def _measured(name: str, stack: Stack | _Known, widths: Tensor | None) -> Oscillation:
-    gradient = _gradient(name, stack)
-    if isinstance(stack, _Known) and widths is None:
-        widths = stack.widths
-    if len(gradient) < 3:
-        raise ValueError(f"parameters[{name!r}] must have at least 3 rows, got shape {tuple(gradient.shape)}")
+def _given(name: str, stack: Stack) -> _Gradient:
+    """The gradient of a stack that was given as such."""
+    gradients = []
+    for part in [stack] if isinstance(stack, Tensor) else stack:
+        if isinstance(part, nn.Parameter) and not part.requires_grad:
+            raise ValueError(f"parameters[{name!r}] must require a gradient, got a frozen parameter")
+        gradients.append(part.grad if part.requires_grad else part)
+    present = [part for part in gradients if part is not None]
+    if not present:
+        raise ValueError(f"parameters[{name!r}] must have a gradient, got none; call backward() before")
+    if not all(map(_is_dense, present)):
+        raise ValueError(f"parameters[{name!r}] must have a dense gradient, got a sparse one")
+    if len({part.shape for part in present}) > 1:
+        raise ValueError(f"parameters[{name!r}] must be tensors of one shape, got {[tuple(p.shape) for p in present]}")
+    rows = present[0].detach() if isinstance(stack, Tensor) else _filled(gradients)
+    shape = rows.shape if isinstance(rows, Tensor) else (len(rows), *rows[0].shape)
+    if not shape or shape[0] < 3:
+        raise ValueError(f"parameters[{name!r}] must have at least 3 rows, got shape {tuple(shape)}")
+    return _Gradient(rows)
+
+
+def _is_dense(gradient: Tensor | None) -> TypeGuard[Tensor]:
+    return gradient is not None and gradient.layout is torch.strided
+
+
+def _filled(gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """With zeros for rows that the loss does not depend on."""
+    zero = next(torch.zeros_like(part) for part in gradients if part is not None)
+    return [zero if part is None else part.detach() for part in gradients]
+
+
+def _measured(name: str, stack: _Gradient, widths: Tensor | None) -> Oscillation:
+    widths = stack.widths if widths is None else widths
+    gradient = stack.rows if isinstance(stack.rows, Tensor) else torch.stack(stack.rows)
     rows = gradient.reshape(len(gradient), -1)
     if widths is not None:
         if widths.shape != (len(rows),):
@@ -207,21 +272,3 @@ def _measured(name: str, stack: Stack | _Known, widths: Tensor | None) -> Oscill
     place = tuple(int(i) for i in torch.unravel_index(torch.tensor(entry), gradient.shape[1:])) if rows.shape[1] else ()
     of_entry = rows[:, entry : entry + 1].sum(1), smooth[:, entry : entry + 1].sum(1)
     return Oscillation(index, place, *(part.detach().cpu() for part in of_entry))
-
-
-def _gradient(name: str, stack: Stack | _Known) -> Tensor:
-    if isinstance(stack, _Known):
-        parts = [stack.gradient]
-    else:
-        parts = [
-            part.grad if part.requires_grad else part for part in ([stack] if isinstance(stack, Tensor) else stack)
-        ]
-    present = [part for part in parts if part is not None]
-    if not present:
-        raise ValueError(f"parameters[{name!r}] must have a gradient, got none; call backward() before")
-    if isinstance(stack, Tensor | _Known):
-        return present[0].detach()
-    if len({part.shape for part in present}) > 1:
-        raise ValueError(f"parameters[{name!r}] must be tensors of one shape, got {[tuple(p.shape) for p in present]}")
-    # A row that the loss does not depend on.
-    return torch.stack([torch.zeros_like(present[0]) if part is None else part.detach() for part in parts])
