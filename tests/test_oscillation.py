@@ -47,6 +47,62 @@ def test_the_entry_that_alternates_most_is_shown() -> None:
     torch.testing.assert_close(found.density, stack[:, 1, 2])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float16, 300.0),
+        (torch.float16, 1e-6),
+        (torch.bfloat16, 1e30),
+        (torch.float32, 1e-25),
+        (torch.float32, 1e-44),
+        (torch.float32, 1e37),
+        (torch.float64, 1e-200),
+        (torch.float64, 1e200),
+        (torch.complex64, 1e-25),
+    ],
+)
+def test_gradients_of_any_size_count(dtype: torch.dtype, size: float) -> None:
+    stack = torch.stack([SLOW, ZIGZAG], dim=1)
+    small = (size * stack).to(dtype)
+    for widths in (None, torch.full((N,), 1e-3)):
+        found = oscillation(small, widths)["parameters"]
+        # At the lower end these are a few units of the last place.
+        assert found.index == pytest.approx(oscillation(stack).index, abs=0.05)
+        assert found.entry == (1,)
+    assert oscillation(small[:, 0]).index < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_rows_of_many_entries_are_measured_as_those_of_few(dtype: torch.dtype) -> None:
+    stack = torch.randn(9, 7, 2999, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    stack[:, 6, 2990] += 9 * (-1.0) ** torch.arange(9)
+    widths = torch.linspace(1, 3, 9, dtype=torch.float64)
+    densities = stack.to(torch.complex128) / widths[:, None, None]
+    second = densities.diff(n=2, dim=0) / 4
+    alternating, slow = (float(part.abs().square().sum()) for part in (second, densities[1:-1] + second))
+    for given in (stack, list(stack), stack.mT.contiguous().mT):
+        found = oscillation(given, widths)["parameters"]
+        assert found.index == pytest.approx(alternating / (alternating + slow), rel=1e-5)
+        assert found.entry == (6, 2990)
+        torch.testing.assert_close(found.density.to(torch.complex128), densities[:, 6, 2990])
+
+
+def test_no_copy_of_a_stack_is_made() -> None:
+    sizes = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() != stack.untyped_storage().data_ptr():
+                sizes.append(made.numel())
+            return made
+
+    stack = torch.ones(20, 100_000)
+    with Count():
+        oscillation(stack)
+    assert max(sizes) < 200_000
+
+
 def test_widths_make_densities_of_gradients() -> None:
     widths = 0.1 * (1 + 0.9 * (torch.arange(N) % 2))
     gradient = SLOW * widths
@@ -148,6 +204,13 @@ def test_plot(tmp_path, monkeypatch) -> None:
     assert "index 0.000" in first.get_title()
     assert list(second.lines[0].get_ydata()) == (SLOW + ZIGZAG).tolist()
     assert len(report.plot().axes) == 2
+    (axes,) = oscillation((SLOW + 2j * ZIGZAG).to(torch.complex64)).plot(tmp_path / "complex.png").axes
+    assert [line.get_label() for line in axes.lines] == [
+        f"{what}, {part}" for part in ("real", "imaginary") for what in ("gradient / width", "its smooth part")
+    ]
+    assert list(axes.lines[2].get_ydata()) == (2 * ZIGZAG).tolist()
+    (axes,) = oscillation(ZIGZAG.bfloat16()).plot().axes
+    assert list(axes.lines[0].get_ydata()) == ZIGZAG.tolist()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="plot needs matplotlib"):
         report.plot()
