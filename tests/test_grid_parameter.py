@@ -69,6 +69,51 @@ class TestLookup:
             end = torch.nextafter(single[1:], single[1:] - 1) - 0.02 * horizon / steps
             assert torch.equal(theta(end), theta.values[:-1])
 
+    @pytest.mark.parametrize(("begin", "end", "steps"), [(1990, 2000, 3650), (2000, 1990, 3650), (-1e4, 0, 400_000)])
+    def test_every_step_is_found_far_from_zero(self, begin: float, end: float, steps: int) -> None:
+        nodes = torch.linspace(begin, end, steps + 1, dtype=torch.float64)
+        theta = GridParameter(torch.arange(steps, dtype=torch.float32), nodes)
+        single = nodes[:-1].float()
+        # As solvers find them: the first time and so many steps.
+        added = single[0] + torch.arange(steps) * (nodes[1] - nodes[0]).float()
+        for times in (single, torch.nextafter(single, single - 1), torch.nextafter(single, single + 1), added):
+            assert torch.equal(theta(times), theta.values)
+            assert [float(theta(t).detach()) for t in times[:100]] == list(range(min(steps, 100)))
+        middle = ((nodes[:-1] + nodes[1:]) / 2).float()
+        assert torch.equal(theta(middle), theta.values)
+
+    def test_an_exact_time_is_not_taken_for_a_rounded_one(self) -> None:
+        nodes = torch.linspace(1990, 2000, 3651, dtype=torch.float64)
+        theta = GridParameter(torch.arange(3650, dtype=torch.float32), nodes)
+        assert torch.equal(theta(nodes[1:] - 0.02 * nodes.diff()), theta.values)
+
+    def test_a_dtype_that_does_not_tell_the_steps_apart_is_refused(self) -> None:
+        nodes = torch.linspace(1990, 2000, 10 * 365 * 24 + 1, dtype=torch.float64)
+        theta = GridParameter(torch.arange(len(nodes) - 1.0), nodes)
+        assert torch.equal(theta(nodes[:-1]), theta.values)
+        for t in (nodes[0].float(), nodes[:3].float()):
+            with pytest.raises(ValueError, match=r"t must be of a dtype that .* 5.7e-08 \|t\|, got torch.float32"):
+                theta(t)
+        short = GridParameter(torch.arange(15.0), torch.linspace(0, 1, 16))
+        assert torch.equal(short(short.nodes[:-1].bfloat16()), short.values)
+        with pytest.raises(ValueError, match="t must be of a dtype"):
+            GridParameter(torch.zeros(100), torch.linspace(0, 1, 101))(torch.tensor(0.5, dtype=torch.bfloat16))
+
+    @pytest.mark.parametrize("kind", ["step", "linear"])
+    def test_times_that_are_none(self, kind: str) -> None:
+        theta = steps_of() if kind == "step" else lines_of()
+        for t in (float("nan"), torch.tensor(torch.nan), torch.tensor([0.1, torch.nan])):
+            with pytest.raises(ValueError, match="t must be a number, got NaN"):
+                theta(t)
+        for t in ([0.1], np.array([0.1]), np.float32(0.1), 1j, torch.tensor(1j), "0.1", None):
+            with pytest.raises(TypeError, match="t must be a number or a real tensor, got"):
+                theta(t)
+        assert torch.equal(theta(torch.tensor(2)), theta(2))
+
+    def test_many_times_within_vmap(self) -> None:
+        times = torch.tensor([[0.1, 0.6], [1.0, 1.9]], dtype=torch.float64)
+        torch.testing.assert_close(torch.func.vmap(steps_of())(times), steps_of()(times))
+
     @pytest.mark.parametrize("kind", ["step", "linear"])
     def test_times_of_any_shape(self, kind: str) -> None:
         theta = steps_of() if kind == "step" else lines_of()
@@ -136,6 +181,8 @@ class TestGradient:
         assert torch.equal(theta(0.6), theta.values[1])
         theta.float()
         assert theta(0.6).dtype == torch.float32
+        theta.values = nn.Parameter(other)
+        assert theta(0.6).tolist() == [0.0] * 3
 
     def test_without_a_graph(self) -> None:
         theta = steps_of()
@@ -211,6 +258,8 @@ class TestInASolve:
     def test_lookups_cost_the_same_however_many_steps(self) -> None:
         nodes = torch.linspace(0, 1, 1001, dtype=torch.float64)
         theta = GridParameter(torch.ones(1000, 64), nodes)
+        with torch.no_grad():
+            theta(nodes[0])
         seen = []
         theta.values.register_hook(lambda grad: seen.append(grad.shape))
         sizes = []
@@ -274,8 +323,15 @@ class TestOtherGrids:
             errors.append(float(error[inside].abs().max()))
         assert min(np.log2(np.array(errors[:-1]) / errors[1:])) > 1.7
 
+    def test_frozen_it_stays_frozen(self) -> None:
+        theta = steps_of().requires_grad_(False)
+        for other in (theta.refine(), theta.coarsen(), theta.regrid([0.0, 2.0], "constant")):
+            assert not other.values.requires_grad
+        assert steps_of().refine().values.requires_grad
+
     def test_integer_like_and_single_rows(self) -> None:
         one = GridParameter(torch.ones(1, 2), [0.0, 1.0])
+        assert one.refine(np.int64(6)).coarsen(np.int32(2)).values.shape == (3, 2)
         assert one.refine(5).values.tolist() == [[1.0, 1.0]] * 5
         assert one.widths.tolist() == [1.0]
 
@@ -294,9 +350,36 @@ class TestState:
         assert torch.equal(other.nodes, theta.nodes)
         assert torch.equal(other(0.6), theta(0.6))
 
-    def test_a_state_of_another_size_is_an_error(self) -> None:
-        with pytest.raises(RuntimeError, match="size mismatch for values"):
-            GridParameter(torch.zeros(2, 3), [0.0, 1, 2]).load_state_dict(steps_of().state_dict())
+    @pytest.mark.parametrize(
+        ("state", "message"),
+        [
+            (lambda: GridParameter(values(2, 3), range(3)).state_dict(), r"size mismatch for theta.values.*\(2, 3\)"),
+            (lambda: GridParameter(values(4, 2), range(5)).state_dict(), r"size mismatch for theta.values.*\(4, 2\)"),
+            (lambda: GridParameter(values(4, 3), range(4), "linear").state_dict(), "theta.kind must be 'step'.*'line"),
+            (lambda: lines_of().state_dict(), "theta.kind must be 'step' .*'linear'"),
+            (
+                lambda: {"values": values(4, 3), "_extra_state": torch.arange(9.0)},
+                r"theta.values must have a row for each of 9 nodes or steps, got shape \(4, 3\)",
+            ),
+            (lambda: {"_extra_state": torch.arange(9.0)}, "theta.values must have a row for each of 9 nodes"),
+            (lambda: {"values": values(4, 3), "_extra_state": torch.zeros(5)}, "theta.nodes must be .*increasing"),
+        ],
+    )
+    def test_a_refused_state_changes_nothing(self, state, message: str) -> None:
+        model = nn.ModuleDict({"theta": steps_of()})
+        before = copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict({f"theta.{name}": of for name, of in state().items()}, strict=False)
+        assert torch.equal(model["theta"].values, before["theta"].values)
+        assert torch.equal(model["theta"].nodes, before["theta"].nodes)
+        assert torch.equal(model["theta"](0.6), before["theta"](0.6))
+
+    def test_a_state_without_nodes_or_values(self) -> None:
+        theta, state = lines_of(), lines_of(-1.0).state_dict()
+        with pytest.raises(RuntimeError, match=r"Missing key.*_extra_state"):
+            theta.load_state_dict({"values": state["values"]})
+        assert theta.load_state_dict({"_extra_state": state["_extra_state"]}, strict=False).missing_keys == ["values"]
+        assert torch.equal(theta.nodes, lines_of(-1.0).nodes)
 
     def test_copies_after_use(self) -> None:
         theta = steps_of()
@@ -336,6 +419,7 @@ class TestState:
         (lambda: steps_of().coarsen(3), ValueError, "factor must divide the number of steps, 4, got 3"),
         (lambda: steps_of().refine(0), ValueError, "factor must be at least 1, got 0"),
         (lambda: steps_of().refine(1.5), TypeError, "factor must be an int, got 1.5"),
+        (lambda: steps_of().coarsen(True), TypeError, "factor must be an int, got True"),
     ],
 )
 def test_what_cannot_be_meant_is_an_error(make, error: type[Exception], message: str) -> None:

@@ -47,6 +47,62 @@ def test_the_entry_that_alternates_most_is_shown() -> None:
     torch.testing.assert_close(found.density, stack[:, 1, 2])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float16, 300.0),
+        (torch.float16, 1e-6),
+        (torch.bfloat16, 1e30),
+        (torch.float32, 1e-25),
+        (torch.float32, 1e-44),
+        (torch.float32, 1e37),
+        (torch.float64, 1e-200),
+        (torch.float64, 1e200),
+        (torch.complex64, 1e-25),
+    ],
+)
+def test_gradients_of_any_size_count(dtype: torch.dtype, size: float) -> None:
+    stack = torch.stack([SLOW, ZIGZAG], dim=1)
+    small = (size * stack).to(dtype)
+    for widths in (None, torch.full((N,), 1e-3)):
+        found = oscillation(small, widths)["parameters"]
+        # At the lower end these are a few units of the last place.
+        assert found.index == pytest.approx(oscillation(stack).index, abs=0.05)
+        assert found.entry == (1,)
+    assert oscillation(small[:, 0]).index < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_rows_of_many_entries_are_measured_as_those_of_few(dtype: torch.dtype) -> None:
+    stack = torch.randn(9, 7, 2999, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    stack[:, 6, 2990] += 9 * (-1.0) ** torch.arange(9)
+    widths = torch.linspace(1, 3, 9, dtype=torch.float64)
+    densities = stack.to(torch.complex128) / widths[:, None, None]
+    second = densities.diff(n=2, dim=0) / 4
+    alternating, slow = (float(part.abs().square().sum()) for part in (second, densities[1:-1] + second))
+    for given in (stack, list(stack), stack.mT.contiguous().mT):
+        found = oscillation(given, widths)["parameters"]
+        assert found.index == pytest.approx(alternating / (alternating + slow), rel=1e-5)
+        assert found.entry == (6, 2990)
+        torch.testing.assert_close(found.density.to(torch.complex128), densities[:, 6, 2990])
+
+
+def test_no_copy_of_a_stack_is_made() -> None:
+    sizes = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() != stack.untyped_storage().data_ptr():
+                sizes.append(made.numel())
+            return made
+
+    stack = torch.ones(20, 100_000)
+    with Count():
+        oscillation(stack)
+    assert max(sizes) < 200_000
+
+
 def test_widths_make_densities_of_gradients() -> None:
     widths = 0.1 * (1 + 0.9 * (torch.arange(N) % 2))
     gradient = SLOW * widths
@@ -83,6 +139,41 @@ def test_parameters_per_step_are_found_in_a_module() -> None:
     assert sum("oscillates" in line for line in lines) == 2
 
 
+def test_what_has_no_gradient_in_a_module_is_left_out() -> None:
+    model = Layers()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.unused, model.short, model.frozen, model.used = (
+        GridParameter(torch.ones(rows, 2), range(rows + 1)) for rows in (5, 2, 5, 4)
+    )
+    model.short.values.grad = torch.ones(2, 2)
+    model.frozen.values.grad = torch.ones(5, 2)
+    model.frozen.requires_grad_(False)
+    model.used.values.grad = torch.ones(4, 2)
+    model.tables = nn.ModuleList(nn.Embedding(3, 2, sparse=True) for _ in range(3))
+    sum(table(torch.tensor([1])).sum() for table in model.tables).backward()
+    model.scales.requires_grad_(False)
+    model.layers[:2].requires_grad_(False)
+    model.layers[5][0].weight.requires_grad_(False)
+    for layer in model.layers:
+        layer[0].bias.grad = None
+    report = oscillation(model)
+    # A frozen layer among others leaves no row of steps that follow one another.
+    assert list(report) == ["used", "layers.*.2.weight", "layers.*.2.bias"]
+    assert len(report["layers.*.2.weight"].density) == 10
+
+
+def test_no_weight_is_taken_for_a_gradient() -> None:
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(6))
+    for n, layer in enumerate(model):
+        nn.init.constant_(layer.weight, 1e3 * (-1) ** n)
+    model[:2].requires_grad_(False)
+    sum(layer.weight.sum() for layer in model).backward()
+    assert oscillation(model)["*.weight"].index == 0.0
+    with pytest.raises(ValueError, match=r"parameters\['a'\] must require a gradient, got a frozen parameter"):
+        oscillation({"a": [layer.weight for layer in model]})
+
+
 @pytest.mark.parametrize(("grad_filter", "oscillates"), [(None, True), ("leapfrog", False)])
 def test_it_tells_leapfrogs_gradient_from_the_filtered_one(grad_filter: str | None, oscillates: bool) -> None:
     nodes = torch.linspace(0, 2, 41, dtype=torch.float64) ** 1.1
@@ -113,6 +204,13 @@ def test_plot(tmp_path, monkeypatch) -> None:
     assert "index 0.000" in first.get_title()
     assert list(second.lines[0].get_ydata()) == (SLOW + ZIGZAG).tolist()
     assert len(report.plot().axes) == 2
+    (axes,) = oscillation((SLOW + 2j * ZIGZAG).to(torch.complex64)).plot(tmp_path / "complex.png").axes
+    assert [line.get_label() for line in axes.lines] == [
+        f"{what}, {part}" for part in ("real", "imaginary") for what in ("gradient / width", "its smooth part")
+    ]
+    assert list(axes.lines[2].get_ydata()) == (2 * ZIGZAG).tolist()
+    (axes,) = oscillation(ZIGZAG.bfloat16()).plot().axes
+    assert list(axes.lines[0].get_ydata()) == ZIGZAG.tolist()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="plot needs matplotlib"):
         report.plot()
@@ -132,9 +230,20 @@ def with_gradient(*shape: int) -> Tensor:
         (lambda: oscillation(nn.Linear(2, 2)), ValueError, "neither a GridParameter nor at least 3"),
         (lambda: oscillation(torch.ones(4, requires_grad=True)), ValueError, "must have a gradient, got none"),
         (lambda: oscillation(GridParameter(torch.ones(4), range(5))), ValueError, "must have a gradient, got none"),
+        (lambda: oscillation(nn.ModuleList(nn.Linear(2, 2) for _ in range(3))), ValueError, r"a gradient.*\*.weight"),
+        (lambda: oscillation(nn.Parameter(torch.ones(4), False)), ValueError, "must require a gradient, got a frozen"),
         (lambda: oscillation(torch.ones(2, 3)), ValueError, r"at least 3 rows, got shape \(2, 3\)"),
+        (lambda: oscillation([torch.ones(3)] * 2), ValueError, r"at least 3 rows, got shape \(2, 3\)"),
+        (lambda: oscillation(torch.tensor(1.0)), ValueError, r"at least 3 rows, got shape \(\)"),
+        (lambda: oscillation(torch.eye(4).to_sparse()), ValueError, "must have a dense gradient, got a sparse one"),
+        (lambda: oscillation({"a": nn.Linear(2, 2)}), TypeError, r"parameters\['a'\] must be a tensor or.*Linear"),
+        (lambda: oscillation({"a": GridParameter(torch.ones(4), range(5))}), TypeError, "a tensor or.*GridParameter"),
+        (lambda: oscillation({"a": None}), TypeError, r"parameters\['a'\] must be a tensor or.* got None"),
+        (lambda: oscillation({"a": []}), TypeError, r"parameters\['a'\] must be a tensor or.* got \[\]"),
         (lambda: oscillation([with_gradient(2)] * 2 + [with_gradient(3)]), ValueError, "tensors of one shape"),
         (lambda: oscillation(torch.ones(4), [1.0] * 3), ValueError, r"widths must have shape \(4,\).*got \(3,\)"),
+        (lambda: oscillation(torch.ones(4), "abc"), TypeError, "widths must be a sequence of numbers, got 'abc'"),
+        (lambda: oscillation(torch.ones(4), [1.0, 1.0, 0.0, 1.0]), ValueError, "widths must be positive and finite"),
     ],
 )
 def test_what_cannot_be_meant_is_an_error(call, error: type[Exception], message: str) -> None:

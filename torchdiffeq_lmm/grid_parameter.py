@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,15 +12,22 @@ Kind = Literal["step", "linear"]
 Interpolation = Literal["linear", "constant"]
 
 _EARLY = 0.01
-"""A step is taken to begin by this part of it earlier, for a time that is rounded is to find it."""
+"""A step is taken to begin by this part of it earlier, or by the rounding of times, for a rounded time to find it."""
+
+_ROUNDINGS = 2
+"""So many units of rounding a time may be off."""
+
+_EARLIEST = 0.25
+"""No step is taken to begin earlier by more than this part of it, for the middle of a step to find it, too."""
 
 
 class GridParameter(nn.Module):
     """θ(t) on a grid t_0, ..., t_N: constant over each step, or linear between the nodes.
 
     A solver whose steps are those of the grid, with ``step_size`` or ``grid_constructor``, then finds at the node t_n
-    the n-th value, however the time is rounded. The gradient of a multistep method is the one per step that needs a
-    `grad_filter`.
+    the n-th value, however the time is rounded; where the dtype of the time does not tell the steps apart, single
+    precision for steps of less than a millionth of |t|, a lookup of kind ``"step"`` raises an error. The gradient of a
+    multistep method is the one per step that needs a `grad_filter`.
 
     Called with a 0-d time or a number it returns θ(t), of the shape of one value; with times of any shape, a value for
     each. Before t_0 and after t_N it is what it is there. Where `values` is on the CPU a single value costs the same
@@ -31,13 +38,13 @@ class GridParameter(nn.Module):
         values: θ, of shape (N, ...) for ``"step"``, a row for each step, or (N + 1, ...) for ``"linear"``, a row for
             each node; floating or complex. A copy becomes the module's parameter `values`.
         nodes: t_0, ..., t_N, strictly increasing or, for solves backwards in time, decreasing; at least two. They are
-            kept in double precision on the CPU, and stored with the module's state.
+            kept in double precision on the CPU, and stored with the module's state; far from zero give them in it.
         kind: ``"step"``, for methods that evaluate func once per step at its beginning, `leapfrog` and `ab1` to `ab5`;
             ``"linear"`` for those that evaluate it at the last node too: implicit ones, predictor–corrector methods,
             ``grad_filter="smooth"``.
 
     Attributes:
-        values: the `torch.nn.Parameter`.
+        values: the `torch.nn.Parameter`. `torch.nn.utils.parametrize` cannot take one of this name.
         kind: as given.
 
     Raises:
@@ -68,14 +75,29 @@ class GridParameter(nn.Module):
     def _set_nodes(self, nodes: Tensor) -> None:
         self._nodes = nodes
         self._sign = 1.0 if nodes[-1] > nodes[0] else -1.0
-        increasing = (self._sign * nodes).tolist()
-        steps = [b - a for a, b in pairwise(increasing)]
-        self._lengths = steps
-        self._begins = increasing[:-1]
-        if self.kind == "step":
-            shorter = map(min, steps, [steps[0], *steps])
-            self._begins = [begin - _EARLY * step for begin, step in zip(increasing[:-1], shorter, strict=True)]
+        self._increasing = self._sign * nodes
+        self._steps = self._increasing.diff()
+        self._lengths = self._steps.tolist()
+        begins, sizes = self._increasing[:-1], nodes.abs()
+        shorter = torch.minimum(self._steps, torch.cat([self._steps[:1], self._steps[:-1]]))
+        self._latest_begins, self._earliest_begins = begins - _EARLY * shorter, begins - _EARLIEST * shorter
+        self._largest = float(sizes.max())
+        self._finest = float((self._steps / torch.maximum(sizes[:-1], sizes[1:])).min())
+        self._begins: dict[torch.dtype, list[float]] = {}
         self._cut: tuple[tuple[Tensor, int, int], tuple[Tensor, ...]] | None = None
+
+    def _begins_for(self, dtype: torch.dtype) -> Tensor:
+        """Where the steps begin for times of a dtype, in double precision, on the CPU."""
+        if self.kind == "linear":
+            return self._increasing[:-1]
+        rounding = _ROUNDINGS * torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps
+        if rounding > _EARLIEST * self._finest:
+            raise ValueError(
+                f"t must be of a dtype that tells the steps apart, which are as short as {self._finest:.2g} |t|, got "
+                f"{dtype}"
+            )
+        begins = self._increasing[:-1] - rounding * self._largest
+        return begins.minimum(self._latest_begins).maximum(self._earliest_begins)
 
     @property
     def nodes(self) -> Tensor:
@@ -108,7 +130,7 @@ class GridParameter(nn.Module):
         except RuntimeError:
             # Within a transform of torch.func there is no memory to speak of.
             return values.unbind()
-        if self._cut is None or any(a is not b and a != b for a, b in zip(self._cut[0], made_from, strict=True)):
+        if self._cut is None or self._cut[0][0] is not values or self._cut[0][1:] != made_from[1:]:
             self._cut = made_from, values.unbind()
         return self._cut[1]
 
@@ -121,28 +143,52 @@ class GridParameter(nn.Module):
         Returns:
             A tensor of shape (*t.shape, *values.shape[1:]), of the dtype and on the device of `values`. Differentiable
             with respect to `values` and, where it is linear, to t.
+
+        Raises:
+            TypeError: t is neither a number nor a real tensor.
+            ValueError: t is not a number (NaN) though on the CPU, or of a dtype that does not tell the steps apart.
         """
+        if isinstance(t, Tensor):
+            if t.is_complex():
+                raise TypeError(f"t must be a number or a real tensor, got dtype {t.dtype}")
+        elif not isinstance(t, int | float):
+            raise TypeError(f"t must be a number or a real tensor, got {t!r}")
         is_single = not isinstance(t, Tensor) or t.ndim == 0
         if not is_single or self.values.device.type != "cpu" or torch.compiler.is_compiling():
-            return self._at_all(torch.as_tensor(t, device=self.values.device))
+            return self._at_all(t)
         time = self._sign * float(t.detach() if isinstance(t, Tensor) else t)
-        m = min(max(bisect_right(self._begins, time) - 1, 0), len(self._begins) - 1)
+        _check_is_number(time != time)
+        begins = self._begins_of(t.dtype if isinstance(t, Tensor) else torch.float64)
+        m = min(max(bisect_right(begins, time) - 1, 0), len(begins) - 1)
         if self.kind == "step":
             return self._row(m)
         if isinstance(t, Tensor) and t.requires_grad:
-            return self._between(self._row(m), self._row(m + 1), self._fraction(t, self._begins[m], self._lengths[m]))
-        fraction = min(max((time - self._begins[m]) / self._lengths[m], 0.0), 1.0)
+            return self._between(self._row(m), self._row(m + 1), self._fraction(t, begins[m], self._lengths[m]))
+        fraction = min(max((time - begins[m]) / self._lengths[m], 0.0), 1.0)
         if fraction in (0.0, 1.0):
             return self._row(m + int(fraction))
         return torch.lerp(self._row(m), self._row(m + 1), fraction)
 
-    def _at_all(self, t: Tensor) -> Tensor:
-        times = self._sign * t.double()
-        begins = torch.tensor(self._begins, dtype=torch.float64, device=t.device)
-        m = torch.searchsorted(begins, times.detach(), right=True).sub(1).clamp(0, len(begins) - 1)
+    def _begins_of(self, dtype: torch.dtype) -> list[float]:
+        found = self._begins.get(dtype)
+        if found is None:
+            found = self._begins[dtype] = self._begins_for(dtype).tolist()
+        return found
+
+    def _at_all(self, t: Tensor | float) -> Tensor:
+        device = self.values.device
+        if not isinstance(t, Tensor):
+            _check_is_number(t != t)
+            # Filled in on the device, where to copy a number would have the host wait.
+            t = torch.full((), t, dtype=torch.float64, device=device)
+        elif t.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_is_number(_has_nan(t))
+        begins = self._begins_for(t.dtype).to(device, non_blocking=True)
+        t = t.to(device, non_blocking=True)
+        m = torch.searchsorted(begins, self._sign * t.detach().double(), right=True).sub(1).clamp(0, len(begins) - 1)
         if self.kind == "step":
             return self._pick(m)
-        lengths = torch.tensor(self._lengths, dtype=torch.float64, device=t.device)
+        lengths = self._steps.to(device, non_blocking=True)
         fraction = self._fraction(t, begins.take(m), lengths.take(m))
         fraction = fraction.reshape(*t.shape, *[1] * (self.values.ndim - 1))
         return self._between(self._pick(m), self._pick(m + 1), fraction)
@@ -166,7 +212,7 @@ class GridParameter(nn.Module):
 
     @torch.no_grad()
     def regrid(self, nodes: Tensor | Sequence[float], interpolation: Interpolation = "linear") -> "GridParameter":
-        """The same θ(t) on another grid, as a new module with a parameter of its own.
+        """The same θ(t) on another grid, as a new module with a parameter of its own, frozen if this one is.
 
         Args:
             nodes: of the new grid, from the same t_0 to the same t_N.
@@ -202,18 +248,19 @@ class GridParameter(nn.Module):
             found = _interpolated(old[:-1], exact, at[:-1])
         else:
             found = _interpolated(old, exact, at)
-        return GridParameter(found.to(self.values), new, self.kind)
+        made = GridParameter(found.to(self.values), new, self.kind)
+        return made.requires_grad_(self.values.requires_grad)
 
     def refine(self, factor: int = 2, interpolation: Interpolation = "linear") -> "GridParameter":
         """Divide every step into `factor` equal ones: see `regrid`."""
-        _check_factor(factor)
+        factor = _checked_factor(factor)
         parts = torch.arange(factor, dtype=torch.float64) / factor
         inner = (self._nodes[:-1, None] + self._nodes.diff()[:, None] * parts).reshape(-1)
         return self.regrid(torch.cat([inner, self._nodes[-1:]]), interpolation)
 
     def coarsen(self, factor: int = 2, interpolation: Interpolation = "linear") -> "GridParameter":
         """Make one step of every `factor`, which must divide their number: see `regrid`."""
-        _check_factor(factor)
+        factor = _checked_factor(factor)
         steps = len(self._nodes) - 1
         if steps % factor:
             raise ValueError(f"factor must divide the number of steps, {steps}, got {factor}")
@@ -232,7 +279,35 @@ class GridParameter(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """The nodes, from `load_state_dict`."""
-        self._set_nodes(_checked_nodes("nodes", state.to("cpu")))
+        self._set_nodes(_checked_nodes("nodes", state))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        values = state_dict.get(f"{prefix}values", self.values)
+        nodes = state_dict.get(f"{prefix}_extra_state", self._nodes)
+        try:
+            self._check_state(prefix, values, nodes)
+        except (TypeError, ValueError) as error:
+            # Nothing is set then, neither the values nor the nodes.
+            lists[-1].append(str(error))
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+    def _check_state(self, prefix: str, values: Tensor, nodes: Tensor) -> None:
+        count = len(_checked_nodes(f"{prefix}nodes", nodes))
+        shape = tuple(values.shape)
+        # A row for each node, or for each step: so a state tells its kind.
+        kind = {0: "linear", 1: "step"}.get(count - shape[0]) if shape else None
+        if kind is None:
+            raise ValueError(f"{prefix}values must have a row for each of {count} nodes or steps, got shape {shape}")
+        if kind != self.kind:
+            raise ValueError(f"{prefix}kind must be {self.kind!r} as the module's, got a state of kind {kind!r}")
+        if shape != tuple(self.values.shape):
+            raise ValueError(
+                f"size mismatch for {prefix}values: must have shape {tuple(self.values.shape)} as the module's, got "
+                f"{shape}"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors with a graph cannot be copied.
@@ -278,8 +353,22 @@ def _checked_nodes(argument: str, nodes: Tensor | Sequence[float]) -> Tensor:
     return found
 
 
-def _check_factor(factor: int) -> None:
-    if not isinstance(factor, int) or isinstance(factor, bool):
+def _check_is_number(is_nan: bool) -> None:
+    if is_nan:
+        raise ValueError("t must be a number, got NaN")
+
+
+def _has_nan(t: Tensor) -> bool:
+    try:
+        return bool(t.isnan().any())
+    except RuntimeError:
+        # Within vmap no value can be read.
+        return False
+
+
+def _checked_factor(factor: int) -> int:
+    if isinstance(factor, bool) or not isinstance(factor, Integral):
         raise TypeError(f"factor must be an int, got {factor!r}")
     if factor < 1:
         raise ValueError(f"factor must be at least 1, got {factor}")
+    return int(factor)
