@@ -28,7 +28,6 @@ from tqdm import tqdm
 from torchdiffeq_lmm import GridParameter, odeint
 
 ACCURATE = {"method": "DOP853", "rtol": 1e-11, "atol": 1e-12, "dense_output": True}
-FINE_STEPS = 2000
 
 
 class Answer(NamedTuple):
@@ -220,12 +219,33 @@ def lbfgs(line_search: str | None) -> Callable[[GridParameter, float], torch.opt
     return make
 
 
-OPTIMISERS = {
-    "descent": Optimiser(descent, 600),
-    "Adam": Optimiser(adam, 600),
-    "L-BFGS": Optimiser(lbfgs(None), 60),
-    "L-BFGS, line search": Optimiser(lbfgs("strong_wolfe"), 60),
-}
+class Extent(NamedTuple):
+    """How much is tried.
+
+    Attributes:
+        grids: with how many steps.
+        optimisers: by name.
+        fine_steps: of the solver that finds the true cost.
+    """
+
+    grids: tuple[int, ...]
+    optimisers: dict[str, Optimiser]
+    fine_steps: int
+
+
+EVERYTHING = Extent(
+    (20, 40, 80),
+    {
+        "descent": Optimiser(descent, 600),
+        "Adam": Optimiser(adam, 600),
+        "L-BFGS": Optimiser(lbfgs(None), 60),
+        "L-BFGS, line search": Optimiser(lbfgs("strong_wolfe"), 60),
+    },
+    2000,
+)
+QUICK = Extent(
+    (10, 20), {"L-BFGS": Optimiser(lbfgs(None), 40), "L-BFGS, line search": Optimiser(lbfgs("strong_wolfe"), 12)}, 200
+)
 
 
 class Learned(NamedTuple):
@@ -251,7 +271,7 @@ class Learned(NamedTuple):
     evaluations: int
 
 
-def learn(problem: Problem, gradient: Gradient, optimiser: Optimiser, steps: int) -> Learned:
+def learn(problem: Problem, gradient: Gradient, optimiser: Optimiser, steps: int, fine_steps: int) -> Learned:
     """Train the control on a grid of equal steps."""
     nodes = torch.linspace(0, problem.horizon, steps + 1, dtype=torch.float64)
     rows = steps + (gradient.kind == "linear")
@@ -291,33 +311,33 @@ def learn(problem: Problem, gradient: Gradient, optimiser: Optimiser, steps: int
         error=float(np.abs(values - optimum).max()),
         variation=float(np.abs(np.diff(values)).sum()),
         reported=reported,
-        true=true_cost(problem, times, values),
+        true=true_cost(problem, times, values, fine_steps),
         iterations=iterations + 1,
         evaluations=counts[iterations],
     )
 
 
-def true_cost(problem: Problem, times: np.ndarray, values: np.ndarray) -> float:
+def true_cost(problem: Problem, times: np.ndarray, values: np.ndarray, fine_steps: int) -> float:
     """The cost of a control, interpolated linearly and constant beyond its ends, by a fine solver."""
     control = GridParameter(torch.tensor(values), torch.tensor(times), "linear")
     ends = torch.tensor([0.0, problem.horizon], dtype=torch.float64)
-    options = {"step_size": problem.horizon / FINE_STEPS}
+    options = {"step_size": problem.horizon / fine_steps}
     with torch.no_grad():
         y = torchdiffeq.odeint(problem.field(control), problem.begin(), ends, method="rk4", options=options)
         return float(problem.cost(y[-1]))
 
 
-def measure(problem: Problem, grids: tuple[int, ...], optimisers: tuple[str, ...]) -> dict:
+def measure(problem: Problem, extent: Extent) -> dict:
     """Every gradient with every optimiser on every grid: ``{steps: {gradient: {optimiser: Learned as a dict}}}``."""
-    cases = [(n, gradient, optimiser) for n in grids for gradient in GRADIENTS for optimiser in optimisers]
-    found: dict = {n: {gradient: {} for gradient in GRADIENTS} for n in grids}
-    for n, gradient, optimiser in tqdm(cases, desc=problem.name, unit="control"):
-        learned = learn(problem, GRADIENTS[gradient], OPTIMISERS[optimiser], n)
-        found[n][gradient][optimiser] = learned._asdict()
+    cases = [(n, gradient, name) for n in extent.grids for gradient in GRADIENTS for name in extent.optimisers]
+    found: dict = {n: {gradient: {} for gradient in GRADIENTS} for n in extent.grids}
+    for n, gradient, name in tqdm(cases, desc=problem.name, unit="control"):
+        learned = learn(problem, GRADIENTS[gradient], extent.optimisers[name], n, extent.fine_steps)
+        found[n][gradient][name] = learned._asdict()
     return found
 
 
-def report(problem: Problem, found: dict) -> str:
+def report(problem: Problem, extent: Extent, found: dict) -> str:
     """The results as a table."""
     times = np.linspace(0, problem.horizon, 2001)
     variation = np.abs(np.diff(problem.answer.control(times))).sum()
@@ -328,7 +348,7 @@ def report(problem: Problem, found: dict) -> str:
             for optimiser, learned in by_optimiser.items():
                 figures = [f"{learned[key]:.3g}" for key in ("error", "variation")]
                 costs = [f"{learned[key]:.4g}" for key in ("reported", "true")]
-                settled = learned["iterations"] < OPTIMISERS[optimiser].iterations
+                settled = learned["iterations"] < extent.optimisers[optimiser].iterations
                 counts = [learned[key] if settled else "–" for key in ("iterations", "evaluations")]
                 rows.append((n, gradient, optimiser, *figures, *costs, *counts))
     return (
@@ -394,18 +414,13 @@ def draw_costs(problems: dict[str, tuple[Problem, dict]], optimiser: str) -> Fig
 
 
 def main() -> None:
-    args = arguments(__doc__, "only the linear–quadratic problem, two grids, and two optimisers")
-    if args.quick:
-        chosen = [(linear_quadratic(), (10, 20), ("L-BFGS", "L-BFGS, line search"))]
-    else:
-        everything = tuple(OPTIMISERS)
-        chosen = [(linear_quadratic(), (20, 40, 80), everything), (swing_up(), (20, 40, 80), everything)]
+    args = arguments(__doc__, "only the linear–quadratic problem, two coarse grids, L-BFGS, few iterations")
+    chosen = [linear_quadratic()] if args.quick else [linear_quadratic(), swing_up()]
+    extent = QUICK if args.quick else EVERYTHING
 
-    problems = {}
-    for problem, grids, optimisers in chosen:
-        problems[problem.name] = problem, measure(problem, grids, optimisers)
+    problems = {problem.name: (problem, measure(problem, extent)) for problem in chosen}
     for problem, found in problems.values():
-        print(report(problem, found))
+        print(report(problem, extent, found))
 
     results = {
         name: {"optimal cost": problem.answer.cost, "learned": found} for name, (problem, found) in problems.items()
