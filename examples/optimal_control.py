@@ -28,6 +28,8 @@ from tqdm import tqdm
 from torchdiffeq_lmm import GridParameter, odeint
 
 ACCURATE = {"method": "DOP853", "rtol": 1e-11, "atol": 1e-12, "dense_output": True}
+DIVERGED = 20.0
+"""Training whose control has a true cost of more than so many times the optimal one is called divergent."""
 
 
 class Answer(NamedTuple):
@@ -390,26 +392,39 @@ def draw_controls(problems: dict[str, tuple[Problem, dict]], optimiser: str) -> 
 
 
 def draw_costs(problems: dict[str, tuple[Problem, dict]], optimiser: str) -> Figure:
-    """Errors of the control, and the excess of the reported and the true cost, against the number of steps."""
+    """Errors of the control, and its reported and true cost, against the number of steps."""
     figure = Figure(figsize=(4.2 * len(problems) + 1, 6.2), layout="constrained")
     panels = figure.subplots(2, len(problems), squeeze=False, sharex="col")
     for (errors, costs), (problem, found) in zip(panels.T, problems.values(), strict=True):
-        grids = list(found)
+        grids = np.array(list(found))
+        errors.set_yscale("log")
         for gradient in GRADIENTS:
-            learned = [found[n][gradient][optimiser] for n in grids]
+            learned = [found[n][gradient][optimiser] for n in grids.tolist()]
+            error, true, reported = (np.array([of[key] for of in learned]) for key in ("error", "true", "reported"))
+            diverged = ~(true <= DIVERGED * problem.answer.cost)
+            error[diverged] = true[diverged] = reported[diverged] = np.nan
             style = {"color": COLORS[gradient], "marker": "o", "ms": 4, "lw": 1}
-            errors.loglog(grids, [of["error"] for of in learned], label=gradient, **style)
-            costs.plot(grids, [of["true"] for of in learned], **style)
-            costs.plot(grids, [of["reported"] for of in learned], ls=":", mfc="none", **style)
+            errors.plot(grids, error, label=gradient, **style)
+            costs.plot(grids, true, **style)
+            costs.plot(grids, reported, ls=":", mfc="none", **style)
+            for axes in (errors, costs):
+                # At the edge, for on the scale they would hide all others.
+                edge = {"color": COLORS[gradient], "transform": axes.get_xaxis_transform()}
+                axes.plot(grids[diverged], np.full(diverged.sum(), 0.97), "^", ms=6, **edge)
+                for n in grids[diverged]:
+                    axes.text(n, 0.94, "diverged", ha="center", va="top", fontsize=8, **edge)
         costs.axhline(problem.answer.cost, color=COLORS["truth"], lw=0.8)
         errors.set_title(problem.name)
         costs.set(xlabel="steps", xscale="log", xticks=grids, xticklabels=grids)
         costs.minorticks_off()
         for axes in (errors, costs):
+            axes.margins(x=0.12, y=0.16)
             axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("largest error of the control")
     panels[1, 0].set_ylabel("cost: true (solid), reported (dotted)")
-    panels[0, -1].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8
+    )
     return figure
 
 
