@@ -28,7 +28,8 @@ from tqdm import tqdm
 from torchdiffeq_lmm import GridParameter, odeint
 
 ACCURATE = {"method": "DOP853", "rtol": 1e-11, "atol": 1e-12, "dense_output": True}
-FINE_STEPS = 2000
+DIVERGED = 20.0
+"""Training whose control has a true cost of more than so many times the optimal one is called divergent."""
 
 
 class Answer(NamedTuple):
@@ -220,12 +221,33 @@ def lbfgs(line_search: str | None) -> Callable[[GridParameter, float], torch.opt
     return make
 
 
-OPTIMISERS = {
-    "descent": Optimiser(descent, 600),
-    "Adam": Optimiser(adam, 600),
-    "L-BFGS": Optimiser(lbfgs(None), 60),
-    "L-BFGS, line search": Optimiser(lbfgs("strong_wolfe"), 60),
-}
+class Extent(NamedTuple):
+    """How much is tried.
+
+    Attributes:
+        grids: with how many steps.
+        optimisers: by name.
+        fine_steps: of the solver that finds the true cost.
+    """
+
+    grids: tuple[int, ...]
+    optimisers: dict[str, Optimiser]
+    fine_steps: int
+
+
+EVERYTHING = Extent(
+    (20, 40, 80),
+    {
+        "descent": Optimiser(descent, 600),
+        "Adam": Optimiser(adam, 600),
+        "L-BFGS": Optimiser(lbfgs(None), 60),
+        "L-BFGS, line search": Optimiser(lbfgs("strong_wolfe"), 60),
+    },
+    2000,
+)
+QUICK = Extent(
+    (10, 20), {"L-BFGS": Optimiser(lbfgs(None), 40), "L-BFGS, line search": Optimiser(lbfgs("strong_wolfe"), 12)}, 200
+)
 
 
 class Learned(NamedTuple):
@@ -251,7 +273,7 @@ class Learned(NamedTuple):
     evaluations: int
 
 
-def learn(problem: Problem, gradient: Gradient, optimiser: Optimiser, steps: int) -> Learned:
+def learn(problem: Problem, gradient: Gradient, optimiser: Optimiser, steps: int, fine_steps: int) -> Learned:
     """Train the control on a grid of equal steps."""
     nodes = torch.linspace(0, problem.horizon, steps + 1, dtype=torch.float64)
     rows = steps + (gradient.kind == "linear")
@@ -291,33 +313,33 @@ def learn(problem: Problem, gradient: Gradient, optimiser: Optimiser, steps: int
         error=float(np.abs(values - optimum).max()),
         variation=float(np.abs(np.diff(values)).sum()),
         reported=reported,
-        true=true_cost(problem, times, values),
+        true=true_cost(problem, times, values, fine_steps),
         iterations=iterations + 1,
         evaluations=counts[iterations],
     )
 
 
-def true_cost(problem: Problem, times: np.ndarray, values: np.ndarray) -> float:
+def true_cost(problem: Problem, times: np.ndarray, values: np.ndarray, fine_steps: int) -> float:
     """The cost of a control, interpolated linearly and constant beyond its ends, by a fine solver."""
     control = GridParameter(torch.tensor(values), torch.tensor(times), "linear")
     ends = torch.tensor([0.0, problem.horizon], dtype=torch.float64)
-    options = {"step_size": problem.horizon / FINE_STEPS}
+    options = {"step_size": problem.horizon / fine_steps}
     with torch.no_grad():
         y = torchdiffeq.odeint(problem.field(control), problem.begin(), ends, method="rk4", options=options)
         return float(problem.cost(y[-1]))
 
 
-def measure(problem: Problem, grids: tuple[int, ...], optimisers: tuple[str, ...]) -> dict:
+def measure(problem: Problem, extent: Extent) -> dict:
     """Every gradient with every optimiser on every grid: ``{steps: {gradient: {optimiser: Learned as a dict}}}``."""
-    cases = [(n, gradient, optimiser) for n in grids for gradient in GRADIENTS for optimiser in optimisers]
-    found: dict = {n: {gradient: {} for gradient in GRADIENTS} for n in grids}
-    for n, gradient, optimiser in tqdm(cases, desc=problem.name, unit="control"):
-        learned = learn(problem, GRADIENTS[gradient], OPTIMISERS[optimiser], n)
-        found[n][gradient][optimiser] = learned._asdict()
+    cases = [(n, gradient, name) for n in extent.grids for gradient in GRADIENTS for name in extent.optimisers]
+    found: dict = {n: {gradient: {} for gradient in GRADIENTS} for n in extent.grids}
+    for n, gradient, name in tqdm(cases, desc=problem.name, unit="control"):
+        learned = learn(problem, GRADIENTS[gradient], extent.optimisers[name], n, extent.fine_steps)
+        found[n][gradient][name] = learned._asdict()
     return found
 
 
-def report(problem: Problem, found: dict) -> str:
+def report(problem: Problem, extent: Extent, found: dict) -> str:
     """The results as a table."""
     times = np.linspace(0, problem.horizon, 2001)
     variation = np.abs(np.diff(problem.answer.control(times))).sum()
@@ -328,7 +350,7 @@ def report(problem: Problem, found: dict) -> str:
             for optimiser, learned in by_optimiser.items():
                 figures = [f"{learned[key]:.3g}" for key in ("error", "variation")]
                 costs = [f"{learned[key]:.4g}" for key in ("reported", "true")]
-                settled = learned["iterations"] < OPTIMISERS[optimiser].iterations
+                settled = learned["iterations"] < extent.optimisers[optimiser].iterations
                 counts = [learned[key] if settled else "–" for key in ("iterations", "evaluations")]
                 rows.append((n, gradient, optimiser, *figures, *costs, *counts))
     return (
@@ -370,42 +392,50 @@ def draw_controls(problems: dict[str, tuple[Problem, dict]], optimiser: str) -> 
 
 
 def draw_costs(problems: dict[str, tuple[Problem, dict]], optimiser: str) -> Figure:
-    """Errors of the control, and the excess of the reported and the true cost, against the number of steps."""
+    """Errors of the control, and its reported and true cost, against the number of steps."""
     figure = Figure(figsize=(4.2 * len(problems) + 1, 6.2), layout="constrained")
     panels = figure.subplots(2, len(problems), squeeze=False, sharex="col")
     for (errors, costs), (problem, found) in zip(panels.T, problems.values(), strict=True):
-        grids = list(found)
+        grids = np.array(list(found))
+        errors.set_yscale("log")
         for gradient in GRADIENTS:
-            learned = [found[n][gradient][optimiser] for n in grids]
+            learned = [found[n][gradient][optimiser] for n in grids.tolist()]
+            error, true, reported = (np.array([of[key] for of in learned]) for key in ("error", "true", "reported"))
+            diverged = ~(true <= DIVERGED * problem.answer.cost)
+            error[diverged] = true[diverged] = reported[diverged] = np.nan
             style = {"color": COLORS[gradient], "marker": "o", "ms": 4, "lw": 1}
-            errors.loglog(grids, [of["error"] for of in learned], label=gradient, **style)
-            costs.plot(grids, [of["true"] for of in learned], **style)
-            costs.plot(grids, [of["reported"] for of in learned], ls=":", mfc="none", **style)
+            errors.plot(grids, error, label=gradient, **style)
+            costs.plot(grids, true, **style)
+            costs.plot(grids, reported, ls=":", mfc="none", **style)
+            for axes in (errors, costs):
+                # At the edge, for on the scale they would hide all others.
+                edge = {"color": COLORS[gradient], "transform": axes.get_xaxis_transform()}
+                axes.plot(grids[diverged], np.full(diverged.sum(), 0.97), "^", ms=6, **edge)
+                for n in grids[diverged]:
+                    axes.text(n, 0.94, "diverged", ha="center", va="top", fontsize=8, **edge)
         costs.axhline(problem.answer.cost, color=COLORS["truth"], lw=0.8)
         errors.set_title(problem.name)
         costs.set(xlabel="steps", xscale="log", xticks=grids, xticklabels=grids)
         costs.minorticks_off()
         for axes in (errors, costs):
+            axes.margins(x=0.12, y=0.16)
             axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("largest error of the control")
     panels[1, 0].set_ylabel("cost: true (solid), reported (dotted)")
-    panels[0, -1].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8
+    )
     return figure
 
 
 def main() -> None:
-    args = arguments(__doc__, "only the linear–quadratic problem, two grids, and two optimisers")
-    if args.quick:
-        chosen = [(linear_quadratic(), (10, 20), ("L-BFGS", "L-BFGS, line search"))]
-    else:
-        everything = tuple(OPTIMISERS)
-        chosen = [(linear_quadratic(), (20, 40, 80), everything), (swing_up(), (20, 40, 80), everything)]
+    args = arguments(__doc__, "only the linear–quadratic problem, two coarse grids, L-BFGS, few iterations")
+    chosen = [linear_quadratic()] if args.quick else [linear_quadratic(), swing_up()]
+    extent = QUICK if args.quick else EVERYTHING
 
-    problems = {}
-    for problem, grids, optimisers in chosen:
-        problems[problem.name] = problem, measure(problem, grids, optimisers)
+    problems = {problem.name: (problem, measure(problem, extent)) for problem in chosen}
     for problem, found in problems.values():
-        print(report(problem, found))
+        print(report(problem, extent, found))
 
     results = {
         name: {"optimal cost": problem.answer.cost, "learned": found} for name, (problem, found) in problems.items()

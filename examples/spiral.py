@@ -7,7 +7,8 @@ filter changes the sum by O(h²); with step weights it makes it first order.
     python examples/spiral.py
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -112,26 +113,45 @@ def gradient_errors(field: Field, grids: tuple[int, ...]) -> dict[str, list[floa
     return errors
 
 
-def train(way: Way, iterations: int, seed: int) -> tuple[Field, list[float]]:
-    """Learn the field from noisy pieces; returns it, and its error on a grid of states every 20 iterations."""
+def training(way: Way, seed: int) -> Iterator[Field]:
+    """Learn the field from noisy pieces, without an end; yields it after every iteration."""
     torch.manual_seed(seed)
-    times, states, test, wanted = spiral()
+    times, states, _, _ = spiral()
     noisy = states + NOISE * torch.randn_like(states)
     field = Field()
     trainer = torch.optim.Adam(field.parameters(), lr=3e-3)
-    errors = []
-    for iteration in range(iterations):
+    while True:
         begins = torch.randint(TIMES - LENGTH, (BATCH,))
         target = torch.stack([noisy[begins + i] for i in range(LENGTH)])
         trainer.zero_grad()
         found = way.solve(field, noisy[begins], times[:LENGTH], **way.settings)
         (found - target).abs().mean().backward()
         trainer.step()
+        yield field
+
+
+def train(way: Way, iterations: int, seed: int) -> tuple[Field, list[float]]:
+    """Learn the field; returns it, and its error on a grid of states every 20 iterations."""
+    times, _, test, wanted = spiral()
+    errors = []
+    for iteration, field in zip(range(iterations), training(way, seed), strict=False):
         if iteration % 20 == 19:
             with torch.no_grad():
                 reached = torchdiffeq.odeint(field, test, times[:LENGTH], method="rk4")[-1]
                 errors.append(float((reached - wanted).abs().mean()))
     return field, errors
+
+
+def milliseconds(iterations: int) -> dict[str, float]:
+    """CPU time of an iteration, the median of so many; the ways take turns, so that a load slows all of them."""
+    runs = {name: training(way, 0) for name, way in WAYS.items()}
+    took: dict[str, list[float]] = {name: [] for name in WAYS}
+    for _ in range(iterations):
+        for name, run in runs.items():
+            begin = time.process_time()
+            next(run)
+            took[name].append(time.process_time() - begin)
+    return {name: 1000 * float(np.median(each)) for name, each in took.items()}
 
 
 def order(grids: tuple[int, ...], errors: list[float]) -> float:
@@ -169,6 +189,7 @@ def main() -> None:
     tests: dict[str, list[list[float]]] = {name: [] for name in WAYS}
     for name, seed in cases:
         tests[name].append(train(WAYS[name], iterations, seed)[1])
+    took = milliseconds(iterations // 3)
 
     rows = [
         (
@@ -176,12 +197,13 @@ def main() -> None:
             *(f"{error:.1e}" for error in errors[name]),
             f"{order(grids, errors[name]):.2f}",
             f"{np.mean([run[-1] for run in tests[name]]):.4f} ± {np.std([run[-1] for run in tests[name]]):.4f}",
+            f"{took[name]:.1f}",
         )
         for name in WAYS
     ]
-    header = ("gradient", *(f"{n} steps" for n in grids), "order", "test error after training")
+    header = ("gradient", *(f"{n} steps" for n in grids), "order", "test error after training", "ms per iteration")
     print(table(header, rows))
-    results = {"steps": grids, "gradient errors": errors, "test errors": tests}
+    results = {"steps": grids, "gradient errors": errors, "test errors": tests, "ms per iteration": took}
     write(args.output, "spiral", results, {"spiral": draw(grids, errors, tests)})
 
 

@@ -59,6 +59,13 @@ def test_shared_parameters_need_no_filter(tmp_path):
     assert max(last.values()) < 1.2 * min(last.values())
 
 
+def test_an_example_finds_the_same_again(tmp_path):
+    first, again = (run("spiral", tmp_path / which)[0] for which in ("first", "again"))
+    for found in (first, again):
+        assert set(found.pop("ms per iteration")) == set(found["test errors"])
+    assert first == again
+
+
 def test_a_source_is_fitted_as_by_an_accurate_solver_with_a_filter_and_with_a_zigzag_without(tmp_path):
     found, printed = run("forcing", tmp_path)
     for name in ("twin", "Mauna Loa"):

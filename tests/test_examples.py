@@ -1,8 +1,11 @@
 import json
+import runpy
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+
+import pytest
 
 from torchdiffeq_lmm.methods import METHODS
 
@@ -79,3 +82,15 @@ def test_why_draws_weights_and_a_shift_of_the_past_that_are_what_the_text_says(t
         for gradient in ("auto-differentiation", "filtered")
     }
     assert errors["filtered"] < 0.02 < 0.5 < errors["auto-differentiation"]
+
+
+@pytest.mark.parametrize("example", sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "harness"))
+def test_help_tells_how_to_run_an_example_fast_and_where_it_writes(example, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", [f"{example}.py", "--help"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
+    assert done.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--quick" in printed
+    assert "--output" in printed
