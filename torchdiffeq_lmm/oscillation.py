@@ -130,7 +130,9 @@ def oscillation(
     a batch of 512 and 25 % for one of 64; there call it every tenth step.
 
     It looks at finished gradients only. A gradient may be rough for another reason, as where weights of their own per
-    step are freshly drawn at random; whether it is the solver, a `grad_filter` tells: with it the index falls.
+    step are freshly drawn at random; whether it is the solver, a `grad_filter` tells: with it the index falls. A
+    `GridParameter` that is linear between nodes has half a step at either end, as trapezoid weights give it; a filter
+    with step weights gives it a whole one there, which on coarse grids shows in the index.
 
     Args:
         parameters: whose gradients. Of a module: those of every `GridParameter` in it, and of parameters that are equal
