@@ -71,6 +71,11 @@ class _AttachedSolve(torch.autograd.Function):
                 "are worked out once. For second derivatives solve with an explicit method and without both, or, an "
                 "ODE, with grad_filter='smooth'"
             )
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                "grad_filter, backward and implicit methods do not support is_grads_batched=True, nor torch.func "
+                "transforms of their gradient; ask for one gradient after the other"
+            )
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)
         with hooks_suspended(solve.sources), repeatedly_differentiable():

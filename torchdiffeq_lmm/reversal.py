@@ -4,10 +4,9 @@ from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
-from .checkpoints import Rerun, Snapshot, Steps
+from .checkpoints import Rerun, Snapshot, Steps, relative_difference
 from .evaluation import Evaluation
 from .methods import MultistepMethod
 from .recurrence import Keeps, Row
@@ -120,15 +119,14 @@ class Reversal:
         return self._slope
 
     def _measure(self, reached: Tensor, known: Tensor) -> None:
-        if not known.numel():
-            return
-        sizes = known.abs()
-        # An entry may pass through 0, or be so small beside others that their rounding is all that it has.
-        smallest = torch.finfo(known.dtype).eps ** 0.25 * float(sizes.max())
-        scale = sizes.clamp_(min=smallest or torch.finfo(known.dtype).tiny)
-        drift = float((reached - known).abs().div_(scale).max())
+        drift = relative_difference(reached, known)
         # In this order, a drift that is not a number stays.
         self.drift = drift if not drift <= self.drift else self.drift
+        if drift != drift:
+            raise DriftError(
+                "backward='reversible' ran the solution back to states that are not all numbers, or the solution has "
+                "such states itself; look at the solution first, or use backward='checkpoint'"
+            )
         if not drift <= self._tolerance:
             raise DriftError(
                 f"backward='reversible' ran the solution back to a state that is off by {drift:.3g}, relative to "

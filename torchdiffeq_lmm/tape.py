@@ -199,6 +199,8 @@ class Tape:
             *trajectory.slopes.values(),
             *trajectory.end_slopes.values(),
         ]
+        # What the solve keeps of them must not get a graph that keeps the solve.
+        values = [value.detach() for value in values]
         attached: Iterator[Tensor] = iter(attach(solve, values, y0, user_times, recurrence.weights, *sources, *handles))
         return Trajectory(
             states={0: y0, **{node: next(attached) for node in outputs}},
