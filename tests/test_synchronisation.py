@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchdiffeq_lmm
 
-READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero"}
+READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero", "aten::item"}
 
 WAYS: dict[str, dict[str, Any]] = {
     "leapfrog": {"method": "leapfrog"},
@@ -62,7 +62,17 @@ def reads(steps: int, keywords: dict[str, Any]) -> Counter[str]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_step_reads_a_value(way: str) -> None:
-    assert reads(45, WAYS[way]) == reads(135, WAYS[way])
+    # More steps than times are made at once.
+    assert reads(300, WAYS[way]) == reads(900, WAYS[way])
+
+
+def test_a_checkpoint_reads_a_value_and_a_step_between_two_reads_none() -> None:
+    def counted(steps: int) -> int:
+        return sum(reads(steps, {"method": "leapfrog", "backward": "checkpoint"}).values())
+
+    # Of N steps √N are kept, and each is compared when it is reached again.
+    fewer, more = counted(100), counted(400)
+    assert 0 < more - fewer <= 3 * (20 - 10)
 
 
 def test_reads_are_counted() -> None:

@@ -15,7 +15,8 @@ class Checkpoint:
 
     For every method. The gradient is that of auto-differentiation, for one more forward pass; where func draws from
     PyTorch's default random generators, as dropout does, it draws the same numbers again. func must otherwise be
-    deterministic: where the steps, run again, end up elsewhere, the backward pass raises a RuntimeError.
+    deterministic: where the steps, run again, end up elsewhere, the backward pass raises a RuntimeError. It must not
+    keep what it computes from parameters, for the forward pass is without a graph.
 
     Args:
         count: how many states are kept. By default √N for N steps, which makes the memory least: that of √N states and
@@ -54,11 +55,13 @@ class Reversible:
     that are kept, the drift is max |x reached - x known| / |x known| over the entries of the state, those smaller than
     ε^¼ max |x| counting as so large. From there it goes on with what is known.
 
-    func must be deterministic; a func that draws random numbers, as dropout does, is refused.
+    func must be deterministic; a func that draws random numbers, as dropout does, is refused. It must not keep what it
+    computes from parameters, for the forward pass is without a graph.
 
     Args:
         tolerance: the largest drift that is accepted. By default √ε, ε being that of the state's dtype: 1.5e-8 for
-            float64, 3.5e-4 for float32. The relative error of the gradient is mostly of the size of the drift.
+            float64, 3.5e-4 for float32. The relative error of the gradient is mostly of the size of the drift, or of
+            that of auto-differentiation's own, which on dissipative problems is more.
         on_drift: what to do where the drift is larger. ``"raise"``: raise a RuntimeError. ``"checkpoint"``: begin the
             backward pass again with `Checkpoint()`, at the cost of two more forward passes.
         report: is given the drift, the largest on the way, by every backward pass.
