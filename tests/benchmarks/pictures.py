@@ -66,8 +66,9 @@ def draw_precision(results: dict[str, Any], path: Path) -> None:
             _precision(panel, results["problems"][name], what, tuple(CURVES))
             panel.set_title(name if what == "evaluations" else "")
         row[0].set_ylabel("relative error at the end")
-    _legend(figure, panels, columns=5)
-    _save(figure, path, bottom=0.1)
+    # As wide as the panels are.
+    _legend(figure, panels, columns=len(names) + 1)
+    _save(figure, path, bottom=0.4 / len(names))
 
 
 def draw_memory(results: dict[str, Any], path: Path) -> None:
