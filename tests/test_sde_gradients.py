@@ -114,10 +114,12 @@ def drift(y: Tensor, values: Tensor) -> Tensor:
 class PerStep:
     """A drift and a diffusion with parameters of their own per step and path."""
 
-    sde_type, noise_type = "ito", "diagonal"
+    sde_type = "ito"
 
-    def __init__(self, epsilon: float, multiplicative: bool, steps: int, batch: int) -> None:
-        self.epsilon, self.multiplicative, self.steps = epsilon, multiplicative, steps
+    def __init__(
+        self, epsilon: float, multiplicative: bool, steps: int, batch: int, noise_type: str = "diagonal"
+    ) -> None:
+        self.epsilon, self.multiplicative, self.steps, self.noise_type = epsilon, multiplicative, steps, noise_type
         times = torch.arange(steps + 1, dtype=torch.float64) * (HORIZON / steps)
         self.theta = theta(times).T.unsqueeze(1).repeat(1, batch, 1).requires_grad_()
         self.scale = torch.ones_like(self.theta, requires_grad=True)
@@ -126,7 +128,8 @@ class PerStep:
         return drift(y, self.theta[self._step(t)])
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.epsilon * self.scale[self._step(t)] * (torch.cos(y) if self.multiplicative else 1)
+        g = self.epsilon * self.scale[self._step(t)] * (torch.cos(y) if self.multiplicative else 1)
+        return {"diagonal": g, "scalar": g.unsqueeze(2), "general": g.diag_embed()}[self.noise_type]
 
     def _step(self, t: Tensor) -> int:
         return round(float(t) / HORIZON * self.steps)
@@ -140,17 +143,17 @@ def loss_of(x: Tensor) -> Tensor:
 
 
 @cache
-def reference(epsilon: float, multiplicative: bool) -> tuple[Path, Tensor, Tensor]:
+def reference(epsilon: float, multiplicative: bool, channels: int = 2) -> tuple[Path, Tensor, Tensor]:
     """A path, at its nodes (∂f/∂θ)ᵀ p, and in its steps the gradient of a scale of g.
 
     By Milstein's method with Heun's for the drift, and its exact adjoint.
     """
-    path = Path(BATCH, 2, FINE, HORIZON)
+    path = Path(BATCH, channels, FINE, HORIZON)
     h = HORIZON / FINE
     values = theta(torch.arange(FINE + 1, dtype=torch.float64) * h).T
     x = torch.tensor([[1.0, 0.5]], dtype=torch.float64).repeat(BATCH, 1).requires_grad_()
     states = [x]
-    scales = torch.ones_like(path.increments, requires_grad=True).unbind()
+    scales = torch.ones(FINE, BATCH, 2, dtype=torch.float64, requires_grad=True).unbind()
     for n, (dw, scale) in enumerate(zip(path.increments, scales, strict=True)):
         g = epsilon * scale * (torch.cos(x) if multiplicative else 1)
         slope = drift(x, values[n])
@@ -167,12 +170,14 @@ def reference(epsilon: float, multiplicative: bool) -> tuple[Path, Tensor, Tenso
     return path, torch.stack(density).detach(), torch.stack(of_scales)
 
 
-def density_errors(method: str, epsilon: float, multiplicative: bool, **options: object) -> list[float]:
+def density_errors(
+    method: str, epsilon: float, multiplicative: bool, noise_type: str = "diagonal", **options: object
+) -> list[float]:
     """Of the gradients per step, divided by the step: the root of their mean square."""
-    path, exact, _ = reference(epsilon, multiplicative)
+    path, exact, _ = reference(epsilon, multiplicative, 1 if noise_type == "scalar" else 2)
     errors = []
     for steps in (20, 40, 80, 160):
-        sde = PerStep(epsilon, multiplicative, steps, BATCH)
+        sde = PerStep(epsilon, multiplicative, steps, BATCH, noise_type)
         x0 = torch.tensor([[1.0, 0.5]], dtype=torch.float64).repeat(BATCH, 1)
         x = solve(sde, method, path, x0, HORIZON / steps, **options)[-1]
         (gradient,) = torch.autograd.grad(loss_of(x), sde.theta)
@@ -199,6 +204,16 @@ def test_filtered_it_converges(method: str, epsilon: float, multiplicative: bool
     # Over all halvings, for single ones depend on the paths.
     assert sum(orders(filtered)) / 3 > order
     assert filtered[-1] < largest
+    assert all(after < before / 2 for before, after in zip(plain, filtered, strict=True))
+
+
+@pytest.mark.parametrize("method", ["leapfrog", "ab2", "bdf2"])
+@pytest.mark.parametrize("noise_type", ["scalar", "general"])
+def test_filtered_it_converges_with_other_noises(method: str, noise_type: str) -> None:
+    plain = density_errors(method, 0.3, True, noise_type)
+    filtered = density_errors(method, 0.3, True, noise_type, grad_filter="auto")
+    assert sum(orders(filtered)) / 3 > 0.5
+    assert filtered[-1] < 0.05
     assert all(after < before / 2 for before, after in zip(plain, filtered, strict=True))
 
 
