@@ -227,11 +227,10 @@ def relative_difference(reached: Tensor, known: Tensor) -> float:
     """The largest difference of two states, relative to the entries; NaN where one is not a number."""
     if not known.numel():
         return 0.0
-    sizes = known.abs()
+    sizes, of_dtype = known.abs(), torch.finfo(known.dtype)
     # An entry may pass through 0, or be so small beside others that their rounding is all that it has.
-    smallest = torch.finfo(known.dtype).eps ** 0.25 * float(sizes.max())
-    scale = sizes.clamp_(min=smallest or torch.finfo(known.dtype).tiny)
-    return float((reached - known).abs().div_(scale).max())
+    smallest = (of_dtype.eps**0.25 * sizes.max()).clamp_(min=of_dtype.tiny)
+    return float((reached - known).abs().div_(torch.maximum(sizes, smallest)).max())
 
 
 def _check_same(reached: Tensor, known: Tensor) -> None:
