@@ -43,6 +43,7 @@ from .linearisation import Linearisation, ParameterGradients
 from .methods import MultistepMethod
 from .recollection import Kept
 from .recurrence import Recurrence
+from .vector_field import precision_of
 
 
 class Timed(Kicked, Protocol):
@@ -65,6 +66,7 @@ class KickTape:
     def __init__(self, y0: Tensor) -> None:
         refuse_tangents(y0)
         self._y0 = y0
+        self._precision = precision_of(y0.dtype, y0.device)
         self._slopes: dict[int, Evaluation | None] = {}
         self._kicks: dict[int, Evaluation | None] = {}
 
@@ -107,7 +109,18 @@ class KickTape:
             # Kicks are like observations at every node, in whose layers μ_m / h is not the costate.
             plan = replace(plan, raw=[False] * len(plan.raw))
         outputs = [node for node in states if node > 0]
-        solve = _KickedSolve(recurrence, offset, kicks, plan, self._slopes, self._kicks, outputs, sources, handles)
+        solve = _KickedSolve(
+            recurrence,
+            offset,
+            kicks,
+            plan,
+            self._slopes,
+            self._kicks,
+            outputs,
+            sources,
+            handles,
+            self._precision,
+        )
         attached = attach(solve, [states[node] for node in outputs], self._y0, None, *sources, *handles)
         return {0: states[0], **dict(zip(outputs, attached, strict=True))}
 
@@ -155,6 +168,7 @@ class _KickedSolve:
     outputs: list[int]
     sources: tuple[Tensor, ...]
     handles: tuple[Tensor, ...]
+    precision: float
 
     def backward(
         self,
@@ -165,8 +179,8 @@ class _KickedSolve:
         zero = torch.zeros_like(next(cotangent for cotangent in cotangents if cotangent is not None))
         parameters = ParameterGradients()
         recollection = Kept(self.slope_evaluations, {}, {}, self.recurrence.nodes)
-        linearisation = Linearisation(recollection, parameters, self.plan is None, None)
-        kicks = _KickCotangents(self.kicks, self.kick_evaluations, parameters)
+        linearisation = Linearisation(recollection, parameters, self.plan is None, None, self.precision)
+        kicks = _KickCotangents(self.kicks, self.kick_evaluations, parameters, self.precision)
         seen: list[Tensor | None] = [None] * len(self.recurrence.nodes)
         for node, cotangent in zip(self.outputs, cotangents, strict=True):
             seen[self.offset + node] = cotangent
@@ -201,10 +215,11 @@ class _KickCotangents:
         kicks: Sequence[tuple[int, ...]],
         evaluations: dict[int, Evaluation | None],
         parameters: ParameterGradients,
+        precision: float,
     ) -> None:
         self._kicks = kicks
         self._cotangents: dict[int, Contributions] = {}
-        self._linearisation = Linearisation(Kept(evaluations, {}, {}, ()), parameters, True, None)
+        self._linearisation = Linearisation(Kept(evaluations, {}, {}, ()), parameters, True, None, precision)
 
     def pass_by(self, point: AdjointState) -> None:
         """Give a state's cotangent to the kicks that lead to it."""

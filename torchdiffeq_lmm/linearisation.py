@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from .adjoint import Contributions, combine
 from .evaluation import Evaluation
-from .implicit import solve_adjoint
+from .linear import LinearSolver, from_real, to_real
 from .recollection import Recollection
 
 _run_backward = Variable._execution_engine.run_backward
@@ -104,6 +104,7 @@ class Linearisation:
         parameters: where the gradients of parameters are added up.
         collects: whether what is pulled back is what the parameters get too, as it is without a filter.
         time_gradients: where to add the gradients with respect to the times of the states; None if they are not needed.
+        precision: the unit in the last place of products with the Jacobians.
     """
 
     def __init__(
@@ -112,7 +113,10 @@ class Linearisation:
         parameters: ParameterGradients,
         collects: bool,
         time_gradients: Tensor | None,
+        precision: float,
     ) -> None:
+        self._equations = LinearSolver()
+        self._precision = precision
         self._recollection = recollection
         self._parameters = parameters
         self._collects = collects
@@ -177,11 +181,13 @@ class Linearisation:
         return grads[0]
 
     def _solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
-        def pull_back(vector: Tensor) -> Tensor:
-            pulled = self.product(state, vector)
-            return torch.zeros_like(vector) if pulled is None else pulled
+        """The solution z of (1 - b* Jᵀ) z = r, to rounding."""
 
-        return solve_adjoint(pull_back, weight, rhs)
+        def product(vector: Tensor) -> Tensor:
+            pulled = self.product(state, from_real(vector, rhs))
+            return torch.zeros_like(vector) if pulled is None else weight * to_real(pulled)
+
+        return from_real(self._equations.solve(product, to_real(rhs), self._precision, weight), rhs)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from .kick_tape import KickTape, refuse_gradients
 from .kicks import kicks_of_rows, march_with_kicks
 from .methods import MultistepMethod
 from .recurrence import start_length
+from .vector_field import entry_name, precision_of
 
 if TYPE_CHECKING:
     from torchsde import BaseBrownian, BaseSDE
@@ -134,7 +135,13 @@ class MultistepSDESolver:
         first, kicks = recurrence.nodes[offset], kicks_of_rows(recurrence)
         field = _Field(self._sde, self._bm, grid.nodes, ts, recurrence.positions, offset, method)
         kicked = field if tape is None else tape.recording(field)
-        implicit = ImplicitSolver(self._rtol, self._atol, torch.finfo(y0.dtype).eps)
+        implicit = ImplicitSolver(
+            self._rtol,
+            self._atol,
+            precision_of(y0.dtype, y0.device),
+            lambda index: entry_name("y", index, y0.shape),
+            torch.is_grad_enabled(),
+        )
 
         def solve_implicit(
             state: int, x: Tensor, known: Tensor | None, weight: Any, guess: Tensor | None

@@ -369,8 +369,12 @@ class MultistepSolver:
         user_time: Callable[[int], Tensor],
         wanted: Mapping[int, int] | None,
     ) -> "_Evaluator":
+        # Once more, for the backward pass, steps are made without a graph, but by the same iterations.
+        differentiable = torch.is_grad_enabled()
+
         def implicit() -> ImplicitSolver:
-            return ImplicitSolver(self.rtol, self.atol, self._vector_field.precision)
+            field = self._vector_field
+            return ImplicitSolver(self.rtol, self.atol, field.precision, field.entry, differentiable)
 
         return _Evaluator(self._vector_field, tape, implicit, self.method.name, time, user_time, wanted)
 

@@ -92,6 +92,7 @@ class Tape:
         self._backward = backward
         self._parameters = parameters
         self._recorder = Recorder(vector_field, y0, differentiate_times, *(parameters or ()))
+        self._precision = vector_field.precision
         self._circumstances = Circumstances(y0.device)
         self._evaluations: dict[int, Evaluation | None] = {}
         self._end_evaluations: dict[int, Evaluation | None] = {}
@@ -192,6 +193,7 @@ class Tape:
             ],
             sources=sources,
             handles=handles,
+            precision=self._precision,
             versions=[(tensor, tensor._version) for tensor in (() if self.keeps else (y0, *sources))],
         )
         values = [
@@ -281,6 +283,7 @@ class _Solve:
         state_outputs: the nodes whose states the autograd node returns.
         slope_outputs: the nodes at which it returns values of f after them, and the evaluations.
         sources, handles: its inputs after y0, the times and the weights.
+        precision: the unit in the last place of func's values.
         versions: tensors that must not change before the backward pass, with their versions.
     """
 
@@ -291,6 +294,7 @@ class _Solve:
     slope_outputs: list[tuple[int, Evaluation | None]]
     sources: tuple[Tensor, ...]
     handles: tuple[Tensor, ...]
+    precision: float
     versions: list[tuple[Tensor, int]]
 
     def backward(self, cotangents: Sequence[Tensor | None], times_need_grad: bool) -> tuple[Tensor | None, ...]:
@@ -320,7 +324,7 @@ class _Solve:
         rows, at_node = self.recurrence.rows, self.recurrence.nodes
         time_grads = zero.new_zeros(len(rows) + 1, dtype=zero.dtype.to_real()) if times_need_grad else None
         parameters = ParameterGradients()
-        linearisation = Linearisation(recollection, parameters, self.plan is None, time_grads)
+        linearisation = Linearisation(recollection, parameters, self.plan is None, time_grads, self.precision)
 
         by_node: list[Tensor | None] = [None] * len(at_node)
         by_slopes: list[Tensor | None] = [None] * len(at_node)

@@ -1,6 +1,7 @@
 """The user's function as the solver sees it: one flat state, one direction of time, every answer checked."""
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -10,6 +11,21 @@ from torch import Tensor
 from .host import HostedFunction
 
 Side = Literal["left", "right", "neither"]
+
+
+def precision_of(dtype: torch.dtype, device: torch.device) -> float:
+    """The unit in the last place of what is computed in a dtype on a device, under autocast too."""
+    lowered = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+    return max(torch.finfo(lowered).eps, torch.finfo(dtype).eps)
+
+
+def entry_name(name: str, index: int, shape: Sequence[int]) -> str:
+    """What an entry of a flattened tensor is called by its indices."""
+    indices = []
+    for size in reversed(shape):
+        index, rest = divmod(index, size)
+        indices.append(rest)
+    return f"{name}[{', '.join(map(str, reversed(indices)))}]" if indices else name
 
 
 class VectorField:
@@ -37,6 +53,7 @@ class VectorField:
         self._mixes_dtypes = hosted.is_adjoint
         self._perturb = perturb
         self._copies = copies and hosted.shapes is None
+        self._shape = y0.shape
         self._device = y0.device
         self.time_dtype = y0.dtype.to_real()
 
@@ -56,9 +73,15 @@ class VectorField:
     @property
     def precision(self) -> float:
         """The unit in the last place of func's values, under autocast too."""
-        device = self._device.type
-        lowered = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.time_dtype
-        return max(torch.finfo(lowered).eps, torch.finfo(self.time_dtype).eps)
+        return precision_of(self.time_dtype, self._device)
+
+    def entry(self, index: int) -> str:
+        """What the user calls an entry of the solver's flattened state."""
+        if self._shapes is None:
+            return entry_name("y", index, self._shape)
+        component = bisect_right(self._offsets, index) - 1
+        # Components without entries begin where the next one does.
+        return entry_name(f"y[{component}]", index - self._offsets[component], self._shapes[component])
 
     def __call__(self, user_time: Tensor, x: Tensor) -> Tensor:
         """Evaluate the user's function.

@@ -1,0 +1,144 @@
+"""The Jacobian J of f at a state: as a matrix, or as products J v; by auto-differentiation, or by differences.
+
+Everything is real, complex vectors being taken for real ones of twice the length: see `linear.to_real`.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from math import sqrt
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .linear import Product, from_real, matrix_of, to_real
+
+Slope = Callable[[Tensor], Tensor]
+
+_Made = TypeVar("_Made")
+
+_FEW = 16
+"""So few rows of a Jacobian are made one by one, for less than what it takes to set up a batch of them."""
+
+_UNKNOWN = 0.25
+"""An entry of which no size is known is changed as if it were ε to this power of the largest one."""
+
+
+class Jacobian:
+    """J at one state after another, by auto-differentiation for as long as func allows, else by differences.
+
+    Args:
+        differentiable: whether auto-differentiation may be tried: func is then given a state that requires a gradient.
+    """
+
+    def __init__(self, differentiable: bool) -> None:
+        self._differentiable = differentiable
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the last Jacobian was made by auto-differentiation."""
+        return self._differentiable
+
+    def use_differences(self) -> None:
+        """Use nothing but differences from now on."""
+        self._differentiable = False
+
+    def matrix(self, slope: Slope, x: Tensor, f: Tensor, sizes: Tensor) -> Tensor:
+        """J as a real matrix.
+
+        Args:
+            slope: f.
+            x: the state.
+            f: f there.
+            sizes: what size the entries of a state and its corrections are of, of the shape of x, real.
+        """
+        if self._differentiable:
+            found = self._differentiated(lambda: _matrix(slope, x))
+            if found is not None:
+                return found
+        increments = to_real_sizes(_increments(x, sizes), x)
+        return matrix_of(lambda unit: _difference(slope, x, f, increments * unit), to_real(x)) / increments
+
+    def product(self, slope: Slope, x: Tensor, f: Tensor, sizes: Tensor) -> Product:
+        """From v to J v: see `matrix`."""
+        if self._differentiable:
+            found = self._differentiated(lambda: _product(slope, x))
+            if found is not None:
+                return found
+        increments = to_real_sizes(_increments(x, sizes), x)
+
+        def product(v: Tensor) -> Tensor:
+            # No entry is changed by more than its own increment.
+            length = float((v / increments).abs().max())
+            return _difference(slope, x, f, v / length) * length if length > 0 else torch.zeros_like(v)
+
+        return product
+
+    def _differentiated(self, make: Callable[[], _Made | None]) -> _Made | None:
+        """What is made by auto-differentiation; None, now and from now on, where func does not allow it."""
+        try:
+            with torch.enable_grad():
+                found = make()
+        except RuntimeError:
+            # As func that uses NumPy or out= raises; an error of another cause, differences will meet again.
+            found = None
+        self._differentiable = found is not None
+        return found
+
+
+def to_real_sizes(sizes: Tensor, like: Tensor) -> Tensor:
+    """Real sizes of the entries of a state, for each entry of it as a real vector."""
+    return to_real(torch.complex(sizes, sizes) if like.is_complex() else sizes)
+
+
+def _matrix(slope: Slope, x: Tensor) -> Tensor | None:
+    leaf = x.detach().requires_grad_()
+    f = slope(leaf)
+    if not f.requires_grad:
+        return None
+    like = to_real(x)
+    units = torch.eye(len(like), dtype=like.dtype, device=like.device)
+
+    if torch.autograd.grad(f, leaf, torch.zeros_like(f), retain_graph=True, allow_unused=True)[0] is None:
+        return None
+
+    def pulled(cotangent: Tensor, is_batched: bool = False) -> Tensor:
+        return torch.autograd.grad(f, leaf, cotangent, retain_graph=True, is_grads_batched=is_batched)[0]
+
+    cotangents = [from_real(unit, x) for unit in units]
+    if len(like) > _FEW:
+        # An operation in func may have no rule for batches.
+        with suppress(RuntimeError):
+            return torch.stack([to_real(row) for row in pulled(torch.stack(cotangents), is_batched=True)])
+    return torch.stack([to_real(pulled(cotangent)) for cotangent in cotangents])
+
+
+def _product(slope: Slope, x: Tensor) -> Product | None:
+    """J v as the derivative of Jᵀ u, which is linear in u."""
+    leaf = x.detach().requires_grad_()
+    f = slope(leaf)
+    if not f.requires_grad:
+        return None
+    u = torch.zeros_like(f, requires_grad=True)
+    (pulled,) = torch.autograd.grad(f, leaf, u, create_graph=True, allow_unused=True)
+    if pulled is None or not pulled.requires_grad:
+        return torch.zeros_like
+
+    def product(v: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(pulled, u, from_real(v, x), retain_graph=True, allow_unused=True)
+        return torch.zeros_like(v) if found is None else to_real(found)
+
+    # Whether func can be differentiated twice is seen now, when differences can still take over.
+    product(torch.zeros_like(to_real(x)))
+    return product
+
+
+def _increments(x: Tensor, sizes: Tensor) -> Tensor:
+    eps = torch.finfo(x.dtype).eps
+    largest = sizes.max() if sizes.numel() else sizes.new_zeros(())
+    known = torch.where(sizes > 0, sizes, eps**_UNKNOWN * torch.where(largest > 0, largest, 1.0))
+    return sqrt(eps) * known
+
+
+def _difference(slope: Slope, x: Tensor, f: Tensor, change: Tensor) -> Tensor:
+    return to_real(slope(x + from_real(change, x)) - f)
