@@ -1,7 +1,7 @@
 """One evaluation of f with a graph of its own, which can be differentiated apart from all others."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +75,8 @@ class Recorder:
         }
         self._leaf_type = type(get_gradient_edge(self._zeros[like.dtype]).node)
         self._device_type = like.device.type
+        self._needs_graph = like.requires_grad or differentiate_times
+        self._is_opaque = False
         # Kept, for else autograd would make their nodes' Python side anew at every evaluation.
         self._leaves: dict[Node | None, Tensor] = {}
         self._are_all = are_all
@@ -97,6 +99,8 @@ class Recorder:
         Raises:
             ValueError: func depends on a tensor that `parameters` should have and has not.
         """
+        if self._is_opaque:
+            return self._vector_field(user_time, x.detach()), None
         with _AS_IT_IS if torch.is_grad_enabled() else torch.enable_grad():
             state = self._cut_off(x.detach() if x.requires_grad else x)
             arguments: tuple[GradientEdge, ...] = (_edge(state),)
@@ -104,15 +108,37 @@ class Recorder:
             if self._differentiate_times:
                 time = self._cut_off(time)
                 arguments = (*arguments, _edge(time))
-            return self._recorded(self._vector_field(time, state), arguments)
+            (slope,) = self._values(lambda state, time: (self._vector_field(time, state),), (state, time), x, user_time)
+            return self._recorded(slope, arguments)
 
     def record_parts(
         self, evaluate: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor
     ) -> list[tuple[Tensor, Evaluation | None]]:
         """Evaluate several functions of the state at once: as `record`, for each; their graphs may share parts."""
+        if self._is_opaque:
+            return [(value, None) for value in evaluate(x.detach())]
         with _AS_IT_IS if torch.is_grad_enabled() else torch.enable_grad():
             state = self._cut_off(x.detach())
-            return [self._recorded(value, (_edge(state),)) for value in evaluate(state)]
+            values = self._values(evaluate, (state,), x)
+            return [self._recorded(value, (_edge(state),)) for value in values]
+
+    def _values(
+        self, evaluate: Callable[..., tuple[Tensor, ...]], arguments: tuple[Tensor, ...], *plain: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Functions of arguments with a graph; or of the plain ones, if func takes no others and none are needed."""
+        try:
+            return evaluate(*arguments)
+        except RuntimeError:
+            # As func raises that uses NumPy or out=.
+            if self._needs_graph:
+                raise
+            with suppress(RuntimeError):
+                values = evaluate(*(argument.detach() for argument in plain))
+                # After the first step any solver would give a func of parameters a state with a graph.
+                if not any(value.requires_grad for value in values):
+                    self._is_opaque = True
+                    return values
+            raise
 
     def evaluate(self, user_time: Tensor, x: Tensor) -> Tensor:
         """Evaluate f and keep nothing but the value."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .jacobian import Jacobian, Slope, to_real_sizes
-from .linear import FALLBACK_LIMIT, FEW_RESTARTS, Factors, from_real, gmres, noise, to_real
+from .linear import FALLBACK_LIMIT, FEW_RESTARTS, Factors, from_real, gmres, is_rounding, noise, to_real
 
 JACOBIAN_LIMIT = 256
 """Newton's method keeps a matrix for the Jacobian of up to so many real unknowns."""
@@ -49,14 +49,8 @@ _SHORTEST = 1e-4
 _ROUNDING = 8
 """So many units in the last place are rounding."""
 
-_PROBES = 3
-"""So often, at most, the rounding of func is looked for."""
-
 _PROBE = 16
 """By so many times its rounding the state is changed for it, as the rounding of func has steps of its own."""
-
-_HOPELESS = 100
-"""A residual of so many roundings is none."""
 
 _INEXACT = 1e-3
 """Newton corrections of large systems are solved to this relative residual."""
@@ -87,6 +81,7 @@ class ImplicitSolver:
         self._jacobian = Jacobian(differentiable)
         self._matrix: Tensor | None = None
         self._factors: tuple[float, Factors] | None = None
+        self._products = 0
         self._uses_newton = False
         self._uses_matrix = False
         self._lipschitz = torch.inf
@@ -200,7 +195,7 @@ class ImplicitSolver:
 
     def _newton(self, equation: "_Equation", d: Tensor) -> "_Solution | _Failure":
         x = equation.x
-        is_dense = self._uses_matrix or to_real(x).numel() <= JACOBIAN_LIMIT
+        is_dense = self._uses_matrix or to_real(x).numel() <= max(JACOBIAN_LIMIT, self._affordable())
         # The same for all iterates, unlike the tolerance.
         scale = self._scale(equation, d)
 
@@ -294,8 +289,17 @@ class ImplicitSolver:
         # In terms of their scale, no large entries hide small ones.
         sizes = to_real_sizes(scale, x)
         rhs = to_real(residual) / sizes
-        found, left = gmres(lambda v: equation.weight * product(sizes * v) / sizes, rhs, _INEXACT, FEW_RESTARTS)
+
+        def scaled(v: Tensor) -> Tensor:
+            self._products += 1
+            return equation.weight * product(sizes * v) / sizes
+
+        found, left = gmres(scaled, rhs, _INEXACT, FEW_RESTARTS)
         return from_real(sizes * found, x), bool(left.norm() <= 2 * _INEXACT * rhs.norm())
+
+    def _affordable(self) -> int:
+        """Of how many unknowns a matrix costs no more than the products that have been made already."""
+        return min(self._products, FALLBACK_LIMIT) if self._jacobian.is_exact else 0
 
     def _forget(self) -> None:
         self._matrix = self._factors = None
@@ -314,18 +318,13 @@ class ImplicitSolver:
         y = x + d
         level = torch.maximum(x.abs(), y.abs())
         own = torch.finfo(x.dtype).eps * (level + d.abs() + c.abs()) + self._precision * abs(weight) * f.abs()
-        change = torch.zeros_like(own)
-        for probe in range(_PROBES):
-            nearby = y + 2 * _PROBE * self._precision * level * noise(level, probe)
-            change = torch.maximum(change, abs(weight) / _PROBE * (equation.slope(nearby) - f).abs())
-            excess = _excess(residual, _ROUNDING * (own + change))
-            excess = excess if but_for is None else excess.where(~but_for, 0.0)
-            largest = float(excess.max())
-            if largest <= 1:
-                return True
-            if largest > _HOPELESS:
-                return False
-        return False
+        residual = residual.abs() if but_for is None else residual.abs().where(~but_for, 0.0)
+
+        def change(seed: int) -> Tensor:
+            nearby = y + 2 * _PROBE * self._precision * level * noise(level, seed)
+            return _ROUNDING * abs(weight) / _PROBE * (equation.slope(nearby) - f).abs()
+
+        return is_rounding(residual, _ROUNDING * own, change)
 
     def _failure(self, equation: "_Equation", d: Tensor, now: "_Correction") -> "_Failure":
         if not bool(torch.isfinite(now.residual).all()):

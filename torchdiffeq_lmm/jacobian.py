@@ -20,6 +20,9 @@ _Made = TypeVar("_Made")
 _FEW = 16
 """So few rows of a Jacobian are made one by one, for less than what it takes to set up a batch of them."""
 
+_BATCH = 64
+"""So many rows are made at once, as they take the memory of so many gradients."""
+
 _UNKNOWN = 0.25
 """An entry of which no size is known is changed as if it were ε to this power of the largest one."""
 
@@ -109,7 +112,8 @@ def _matrix(slope: Slope, x: Tensor) -> Tensor | None:
     if len(like) > _FEW:
         # An operation in func may have no rule for batches.
         with suppress(RuntimeError):
-            return torch.stack([to_real(row) for row in pulled(torch.stack(cotangents), is_batched=True)])
+            batches = [torch.stack(cotangents[i : i + _BATCH]) for i in range(0, len(cotangents), _BATCH)]
+            return torch.stack([to_real(row) for batch in batches for row in pulled(batch, is_batched=True)])
     return torch.stack([to_real(pulled(cotangent)) for cotangent in cotangents])
 
 

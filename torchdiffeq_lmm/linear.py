@@ -33,6 +33,9 @@ _ROUNDING = 1e3
 _SWEEPS = 3
 """So many times a solution is improved in entries that are small beside others."""
 
+_PROBES = 8
+"""So often, at most, rounding is looked for."""
+
 _KEPT = 2
 """Of so many steps' matrices the factors are kept."""
 
@@ -68,6 +71,27 @@ def noise(like: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(seed)
     numbers = torch.rand(like.shape, generator=generator, dtype=torch.float32, device="cpu")
     return (2 * numbers - 1).to(like.device, like.dtype)
+
+
+def is_rounding(residual: Tensor, own: Tensor, change: Callable[[int], Tensor]) -> bool:
+    """Whether every entry of a residual is rounding.
+
+    Args:
+        residual: its entries' sizes.
+        own: the rounding that is known, entry by entry.
+        change: from a seed to what rounding of the unknowns, drawn by it, makes of the equation; it may cancel.
+    """
+    count = int((~(residual <= own)).sum())
+    largest = torch.zeros_like(own)
+    for seed in range(_PROBES):
+        if count == 0:
+            return True
+        largest = torch.maximum(largest, change(seed))
+        before, count = count, int((~(residual <= own + largest)).sum())
+        # Entries where it has cancelled get fewer with every draw; others stay.
+        if seed and 2 * count > before:
+            break
+    return count == 0
 
 
 class Factors:
@@ -184,6 +208,7 @@ class LinearSolver:
 
     def __init__(self) -> None:
         self._factors: dict[float, Factors] = {}
+        self._products = 0
 
     def solve(self, product: Product, rhs: Tensor, eps: float, weight: float = 1.0) -> Tensor:
         """Solve (1 - A) z = r.
@@ -207,17 +232,25 @@ class LinearSolver:
             exact: Tensor = torch.linalg.solve(matrix, rhs)
             return exact
         is_small = len(rhs) <= FALLBACK_LIMIT
+        if is_small and self._products > len(rhs):
+            # As much as a matrix costs has been spent.
+            return self._by_matrix(product, rhs, eps, weight)
         factors = self._factors.get(weight) or next(reversed(self._factors.values()), None)
         precondition = None if factors is None else factors.solve
         restarts = FEW_RESTARTS if is_small else MAX_RESTARTS
-        solution, residual = gmres(product, rhs, 10 * eps, restarts, precondition)
+
+        def counted(vector: Tensor) -> Tensor:
+            self._products += 1
+            return product(vector)
+
+        solution, residual = gmres(counted, rhs, 10 * eps, restarts, precondition)
         for _ in range(_SWEEPS):
             sizes = _own_sizes(solution, rhs, residual)
-            if _is_rounding(product, solution, residual, sizes, eps):
+            if _is_rounding(counted, solution, residual, sizes, eps):
                 return solution
             # In terms of what each entry is, no large one hides a small one.
             scaled, _ = gmres(
-                lambda v, sizes=sizes: product(sizes * v) / sizes,  # type: ignore[misc]
+                lambda v, sizes=sizes: counted(sizes * v) / sizes,  # type: ignore[misc]
                 residual / sizes,
                 tolerance=10 * eps / max(float((residual / sizes).abs().max()), 10 * eps),
                 restarts=FEW_RESTARTS,
@@ -236,6 +269,7 @@ class LinearSolver:
         return solution
 
     def _by_matrix(self, product: Product, rhs: Tensor, eps: float, weight: float) -> Tensor:
+        self._products = 0
         factors = Factors(matrix_of(product, rhs))
         self._factors.pop(weight, None)
         if len(self._factors) == _KEPT:
@@ -263,8 +297,6 @@ def _own_sizes(solution: Tensor, rhs: Tensor, residual: Tensor) -> Tensor:
 
 def _is_rounding(product: Product, solution: Tensor, residual: Tensor, sizes: Tensor, eps: float) -> bool:
     rounding = min(_ROUNDING * eps, eps**0.5)
-    if bool((residual.abs() <= rounding * sizes).all()):
-        return True
-    # Not in terms of their sum, perhaps in terms of those of A z, which may cancel.
-    change = product(noise(solution) * sizes).abs()
-    return bool((residual.abs() <= rounding * torch.maximum(sizes, change)).all())
+    return is_rounding(
+        residual.abs(), rounding * sizes, lambda seed: rounding * product(noise(solution, seed) * sizes).abs()
+    )
