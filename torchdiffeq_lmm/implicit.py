@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .jacobian import Jacobian, Slope, to_real_sizes
-from .linear import FALLBACK_LIMIT, FEW_RESTARTS, Factors, from_real, gmres, is_rounding, noise, to_real
+from .linear import FALLBACK_LIMIT, FEW_RESTARTS, Counted, Factors, from_real, gmres, is_rounding, noise, to_real
 
 JACOBIAN_LIMIT = 256
 """Newton's method keeps a matrix for the Jacobian of up to so many real unknowns."""
@@ -81,7 +81,6 @@ class ImplicitSolver:
         self._jacobian = Jacobian(differentiable)
         self._matrix: Tensor | None = None
         self._factors: tuple[float, Factors] | None = None
-        self._products = 0
         self._uses_newton = False
         self._uses_matrix = False
         self._lipschitz = torch.inf
@@ -195,7 +194,7 @@ class ImplicitSolver:
 
     def _newton(self, equation: "_Equation", d: Tensor) -> "_Solution | _Failure":
         x = equation.x
-        is_dense = self._uses_matrix or to_real(x).numel() <= max(JACOBIAN_LIMIT, self._affordable())
+        is_dense = self._uses_matrix or to_real(x).numel() <= JACOBIAN_LIMIT
         # The same for all iterates, unlike the tolerance.
         scale = self._scale(equation, d)
 
@@ -290,16 +289,11 @@ class ImplicitSolver:
         sizes = to_real_sizes(scale, x)
         rhs = to_real(residual) / sizes
 
-        def scaled(v: Tensor) -> Tensor:
-            self._products += 1
-            return equation.weight * product(sizes * v) / sizes
-
+        scaled = Counted(lambda v: equation.weight * product(sizes * v) / sizes)
         found, left = gmres(scaled, rhs, _INEXACT, FEW_RESTARTS)
+        if self._jacobian.is_exact and scaled.is_dear(rhs):
+            self._uses_matrix = True
         return from_real(sizes * found, x), bool(left.norm() <= 2 * _INEXACT * rhs.norm())
-
-    def _affordable(self) -> int:
-        """Of how many unknowns a matrix costs no more than the products that have been made already."""
-        return min(self._products, FALLBACK_LIMIT) if self._jacobian.is_exact else 0
 
     def _forget(self) -> None:
         self._matrix = self._factors = None

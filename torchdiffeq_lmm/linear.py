@@ -36,6 +36,9 @@ _SWEEPS = 3
 _PROBES = 8
 """So often, at most, rounding is looked for."""
 
+_DEAR = 0.25
+"""For more products than this, times the number of unknowns, a matrix is made."""
+
 _KEPT = 2
 """Of so many steps' matrices the factors are kept."""
 
@@ -92,6 +95,23 @@ def is_rounding(residual: Tensor, own: Tensor, change: Callable[[int], Tensor]) 
         if seed and 2 * count > before:
             break
     return count == 0
+
+
+class Counted:
+    """A product, and how often it was asked for."""
+
+    def __init__(self, product: Product) -> None:
+        self._product = product
+        self._calls = 0
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """The product with a vector."""
+        self._calls += 1
+        return self._product(vector)
+
+    def is_dear(self, like: Tensor) -> bool:
+        """Whether so many products were asked for, of vectors like this, that a matrix would have cost less."""
+        return len(like) <= FALLBACK_LIMIT and self._calls > _DEAR * len(like)
 
 
 class Factors:
@@ -208,7 +228,7 @@ class LinearSolver:
 
     def __init__(self) -> None:
         self._factors: dict[float, Factors] = {}
-        self._products = 0
+        self._is_dear = False
 
     def solve(self, product: Product, rhs: Tensor, eps: float, weight: float = 1.0) -> Tensor:
         """Solve (1 - A) z = r.
@@ -232,18 +252,14 @@ class LinearSolver:
             exact: Tensor = torch.linalg.solve(matrix, rhs)
             return exact
         is_small = len(rhs) <= FALLBACK_LIMIT
-        if is_small and self._products > len(rhs):
-            # As much as a matrix costs has been spent.
+        if is_small and self._is_dear:
             return self._by_matrix(product, rhs, eps, weight)
         factors = self._factors.get(weight) or next(reversed(self._factors.values()), None)
         precondition = None if factors is None else factors.solve
         restarts = FEW_RESTARTS if is_small else MAX_RESTARTS
-
-        def counted(vector: Tensor) -> Tensor:
-            self._products += 1
-            return product(vector)
-
+        counted = Counted(product)
         solution, residual = gmres(counted, rhs, 10 * eps, restarts, precondition)
+        self._is_dear = counted.is_dear(rhs)
         for _ in range(_SWEEPS):
             sizes = _own_sizes(solution, rhs, residual)
             if _is_rounding(counted, solution, residual, sizes, eps):
@@ -269,7 +285,7 @@ class LinearSolver:
         return solution
 
     def _by_matrix(self, product: Product, rhs: Tensor, eps: float, weight: float) -> Tensor:
-        self._products = 0
+        self._is_dear = False
         factors = Factors(matrix_of(product, rhs))
         self._factors.pop(weight, None)
         if len(self._factors) == _KEPT:
