@@ -398,7 +398,10 @@ class TestState:
             (lambda model: model.to("cpu", torch.float32), torch.float32),
             (lambda model: model.to_empty(device="cpu"), torch.float64),
             (lambda model: model.load_state_dict(copy.deepcopy(model).state_dict()), torch.float64),
-            (lambda model: model.load_state_dict(copy.deepcopy(model).float().state_dict(), assign=True), torch.float32),
+            (
+                lambda model: model.load_state_dict(copy.deepcopy(model).float().state_dict(), assign=True),
+                torch.float32,
+            ),
             (lambda model: model.requires_grad_(False).requires_grad_(), torch.float64),
         ],
     )

@@ -313,7 +313,8 @@ class GridParameter(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GridParameter":
         # Rows with a graph hold the parameter, which then cannot be swapped for the converted one.
         self._cut = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors with a graph cannot be copied.
