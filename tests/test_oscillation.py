@@ -269,6 +269,8 @@ CURVE = torch.sin(2 * math.pi * torch.arange(40, dtype=torch.float64) / 10)
         torch.tensor([0.5] + [1.0] * 20 + [0.5]),
         torch.tensor([2.0] + [1.0] * 20 + [2.0]),
         torch.tensor([0.0] + [1.0] * 20 + [2.0]),
+        torch.tensor([4.0, 2.0, 1.5, 1.2, 1.0, 0.9, 0.8, 0.7]),
+        torch.tensor([0.0, 2.0, 1.5, 1.2, 1.0, 0.9, 0.8, 0.7]),
         torch.zeros(10),
         torch.tensor([1.0, 1.1, 1.3, 1.4]),
     ],

@@ -16,10 +16,10 @@ from .grid_parameter import GridParameter
 Stack = Tensor | Sequence[Tensor]
 
 _ALTERNATES = 0.03
-"""The local index above which a gradient oscillates, if its rows stand out, or if index and coherence are high, too."""
+"""The local index above which a gradient is not smooth; and the index above which it oscillates, if it is coherent."""
 
 _ROUGH = 0.1
-"""The index above which a gradient that is not coherent is called rough."""
+"""The index above which a gradient that is neither smooth nor coherent is called rough."""
 
 _COHERENT = 0.65
 """The coherence above which what alternates is called a zigzag."""
@@ -52,8 +52,7 @@ class Oscillation:
 
     Attributes:
         index: Σ |d_n|² / (Σ |s_n|² + Σ |d_n|²), over all entries and inner rows: 0 where nothing alternates, 1 where
-            nothing else is there. About ½ through leapfrog without a filter, and for white noise. A first or last row
-            that is 0 is left out, for func is not evaluated there, as at the first one by BDF methods.
+            nothing else is there. About ½ through leapfrog without a filter, and for white noise.
         local: the largest such index of three inner rows on end, of which only what changes its sign from each to the
             next counts, or of the two at an end. A jump, as at an observation, does not count, for it alternates
             between two rows alone; nor does the first or the last row by itself, for it may own half a step, a whole
@@ -85,16 +84,19 @@ class Oscillation:
     def verdict(self) -> str:
         """What it is, in words.
 
-        ``"oscillates near row 97"`` where the local index is above 0.03 and its rows stand out, as in the layers of
-        Adams and BDF methods: at both ends and before observations; the row is that of the largest. ``"oscillates"``
-        where both indices are above 0.03 and the coherence is above 0.65. ``"rough: random rather than alternating"``
-        where the index is above 0.1, but nothing of that. ``"not finite"``. Else ``"smooth"``.
+        ``"smooth"`` where the local index is at most 0.03. Else ``"oscillates near row 97"`` where its rows stand out,
+        as in the layers of Adams and BDF methods, at both ends and before observations; the row is that of the largest.
+        Else ``"oscillates"`` where the index is above 0.03 and the coherence above 0.65. Else ``"rough: random rather
+        than alternating"`` where the index is above 0.1, and else ``"smooth"``, too. ``"not finite"`` where there are
+        infinities or NaN.
         """
         if not math.isfinite(self.index):
             return "not finite"
-        if self.local > _ALTERNATES and self.row is not None:
+        if not self.local > _ALTERNATES:
+            return "smooth"
+        if self.row is not None:
             return f"oscillates near row {self.row}"
-        if min(self.index, self.local) > _ALTERNATES and self.coherence > _COHERENT:
+        if self.index > _ALTERNATES and self.coherence > _COHERENT:
             return "oscillates"
         return "rough: random rather than alternating" if self.index > _ROUGH else "smooth"
 
@@ -343,9 +345,9 @@ def _measured(name: str, stack: _Gradient, widths: Tensor | None) -> Oscillation
         return Oscillation(0.0, 0.0, None, 0.0, (), nothing, nothing[1:-1])
     rows = gradient.reshape(count, -1)
     sums, entry = _sums_and_entry(rows, widths)
-    begin, sums = _without_empty_ends(sums)
     alternating, slow = float(sums.alternating.sum()), float(sums.slow.sum())
     index = alternating / (alternating + slow) if alternating + slow != 0 else 0.0
+    begin, sums = _without_empty_ends(sums)
     local, place = _largest_local(sums) or (index, None)
     row = None if place is None else begin + place
     density = rows[:, entry].cpu()
