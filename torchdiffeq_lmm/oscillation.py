@@ -184,14 +184,14 @@ def oscillation(
     a batch of 512 and 30 % for one of 64; there call it every tenth step.
 
     It looks at finished gradients only. A gradient may be rough for another reason, as where weights of their own per
-    step are freshly drawn at random. Where that is random it says so, and counts it as no oscillation; a zigzag as
-    large as the roughness is seen beside it. Of a single entry over few rows nobody can tell: white noise of 20 rows is
-    taken for a zigzag one time in ten. Whether it is the solver, a `grad_filter` tells: with it both indices fall.
+    step are freshly drawn at random. Where that is random it says so, and counts it as no oscillation; a zigzag twice
+    as large is seen beside it. Of a single entry over few rows nobody can tell: white noise of 20 rows is taken for a
+    zigzag one time in ten. Whether it is the solver, a `grad_filter` tells: with it both indices fall.
 
-    A first or last row that is off by itself is no oscillation, and is not seen: through ab2, bdf2 and am2 to am4, as
-    through Runge–Kutta methods, little else is off. A `GridParameter` that is linear between nodes has half a step at
-    either end, as trapezoid weights give it; a filter with step weights gives it a whole one there, which on coarse
-    grids shows in the index, but not in the local one.
+    A first or last row that is off by itself is no oscillation, and is not seen: through ab2, abm3, abm4, bdf2 and am2
+    to am4, as through Runge–Kutta methods, little else is off. A `GridParameter` that is linear between nodes has half
+    a step at either end, as trapezoid weights give it; a filter with step weights gives it a whole one there, which on
+    coarse grids shows in the index, but not in the local one.
 
     Args:
         parameters: whose gradients. Of a module: those of every `GridParameter` in it, and of parameters that are equal
