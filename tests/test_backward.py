@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchdiffeq_lmm
-from torchdiffeq_lmm import Checkpoint, Reversible
+from torchdiffeq_lmm import Checkpoint, DriftError, Reversible
 from torchdiffeq_lmm.backward import BACKWARDS, resolve_backward
 from torchdiffeq_lmm.methods import METHODS
 
@@ -936,7 +936,7 @@ def of_rate(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
 def test_drift_raises_and_is_reported(dtype: torch.dtype, value: float) -> None:
     seen: list[float] = []
     states = decay(of_rate(value, dtype), 500, Reversible(anchors=0, report=seen.append))
-    with pytest.raises(RuntimeError, match="backward='reversible' ran the solution back to a state that is off by"):
+    with pytest.raises(DriftError, match="backward='reversible' ran the solution back to a state that is off by"):
         states[-1].sum().backward()
     assert len(seen) == 1
     assert seen[0] > torch.finfo(dtype).eps ** 0.5

@@ -1,11 +1,13 @@
 """The filtered gradient against the continuous adjoint, and the mathematics of the filter."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from problems import GRIDS, PENDULUM, PROBLEMS, Problem, Reference, orders
+from scipy.integrate import solve_ivp
 from torch import Tensor
 
 import torchdiffeq_lmm
@@ -127,6 +129,53 @@ def test_second_order_with_an_observation_at_every_node(grid: str) -> None:
         density = Reference(PENDULUM, nodes[1:].tolist(), weight=1 / steps).density(nodes)
         errors.append(float((gradients - density).abs().max()))
     assert_second_order(errors)
+
+
+@cache
+def density_of_running_cost(steps: int) -> Tensor:
+    """That of the gradient of ∫ ½ |x - target|² dt, at steps + 1 nodes: of shape (steps + 1, 2)."""
+    tight = {"method": "DOP853", "rtol": 1e-11, "atol": 1e-12, "dense_output": True}
+    target = np.array(PENDULUM.target)
+    x = solve_ivp(lambda t, x: PENDULUM.f(x, PENDULUM.theta(t)), (0, 2), PENDULUM.x0, **tight).sol
+    p = solve_ivp(
+        lambda t, p: -PENDULUM.state_vjp(x(t), PENDULUM.theta(t), p) - (x(t) - target), (2, 0), np.zeros(2), **tight
+    ).sol
+    times = np.linspace(0, 2, steps + 1)
+    return torch.tensor(np.stack([PENDULUM.theta_vjp(x(t), PENDULUM.theta(t), p(t)) for t in times]))
+
+
+@pytest.mark.parametrize("in_state", [False, True])
+@pytest.mark.parametrize("method", ["leapfrog", "ab3", "abm3"])
+def test_a_running_cost_summed_over_the_nodes_is_first_order_at_its_ends(method: str, in_state: bool) -> None:
+    """Σ w_j ℓ(x_j) by the trapezoid rule; as part of the state the same cost has no ends."""
+    at_last_node = method == "abm3"
+    target = torch.tensor(PENDULUM.target)
+    inner, ends = [], []
+    for steps in STEPS:
+        nodes = torch.linspace(0, 2, steps + 1, dtype=torch.float64)
+        rows = nodes if at_last_node else nodes[:-1]
+        theta = torch.tensor(PENDULUM.theta(rows.numpy()).T).requires_grad_()
+
+        def func(t: Tensor, y: Tensor, theta: Tensor = theta, h: float = 2 / steps) -> Tensor:
+            slope = PENDULUM.torch_f(y[:2], theta[int(t / h + 0.5)])
+            return torch.cat([slope, (y[:2] - target).square().sum()[None] / 2])
+
+        y0 = torch.tensor([*PENDULUM.x0, 0.0], dtype=torch.float64)
+        y = torchdiffeq_lmm.odeint(func, y0, nodes, method=method, grad_filter="auto")
+        summed = torch.trapezoid((y[:, :2] - target).square().sum(1) / 2, nodes)
+        (y[-1, 2] if in_state else summed).backward()
+        errors = theta.grad * (steps / 2) - density_of_running_cost(steps)[: len(rows)]
+        inner.append(float((errors[1:-1] if at_last_node else errors[1:]).abs().max()))
+        ends.append([float(errors[n].abs().max()) for n in ((0, -1) if at_last_node else (0,))])
+    assert_second_order(inner)
+    if in_state:
+        assert_second_order([max(errors) for errors in ends])
+    else:
+        for errors in zip(*ends, strict=True):
+            assert orders(list(errors)) == pytest.approx([1.0, 1.0], abs=0.2)
+        # w_0 ∂ℓ/∂x, as the parameters feel it.
+        jump = PENDULUM.theta_vjp(np.array(PENDULUM.x0), PENDULUM.theta(0.0), np.array(PENDULUM.x0) - target.numpy())
+        assert ends[-1][0] == pytest.approx(np.abs(jump).max() / STEPS[-1], rel=0.1)
 
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])

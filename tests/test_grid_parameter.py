@@ -389,6 +389,49 @@ class TestState:
             other(0.6).sum().backward()
             assert theta.values.grad is None
 
+    @pytest.mark.parametrize("swap", [False, True])
+    @pytest.mark.parametrize("kind", ["step", "linear"])
+    @pytest.mark.parametrize(
+        ("change", "dtype"),
+        [
+            (lambda model: model.float(), torch.float32),
+            (lambda model: model.to("cpu", torch.float32), torch.float32),
+            (lambda model: model.to_empty(device="cpu"), torch.float64),
+            (lambda model: model.load_state_dict(copy.deepcopy(model).state_dict()), torch.float64),
+            (
+                lambda model: model.load_state_dict(copy.deepcopy(model).float().state_dict(), assign=True),
+                torch.float32,
+            ),
+            (lambda model: model.requires_grad_(False).requires_grad_(), torch.float64),
+        ],
+    )
+    def test_it_may_be_converted_after_a_solve(self, change, dtype: torch.dtype, kind: str, swap: bool) -> None:
+        """The gradient of the solve that follows is that of a module made anew."""
+        nodes = torch.linspace(0, 1, 9, dtype=torch.float64)
+
+        def gradient(field: Field) -> Tensor:
+            field.zero_grad()
+            y0 = torch.tensor([1.0, 0.5], dtype=field.damping.dtype)
+            method = {"method": "leapfrog" if kind == "step" else "abm2", "options": {"step_size": 1 / 8}}
+            odeint(field, y0, nodes[[0, -1]], **method, grad_filter="auto")[-1].sum().backward()
+            return field.theta.values.grad
+
+        def made(dtype: torch.dtype) -> Field:
+            stack = 1 + values(8 if kind == "step" else 9, 2) / 5
+            return Field(GridParameter(stack, nodes, kind)).to(dtype)
+
+        field = made(torch.float64)
+        gradient(field)
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+        try:
+            change(field)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        with torch.no_grad():
+            field.load_state_dict(made(dtype).state_dict())
+        assert field.theta.values.dtype == dtype
+        torch.testing.assert_close(gradient(field), gradient(made(dtype)))
+
     def test_nodes_stay_in_double_precision(self) -> None:
         theta = steps_of().half()
         assert theta.nodes.dtype == torch.float64

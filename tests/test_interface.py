@@ -1,6 +1,8 @@
 """`torchdiffeq_lmm.odeint` beside `torchdiffeq.odeint`."""
 
+import importlib
 import inspect
+import pkgutil
 
 import pytest
 import torch
@@ -115,3 +117,19 @@ def test_odeint_adjoint_refuses_a_filter() -> None:
 def test_unknown_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"weights must be one of \('step', 'trapezoid'\), got 'simpson'"):
         LeapfrogFilter(weights="simpson")
+
+
+def test_what_users_meet_can_be_imported() -> None:
+    """Exceptions, and the classes of what is returned."""
+    modules = [
+        importlib.import_module(f"torchdiffeq_lmm.{m.name}") for m in pkgutil.iter_modules(torchdiffeq_lmm.__path__)
+    ]
+    for module in modules:
+        for name, found in vars(module).items():
+            if isinstance(found, type) and issubclass(found, Exception) and found.__module__ == module.__name__:
+                assert getattr(torchdiffeq_lmm, name) is found
+    for returned in (torchdiffeq_lmm.method_info("ab2"), torchdiffeq_lmm.oscillation(torch.ones(3))):
+        assert type(returned).__name__ in torchdiffeq_lmm.__all__
+    for name in torchdiffeq_lmm.__all__:
+        assert hasattr(torchdiffeq_lmm, name)
+    assert issubclass(torchdiffeq_lmm.DriftError, RuntimeError)

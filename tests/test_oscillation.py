@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_lmm import GridParameter, odeint, oscillation
+from torchdiffeq_lmm import CostateFilter, GridParameter, odeint, oscillation
+from torchdiffeq_lmm.methods import METHODS
 
 N = 41
 TIMES = torch.linspace(0, 1, N, dtype=torch.float64)
@@ -194,6 +195,157 @@ def test_it_tells_leapfrogs_gradient_from_the_filtered_one(grad_filter: str | No
     torch.testing.assert_close(
         report["values"].density, (theta.values.grad / theta.widths[:, None])[:, report["values"].entry[0]]
     )
+
+
+LAYER = [0.9, 1.4, -0.2, 2.3]
+"""What ab4 makes of a gradient of 1 before an observation."""
+
+
+@pytest.mark.parametrize("rows", [16, 100])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float64, 1.0),
+        (torch.complex64, 1e-25),
+        (torch.float16, 300.0),
+        (torch.float32, 1e37),
+        (torch.float64, 1e-200),
+    ],
+)
+def test_a_layer_at_an_end_is_seen(dtype: torch.dtype, size: float, rows: int) -> None:
+    plateau = torch.ones(rows, dtype=torch.float64)
+    plateau[-4:] = torch.tensor(LAYER, dtype=torch.float64)
+    stack = (size * torch.stack([plateau, SLOW.new_full((rows,), 0.1)], dim=1)).to(dtype)
+    for turned, row in ((stack, rows - 2), (stack.flip(0), 1)):
+        report = oscillation(turned)
+        assert report.index < 0.1
+        assert report["parameters"].verdict == f"oscillates near row {row}"
+        assert report.oscillates
+        assert str(report).endswith(f"oscillates near row {row}")
+
+
+def test_a_layer_before_an_inner_observation_is_seen() -> None:
+    stack = torch.ones(100, 3, dtype=torch.float64)
+    stack[46:50] = torch.tensor(LAYER, dtype=torch.float64)[:, None]
+    stack[50:] = 0.4
+    found = oscillation(stack)["parameters"]
+    assert found.index < 0.1
+    assert found.oscillates
+    assert 46 <= found.row <= 50
+
+
+@pytest.mark.parametrize("entries", [2, 20, 3000])
+def test_noise_is_rough_and_no_zigzag(entries: int) -> None:
+    for seed in range(3):
+        noise = torch.randn(60, entries, generator=torch.Generator().manual_seed(seed))
+        found = oscillation(noise)["parameters"]
+        assert found.verdict == "rough: random rather than alternating"
+        assert not found.oscillates
+        # A zigzag as large as the noise is one nevertheless, where there are entries enough to tell.
+        zigzag = oscillation(noise + 2 * (-1.0) ** torch.arange(60)[:, None])["parameters"]
+        assert zigzag.oscillates
+        # As much of it as the index tolerates is smooth; most of all it is no layer.
+        assert oscillation(1 + 0.3 * noise)["parameters"].verdict == "smooth"
+
+
+def test_noise_of_a_single_entry_is_mostly_told_from_a_zigzag() -> None:
+    noise = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
+    assert sum(oscillation(one)["parameters"].oscillates for one in noise.unbind(1)) <= 5
+    assert all(oscillation(one + 3 * (-1.0) ** torch.arange(100)).oscillates for one in noise.unbind(1))
+
+
+CURVE = torch.sin(2 * math.pi * torch.arange(40, dtype=torch.float64) / 10)
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        CURVE,
+        # A jump, and one with the mean of both sides at its node.
+        torch.tensor([1.0] * 20 + [-1.0] * 20),
+        torch.tensor([1.0] * 20 + [0.0] + [-1.0] * 20),
+        torch.tensor([1.0] * 20 + [0.0] * 20),
+        # Ends that own half a step, two, or none.
+        torch.tensor([0.5] + [1.0] * 20 + [0.5]),
+        torch.tensor([2.0] + [1.0] * 20 + [2.0]),
+        torch.tensor([0.0] + [1.0] * 20 + [2.0]),
+        torch.tensor([4.0, 2.0, 1.5, 1.2, 1.0, 0.9, 0.8, 0.7]),
+        torch.tensor([0.0, 2.0, 1.5, 1.2, 1.0, 0.9, 0.8, 0.7]),
+        torch.zeros(10),
+        torch.tensor([1.0, 1.1, 1.3, 1.4]),
+    ],
+)
+def test_what_is_no_oscillation(stack: Tensor) -> None:
+    found = oscillation(stack)["parameters"]
+    assert found.verdict == "smooth"
+    assert not found.oscillates
+
+
+def test_what_is_not_finite_is_said() -> None:
+    lost = torch.ones(5)
+    lost[2] = math.inf
+    assert str(oscillation(lost)).endswith("not finite")
+
+
+def test_local_index_and_coherence_are_what_they_are_said_to_be() -> None:
+    """Row by row, for ends that are best left as they are."""
+    stack = torch.randn(9, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    stack[[0, -1]] = 1e-3
+    before, inner, after = stack[:-2], stack[1:-1], stack[2:]
+    d, s = (2 * inner - before - after) / 4, (2 * inner + before + after) / 4
+    sizes = [float(a @ a + b @ b) for a, b in zip(d, s, strict=True)]
+    sizes = [size + 0.05 * sum(sizes) / len(sizes) for size in sizes]
+    turns = [max(0.0, -float(d[n] @ d[n + 1])) for n in range(6)]
+    wanted = [3 * min(turns[n], turns[n + 1]) / sum(sizes[n : n + 3]) for n in range(5)]
+    wanted += [2 * turns[n] / (sizes[n] + sizes[n + 1]) for n in (0, 5)]
+    found = oscillation(stack)["parameters"]
+    assert found.local == pytest.approx(max(wanted), rel=1e-2)
+    sizes_of_d = d.norm(dim=1)
+    correlation = -float((d[:-1] * d[1:]).sum() / (sizes_of_d[:-1] * sizes_of_d[1:]).sum())
+    assert found.coherence == pytest.approx((correlation - 2 / 3) / (1 / 3), rel=1e-6)
+
+
+EXPLICIT = {"leapfrog", "nystrom3", "ab1", "ab2", "ab3", "ab4", "ab5"}
+ZIGZAG_EVERYWHERE = {"leapfrog", "nystrom3", "milne_simpson"}
+LAYERS = {"ab3", "ab4", "ab5", "abm2", "abm5", "bdf3", "bdf4", "bdf5", "bdf6"}
+
+
+@pytest.mark.parametrize("name", [*(method.name for method in METHODS), "heun2", "midpoint"])
+def test_every_method_with_and_without_a_filter(name: str) -> None:
+    """Observed in the middle and at the end; the filtered gradient is the truth, to second order.
+
+    Of the others a single row at an end is off, and those next to it by less than a third; am5 is at the border.
+    """
+    steps = 40
+    kind = "step" if name in EXPLICIT | {"midpoint"} else "linear"
+    nodes = torch.linspace(0, 2, steps + 1, dtype=torch.float64)
+    start = nodes[:steps] if kind == "step" else nodes
+    found = {}
+    for grad_filter in (None,) if name == "midpoint" else (None, CostateFilter(), CostateFilter("trapezoid")):
+        theta = GridParameter(torch.stack([1 + 0.5 * torch.sin(3 * start), 1.5 + start], dim=1), nodes, kind)
+
+        def func(t: Tensor, x: Tensor, theta: GridParameter = theta) -> Tensor:
+            a, b = theta(t)
+            return torch.stack([a * x[1], -b * torch.sin(x[0]) - 0.3 * x[1]])
+
+        x = odeint(
+            func,
+            torch.tensor([1.0, 0.5], dtype=torch.float64),
+            nodes[[0, steps // 2, steps]],
+            method=name,
+            options={"step_size": 2 / steps},
+            grad_filter=grad_filter,
+        )
+        (x[1:] - torch.tensor([0.3, -0.2])).square().sum().backward()
+        found[grad_filter] = oscillation(theta)["values"]
+        if grad_filter is not None:
+            assert found[grad_filter].verdict == "smooth"
+    unfiltered = found[None]
+    assert name == "am5" or unfiltered.oscillates == (name in ZIGZAG_EVERYWHERE | LAYERS)
+    if name in LAYERS:
+        assert min(unfiltered.row, steps - unfiltered.row, abs(steps // 2 - unfiltered.row)) <= 4
+    elif name in ZIGZAG_EVERYWHERE:
+        assert unfiltered.row is None
 
 
 def test_plot(tmp_path, monkeypatch) -> None:

@@ -11,11 +11,13 @@ from .interface import odeint
 from .method_info import MethodInfo
 from .oscillation import Oscillation, OscillationReport, oscillation
 from .registration import method_info, register, register_method, unregister
+from .reversal import DriftError
 from .stack_filter import filter_gradient, register_grad_filter
 
 __all__ = [
     "Checkpoint",
     "CostateFilter",
+    "DriftError",
     "GridParameter",
     "LeapfrogFilter",
     "MethodInfo",

@@ -62,7 +62,7 @@ class Reversible:
         tolerance: the largest drift that is accepted. By default √ε, ε being that of the state's dtype: 1.5e-8 for
             float64, 3.5e-4 for float32. The relative error of the gradient is mostly of the size of the drift, or of
             that of auto-differentiation's own, which on dissipative problems is more.
-        on_drift: what to do where the drift is larger. ``"raise"``: raise a RuntimeError. ``"checkpoint"``: begin the
+        on_drift: what to do where the drift is larger. ``"raise"``: raise a `DriftError`. ``"checkpoint"``: begin the
             backward pass again with `Checkpoint()`, at the cost of two more forward passes.
         report: is given the drift, the largest on the way, by every backward pass.
         anchors: how many states are kept on the way.

@@ -18,6 +18,9 @@ class CostateFilter:
 
     Where E observes a node, p jumps there, and p̃_m is the mean of its one-sided limits, weighted by the steps on either
     side. An observation between two nodes is spread over both. What E sees of y0 itself is no matter of the parameters.
+    So where E sums up a running cost over all nodes, Σ w_j ℓ(x_j), p̃_m is second order for its integral's costate at
+    all nodes but the first, and the last where f is evaluated there: of those only one limit is in time, and it is off
+    by about w_m ∂ℓ/∂x, which is first order. A running cost that is part of the state has no such ends.
     Where a method evaluates f more than once at a node (predictors, the start), one of them receives it all.
 
     Args:

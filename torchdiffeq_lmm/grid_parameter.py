@@ -1,7 +1,7 @@
 """A parameter that varies in time, with a value of its own for every step or node of the solver's grid."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -292,6 +292,7 @@ class GridParameter(nn.Module):
             # Nothing is set then, neither the values nor the nodes.
             lists[-1].append(str(error))
             return
+        self._cut = None
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def _check_state(self, prefix: str, values: Tensor, nodes: Tensor) -> None:
@@ -308,6 +309,12 @@ class GridParameter(nn.Module):
                 f"size mismatch for {prefix}values: must have shape {tuple(self.values.shape)} as the module's, got "
                 f"{shape}"
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GridParameter":
+        # Rows with a graph hold the parameter, which then cannot be swapped for the converted one.
+        self._cut = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors with a graph cannot be copied.

@@ -7,6 +7,7 @@ import torchdiffeq
 from torch import Tensor
 
 from .backward import Checkpoint, Reversible, resolve_backward
+from .events import checked_event
 from .grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
 from .registration import SOLVERS
 from .runge_kutta import TWO_STAGE_METHODS
@@ -91,7 +92,9 @@ def odeint(
         y0: the state at t[0], a tensor of any shape, floating or complex, or a tuple of such.
         t: the output times, of shape (n,), strictly increasing or decreasing; with `event_fn` two of them, of which the
             second only gives the direction.
-        rtol, atol, method, options, event_fn: as in `torchdiffeq.odeint`.
+        rtol, atol, method, options, event_fn: as in `torchdiffeq.odeint`. Of this package's methods implicit ones use
+            rtol and atol, and the search for an event uses atol; there they must be finite and not negative. An
+            event_fn must not be 0 at t[0], as after an event that has just been: begin beside it.
         grad_filter: None for plain auto-differentiation; ``"auto"`` or a `CostateFilter`, with a method of this package
             or torchdiffeq's ``"midpoint"`` or ``"heun2"``, for gradients of time-varying parameters that converge to
             those of the flow; ``"leapfrog"`` or a `LeapfrogFilter`, with ``method="leapfrog"`` alone. Gradients with
@@ -165,5 +168,12 @@ def odeint(
             raise ValueError(f"{option} is for the methods of torchdiffeq_lmm, got method {name!r}")
         options[option] = value
     return torchdiffeq.odeint(  # type: ignore[no-any-return]
-        func, y0, t, rtol=rtol, atol=atol, method=method, options=options or None, event_fn=event_fn
+        func,
+        y0,
+        t,
+        rtol=rtol,
+        atol=atol,
+        method=method,
+        options=options or None,
+        event_fn=None if event_fn is None else checked_event(event_fn),
     )

@@ -14,7 +14,7 @@ from .stepping import History, march
 
 
 class DriftError(RuntimeError):
-    """The way back leads elsewhere than the way forth came from."""
+    """A backward pass with ``backward="reversible"`` came back to other states than the solve had: see `Reversible`."""
 
 
 def is_reversible(method: MultistepMethod) -> bool:

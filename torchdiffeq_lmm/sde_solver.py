@@ -18,6 +18,7 @@ from .kick_tape import KickTape, refuse_gradients
 from .kicks import kicks_of_rows, march_with_kicks
 from .methods import MultistepMethod
 from .recurrence import start_length
+from .tolerances import resolve_tolerance
 from .vector_field import entry_name, precision_of
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class MultistepSDESolver:
             the method reaches over more steps than have been made.
 
         Raises:
-            TypeError, ValueError: y0, ts, dt or extra0 is not as it must be.
+            TypeError, ValueError: y0, ts, dt, extra0, or a tolerance of implicit steps is not as it must be.
             RuntimeError: an implicit equation was not solved.
         """
         if not y0.is_floating_point():
@@ -129,6 +130,10 @@ class MultistepSDESolver:
         method = self.method
         grid = uniform_grid(ts, self._dt, "dt")
         placements = place(ts, grid)
+        if method.is_implicit:
+            self._rtol, self._atol = (
+                resolve_tolerance(name, given, y0) for name, given in (("rtol", self._rtol), ("atol", self._atol))
+            )
         tape = self._tape(y0, extra0)
         start = y0 if tape is None else y0.detach()
         recurrence, history, offset = resume(method, extra0, grid.steps, start)

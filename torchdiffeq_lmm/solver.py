@@ -13,6 +13,7 @@ from .combination import Weight
 from .compilation import eager
 from .endless import Endless
 from .evaluation import refuse_tangents
+from .events import EventSign
 from .filter_plan import FilterPlan, plan_filter
 from .grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
 from .grid import (
@@ -37,6 +38,7 @@ from .runge_kutta import TwoStageMethod
 from .smooth import observed
 from .stepping import History, march
 from .tape import Parameters, Tape, Trajectory
+from .tolerances import event_tolerance, resolve_tolerance
 from .vector_field import Side, VectorField
 
 
@@ -62,10 +64,11 @@ class MultistepSolver:
             is warned of.
 
     Raises:
-        TypeError: y0, step_size, grad_filter, backward or adjoint_params is of a wrong type.
-        ValueError: step_size, interp, grad_filter or backward has a wrong value; step_size and grid_constructor are
-            both given; grad_filter or backward is given to `torchdiffeq.odeint_adjoint`; adjoint_params is given where
-            it is not used, or is not where it is needed.
+        TypeError: y0, step_size, grad_filter, backward or adjoint_params is of a wrong type; or rtol or atol, where
+            steps are implicit.
+        ValueError: step_size, interp, grad_filter, backward, or a tolerance that is used, has a wrong value; step_size
+            and grid_constructor are both given; grad_filter or backward is given to `torchdiffeq.odeint_adjoint`;
+            adjoint_params is given where it is not used, or is not where it is needed.
     """
 
     method: ClassVar[MultistepMethod | TwoStageMethod]
@@ -97,6 +100,10 @@ class MultistepSolver:
         if grid_constructor is not None and not callable(grid_constructor):
             raise TypeError(f"grid_constructor must be a callable (func, y0, t) -> grid, got {grid_constructor!r}")
         check_interpolation(interp)
+        if self.method.is_implicit:
+            self.atol, self.rtol = (
+                resolve_tolerance(name, given, y0) for name, given in (("atol", self.atol), ("rtol", self.rtol))
+            )
         self.grad_filter = resolve_grad_filter(grad_filter, self.method.name)
         self.func = func
         self.y0 = y0
@@ -219,14 +226,14 @@ class MultistepSolver:
             The time of the event, 0-d and without a graph, and the states at t0 and then, of shape (2, *y0.shape).
 
         Raises:
-            TypeError, ValueError: an option, or what func returns, is not as it must be.
+            TypeError, ValueError: an option, or what func returns, is not as it must be; event_fn is 0 at t0, or NaN
+                anywhere.
             RuntimeError: there is no event within torchdiffeq's limit of steps, or an implicit equation was not solved.
         """
         if self.step_size is None:
             raise ValueError("step_size must be given in options where event_fn is, got None")
-        tolerance = float(torch.as_tensor(self.atol).min())
-        if not tolerance > 0:
-            raise ValueError(f"atol must be positive where event_fn is given, got {tolerance}")
+        tolerance = event_tolerance(self.atol, self.y0)
+        event_sign = EventSign(event_fn, self._reverse)
         check_times(t0.reshape(1))
         h = float(self.step_size)
         # A copy, for the backward pass may need it when the caller has changed it.
@@ -237,10 +244,6 @@ class MultistepSolver:
 
         def time(position: float) -> Tensor:
             return t0 + position * h
-
-        def event_sign(node: int, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                return torch.sign(event_fn(time(node), x))
 
         def state_at(event_time: Tensor, n: int, trajectory: Trajectory) -> Tensor:
             return self._inside(n, (event_time - time(n)) / h, h, trajectory)
@@ -253,7 +256,7 @@ class MultistepSolver:
         wanted: dict[int, int] | None = None if self.interp == "cubic" else {}
         evaluate = self._evaluator(tape, lambda state: time(endless.position(state)), user_time, wanted)
         x = x_before = x_earlier = self._start(tape)
-        sign = event_sign(0, x)
+        sign = event_sign.at_beginning(time(0), x)
         before, n = 0, 0
         if self._callback_step is not None:
             self._callback_step(time(0), x, time(1) - time(0))
@@ -263,7 +266,7 @@ class MultistepSolver:
         for state, made in march(history, endless.rows(), evaluate, evaluate.solve_implicit):
             if not endless.is_node(state):
                 continue
-            if event_sign(n + 1, made) != sign:
+            if event_sign(time(n + 1), made) != sign:
                 break
             n, before, x_before, x_earlier = n + 1, state, made, x_before
             if n == MAX_EVENT_STEPS:
@@ -287,7 +290,7 @@ class MultistepSolver:
                 trajectory.end_slopes[node] = evaluate.at_end(node, of_node, reached)
         with torch.no_grad():
             event_time, _ = find_event(
-                lambda t: state_at(t, n, trajectory), sign, time(n), time(n + 1), event_fn, tolerance
+                lambda t: state_at(t, n, trajectory), sign, time(n), time(n + 1), event_sign.as_tensor, tolerance
             )
         if tape is not None:
             recurrence = endless.until(state)

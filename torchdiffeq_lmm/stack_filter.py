@@ -50,7 +50,9 @@ def register_grad_filter(parameter: Tensor) -> RemovableHandle:
 
     Returns:
         A handle; its ``remove()`` takes the filter off again. Registered twice, it filters twice; so it does beside
-        ``grad_filter="leapfrog"``, with which it agrees to second order but not exactly.
+        ``grad_filter="leapfrog"``, with which it agrees to second order but not exactly. As any hook it stays with the
+        tensor: a module that is given another one, as by conversion with
+        ``torch.__future__.set_swap_module_params_on_conversion(True)``, needs the filter anew.
 
     Raises:
         TypeError: `parameter` is not a floating or complex tensor.

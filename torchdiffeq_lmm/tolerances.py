@@ -1,0 +1,52 @@
+"""The tolerances that a user gives, checked where they are used: by implicit steps and by the search for an event."""
+
+from math import inf
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+
+def resolve_tolerance(argument: str, tolerance: object, like: Tensor) -> float | Tensor:
+    """A tolerance that can be used beside a state.
+
+    Args:
+        argument: as which the user knows it.
+        tolerance: a real number, or a real tensor that broadcasts with the state; torchdiffeq makes such a tensor, on
+            the CPU, of a tuple of numbers.
+        like: the state.
+
+    Returns:
+        The number, or the tensor on the device of the state.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it is negative, infinite or NaN, or does not broadcast with the state.
+    """
+    if isinstance(tolerance, Real) and not isinstance(tolerance, bool):
+        number = float(tolerance)
+        if not 0 <= number < inf:
+            raise ValueError(f"{argument} must be finite and not negative, got {tolerance}")
+        return number
+    if not isinstance(tolerance, Tensor) or tolerance.is_complex() or tolerance.dtype is torch.bool:
+        got = f"dtype {tolerance.dtype}" if isinstance(tolerance, Tensor) else repr(tolerance)
+        raise TypeError(f"{argument} must be a real number, or a real tensor that broadcasts with y0, got {got}")
+    if not _broadcasts(tolerance.shape, like.shape):
+        raise ValueError(
+            f"{argument} must broadcast with y0, of shape {tuple(like.shape)}, got shape {tuple(tolerance.shape)}"
+        )
+    if not bool(((tolerance >= 0) & (tolerance < inf)).all()):
+        raise ValueError(f"{argument} must be finite and not negative, got {tolerance}")
+    return tolerance.to(like.device)
+
+
+def event_tolerance(atol: object, like: Tensor) -> float:
+    """To how much of the time an event is to be found: the least entry of `atol`, which must be positive."""
+    least = float(torch.as_tensor(resolve_tolerance("atol", atol, like)).min())
+    if not least > 0:
+        raise ValueError(f"atol must be positive where event_fn is given, got {least}")
+    return least
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
