@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from .attachment import Keeper, stack
 from .compilation import eager
 from .continuation import Past, past_of, resume
 from .grad_filter import SmoothFilter, resolve_grad_filter
@@ -160,10 +161,12 @@ class MultistepSDESolver:
             if node in wanted:
                 states[node] = made
         past = past_of(method, recurrence, _behind(extra0, grid.steps), history)
+        keeper: Keeper | None = None
         if tape is not None:
-            states = tape.attach(states, recurrence, offset, kicks, self.grad_filter, grid.steps.tolist(), method)
+            lengths = grid.steps.tolist()
+            states, keeper = tape.attach(states, recurrence, offset, kicks, self.grad_filter, lengths, method)
             past = refuse_gradients(states[node], past)
-        return torch.stack([_output(placement, states) for placement in placements]), past
+        return stack([_output(placement, states) for placement in placements], keeper), past
 
     def _tape(self, y0: Tensor, extra0: Past) -> KickTape | None:
         if not torch.is_grad_enabled() or (self.grad_filter is None and not self.method.is_implicit):

@@ -1,6 +1,7 @@
 """A multistep method in the form in which torchdiffeq calls its solvers: from options and times to states."""
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .attachment import stack
 from .backward import resolve_backward
 from .combination import Weight
 from .compilation import eager
@@ -205,7 +207,7 @@ class MultistepSolver:
             trajectory = tape.attach(trajectory, user_times, recurrence, plan, history, evaluate.again)
         if self._is_smooth:
             trajectory = _smoothed(trajectory, seen, steps)
-        return torch.stack([self._output(placement, steps, trajectory) for placement in placements])
+        return stack([self._output(placement, steps, trajectory) for placement in placements], trajectory.keeper)
 
     @eager
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -297,7 +299,7 @@ class MultistepSolver:
             trajectory = tape.attach(trajectory, user_times, recurrence, plan, history, evaluate.again)
         if self._is_smooth:
             trajectory = _smoothed(trajectory, [n, n + 1], [h] * (n + 1))
-        return event_time, torch.stack([self.y0, state_at(event_time, n, trajectory)])
+        return event_time, stack([self.y0, state_at(event_time, n, trajectory)], trajectory.keeper)
 
     def _unroll(self, steps: Tensor) -> Recurrence:
         return self.method.unroll(steps) if isinstance(self.method, TwoStageMethod) else unroll(self.method, steps)
@@ -449,7 +451,7 @@ def _smoothed(trajectory: Trajectory, nodes: Iterable[int], steps: Sequence[Weig
         if node > 0:
             of_node = trajectory.states[node], trajectory.states[node - 1], trajectory.start_slope(node)
             states[node] = observed(*of_node, steps[node - 1])
-    return Trajectory(states, trajectory.slopes, trajectory.end_slopes)
+    return replace(trajectory, states=states)
 
 
 class _Evaluator:
