@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .evaluation import savable
+
 MAX_STEPS = 10_000_000
 """More steps than this are taken for a mistake in `step_size`."""
 
@@ -151,6 +153,7 @@ def constructed_grid(
     if not isinstance(made, Tensor) or not made.is_floating_point():
         got = f"a tensor of dtype {made.dtype}" if isinstance(made, Tensor) else type(made).__name__
         raise TypeError(f"grid_constructor must return a floating-point tensor of times, it returned {got}")
+    made = savable(made)
     if made.ndim != 1 or len(made) < 2:
         raise ValueError(
             f"grid_constructor must return a one-dimensional tensor of at least 2 times, it returned one of shape "

@@ -121,10 +121,19 @@ class GridParameter(nn.Module):
         """The rows of `values`, each a tensor of its own, cut from it once for all solves until it changes.
 
         List them as ``adjoint_params``, in place of `values`, for a func that is not a module.
+
+        Raises:
+            ValueError: `values` was made in inference mode, and has a gradient to be recorded.
         """
         values = self.values
         if not (torch.is_grad_enabled() and values.requires_grad):
             return values.detach().unbind()
+        if values.is_inference():
+            # Its rows would have no graph.
+            raise ValueError(
+                f"values must not have been made in inference mode where gradients are recorded, got a GridParameter "
+                f"of shape {tuple(values.shape)} that was; make it outside, or call it under torch.no_grad()"
+            )
         try:
             made_from = values, values._version, values.data_ptr()
         except RuntimeError:

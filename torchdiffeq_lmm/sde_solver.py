@@ -10,6 +10,7 @@ from torch import Tensor
 from .attachment import Keeper, stack
 from .compilation import eager
 from .continuation import Past, past_of, resume
+from .evaluation import savable
 from .grad_filter import SmoothFilter, resolve_grad_filter
 from .grid import Placement, check_step_size, check_times, place, uniform_grid
 from .host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
@@ -121,6 +122,8 @@ class MultistepSDESolver:
         """
         if not y0.is_floating_point():
             raise TypeError(f"y0 must be a floating tensor, got dtype {y0.dtype}; use y0.float()")
+        y0, ts = savable(y0), savable(ts)
+        extra0 = tuple(map(savable, extra0))
         check_times(ts, "ts")
         if not ts.is_floating_point():
             ts = ts.to(y0.dtype)
@@ -213,8 +216,7 @@ class _Field:
 
         @lru_cache(max(1, start_length(method)))
         def increment(n: int) -> Tensor:
-            dw: Tensor = bm(numbers[n], numbers[n + 1])
-            return dw
+            return savable(bm(numbers[n], numbers[n + 1]))
 
         self._increment: Callable[[int], Tensor] = increment
         self._sde: HostedSDE = unwrap_sde(sde, increment(0))

@@ -14,7 +14,7 @@ from .backward import resolve_backward
 from .combination import Weight
 from .compilation import eager
 from .endless import Endless
-from .evaluation import refuse_tangents
+from .evaluation import refuse_tangents, savable
 from .filter_plan import FilterPlan, plan_filter
 from .grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
 from .grid import (
@@ -101,7 +101,7 @@ class MultistepSolver:
         check_interpolation(interp)
         self.grad_filter = resolve_grad_filter(grad_filter, self.method.name)
         self.func = func
-        self.y0 = y0
+        self.y0 = savable(y0)
         self.step_size = step_size
         self.grid_constructor = grid_constructor
         self.interp = interp
@@ -165,6 +165,7 @@ class MultistepSolver:
             TypeError, ValueError: t, the grid or what func returns is not as it must be.
             RuntimeError: an implicit equation was not solved.
         """
+        t = savable(t)
         check_times(t)
         if len(t) == 1:
             return torch.stack([self.y0])
@@ -229,6 +230,7 @@ class MultistepSolver:
         tolerance = float(torch.as_tensor(self.atol).min())
         if not tolerance > 0:
             raise ValueError(f"atol must be positive where event_fn is given, got {tolerance}")
+        t0 = savable(t0)
         check_times(t0.reshape(1))
         h = float(self.step_size)
         # A copy, for the backward pass may need it when the caller has changed it.
