@@ -137,7 +137,7 @@ class _Stack(torch.autograd.Function):
         functorch = torch._C._functorch
         if functorch.peek_interpreter_stack() is not None or functorch.is_legacy_batchedtensor(cotangent):
             raise RuntimeError(
-                "grad_filter, backward and implicit methods do not support is_grads_batched=True, nor the vectorize=True "
+                "grad_filter, backward and implicit methods do not support is_grads_batched=True, nor vectorize=True "
                 "of torch.autograd.functional, nor torch.func transforms of their gradient; ask for one gradient after "
                 "the other"
             )

@@ -219,9 +219,9 @@ def _refuse_inference(parameters: Sequence[Tensor]) -> None:
     for parameter in parameters:
         if parameter.is_inference():
             raise ValueError(
-                f"adjoint_params, by default the parameters of func, must not have been made in inference mode, got one "
-                f"of shape {tuple(parameter.shape)} that was: autograd does not keep track of it. Make it outside, for "
-                f"instance by clone(), or solve under torch.no_grad()"
+                f"adjoint_params, by default the parameters of func, must not have been made in inference mode, got "
+                f"one of shape {tuple(parameter.shape)} that was: autograd does not keep track of it. Make it outside, "
+                f"or solve under torch.no_grad()"
             )
 
 

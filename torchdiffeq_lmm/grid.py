@@ -115,7 +115,7 @@ def uniform_grid(t: Tensor, step_size: float, argument: str = "step_size") -> Gr
             f"{argument} {step_size} makes {count:.3g} steps from t[0] to t[-1], over a length of {length}; at "
             f"most {MAX_STEPS} are made. Use a larger {argument}"
         )
-    nodes = torch.arange(int(steps) + 1, dtype=torch.float64).mul_(step_size)
+    nodes = torch.arange(int(steps) + 1, dtype=torch.float64, device="cpu").mul_(step_size)
     if times.requires_grad:
         nodes = torch.cat([times[:1] + nodes[:-1], times[-1:]])
     else:
@@ -244,7 +244,8 @@ def _grid(nodes: Tensor, eps: float) -> Grid:
     for count in (len(lengths), len(lengths) - 1):
         if count > 1:
             equal = float(exact[count] - exact[0]) / count
-            deviation = torch.arange(count + 1, dtype=torch.float64).mul_(-equal).add_(exact[: count + 1])
+            deviation = torch.arange(count + 1, dtype=torch.float64, device="cpu")
+            deviation.mul_(-equal).add_(exact[: count + 1])
             if float(deviation.sub_(exact[0]).abs_().max()) <= min(rounding, 0.01 * equal):
                 lengths[:count] = equal
                 break

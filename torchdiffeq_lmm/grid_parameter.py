@@ -263,7 +263,7 @@ class GridParameter(nn.Module):
     def refine(self, factor: int = 2, interpolation: Interpolation = "linear") -> "GridParameter":
         """Divide every step into `factor` equal ones: see `regrid`."""
         factor = _checked_factor(factor)
-        parts = torch.arange(factor, dtype=torch.float64) / factor
+        parts = torch.arange(factor, dtype=torch.float64, device="cpu") / factor
         inner = (self._nodes[:-1, None] + self._nodes.diff()[:, None] * parts).reshape(-1)
         return self.regrid(torch.cat([inner, self._nodes[-1:]]), interpolation)
 
@@ -351,7 +351,7 @@ def _interpolated(at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
 
 def _checked_nodes(argument: str, nodes: Tensor | Sequence[float]) -> Tensor:
     try:
-        found = torch.as_tensor(nodes, dtype=torch.float64).detach().to("cpu", copy=True)
+        found = torch.as_tensor(nodes, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{argument} must be a sequence of numbers, got {nodes!r}") from None
     if found.ndim != 1 or len(found) < 2:

@@ -227,7 +227,7 @@ class MultistepSolver:
         """
         if self.step_size is None:
             raise ValueError("step_size must be given in options where event_fn is, got None")
-        tolerance = float(torch.as_tensor(self.atol).min())
+        tolerance = float(torch.as_tensor(self.atol, device="cpu").min())
         if not tolerance > 0:
             raise ValueError(f"atol must be positive where event_fn is given, got {tolerance}")
         t0 = savable(t0)
@@ -295,7 +295,7 @@ class MultistepSolver:
             )
         if tape is not None:
             recurrence = endless.until(state)
-            positions = torch.tensor(recurrence.positions).to(t0)
+            positions = t0.new_tensor(recurrence.positions)
             user_times = self._user_times(t0 + h * positions, recurrence)
             plan = self._plan(recurrence, [h] * (n + 1))
             trajectory = tape.attach(trajectory, user_times, recurrence, plan, history, evaluate.again)
@@ -604,7 +604,7 @@ def _check_equal(steps: Tensor) -> None:
 
 
 def _equal_steps(h: float, count: int) -> Tensor:
-    return torch.full((count,), h, dtype=torch.float64)
+    return torch.full((count,), h, dtype=torch.float64, device="cpu")
 
 
 class _Blocks:
@@ -627,7 +627,7 @@ class _Blocks:
     def block(self, first: int) -> Tensor:
         """The block from `first` on, a multiple of its size."""
         if first != self._first:
-            numbers = torch.tensor(self._numbers[first : first + self._SIZE], dtype=torch.float64)
+            numbers = torch.tensor(self._numbers[first : first + self._SIZE], dtype=torch.float64, device="cpu")
             self._first, self._block = first, self._tensor(numbers, first)
             # Cut once, for indexing a tensor costs as much as a small layer.
             self._entries = self._block.unbind()
