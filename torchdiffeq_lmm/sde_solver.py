@@ -122,8 +122,6 @@ class MultistepSDESolver:
         """
         if not y0.is_floating_point():
             raise TypeError(f"y0 must be a floating tensor, got dtype {y0.dtype}; use y0.float()")
-        y0, ts = savable(y0), savable(ts)
-        extra0 = tuple(map(savable, extra0))
         check_times(ts, "ts")
         if not ts.is_floating_point():
             ts = ts.to(y0.dtype)

@@ -230,7 +230,6 @@ class MultistepSolver:
         tolerance = float(torch.as_tensor(self.atol, device="cpu").min())
         if not tolerance > 0:
             raise ValueError(f"atol must be positive where event_fn is given, got {tolerance}")
-        t0 = savable(t0)
         check_times(t0.reshape(1))
         h = float(self.step_size)
         # A copy, for the backward pass may need it when the caller has changed it.
