@@ -173,7 +173,8 @@ def swing_up() -> Problem:
     guess = np.zeros((5, 101))
     guess[0], guess[1] = np.pi * times / horizon, np.pi / horizon
     solved = solve_bvp(optimality, ends, times, guess, tol=1e-10, max_nodes=100_000)
-    assert solved.success, solved.message
+    if not solved.success:
+        raise RuntimeError(solved.message)
     angle, velocity, _, _, running = solved.sol(horizon)
     answer = Answer(
         lambda times: -solved.sol(times)[3] / weight,

@@ -34,5 +34,5 @@ def test_a_weight_of_zero_reads_nothing() -> None:
 def test_as_many_weights_as_tensors() -> None:
     with pytest.raises(ValueError, match="zip"):
         linear_combination((1.0, 2.0), (torch.ones(1),))
-    with pytest.raises(AssertionError, match="not the number 0"):
+    with pytest.raises(ValueError, match="not the number 0"):
         linear_combination((0.0,), (torch.ones(1),))

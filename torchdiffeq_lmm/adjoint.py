@@ -156,7 +156,7 @@ def weight_gradients(
         One for every weight, in their order, 0-d, float64.
     """
     if increment is None:
-        return [torch.zeros((), dtype=torch.float64)] * len(row.weights)
+        return [torch.zeros((), dtype=torch.float64, device="cpu")] * len(row.weights)
     lags = [lag for lag, _ in row.slopes] + ([] if row.implicit is None else [-1])
     tensors = [*(difference(lag) for lag, _ in row.increments), *map(slope, lags)]
     return [(increment.conj() * tensor).sum().real.double() for tensor in tensors]

@@ -17,6 +17,9 @@ def linear_combination(weights: Iterable[Weight], tensors: Iterable[Tensor]) -> 
 
     Returns:
         A new tensor of that shape, dtype and device.
+
+    Raises:
+        ValueError: all weights are the number 0, or there are not as many weights as tensors.
     """
     total: Tensor | None = None
     is_new = False
@@ -34,5 +37,6 @@ def linear_combination(weights: Iterable[Weight], tensors: Iterable[Tensor]) -> 
         else:
             total = add(total, tensor, alpha=weight)
         is_new = True
-    assert total is not None, "linear_combination needs a weight that is not the number 0"
+    if total is None:
+        raise ValueError("weights must hold one that is not the number 0, got none")
     return total if is_new else total.clone()

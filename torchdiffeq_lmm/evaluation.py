@@ -83,6 +83,7 @@ class Recorder:
         self._parameters = tuple(parameters or ())
         self._known: dict[tuple[Node, int], Tensor] | None = None
         if parameters is not None:
+            _refuse_inference(parameters)
             edges = map(get_gradient_edge, parameters)
             self._known = {(edge.node, edge.output_nr): p for edge, p in zip(edges, parameters, strict=True)}
 
@@ -240,6 +241,16 @@ class _Handle(torch.autograd.Function):
         return cotangent
 
 
+def _refuse_inference(parameters: Sequence[Tensor]) -> None:
+    for parameter in parameters:
+        if parameter.is_inference():
+            raise ValueError(
+                f"adjoint_params, by default the parameters of func, must not have been made in inference mode, got "
+                f"one of shape {tuple(parameter.shape)} that was: autograd does not keep track of it. Make it outside, "
+                f"or solve under torch.no_grad()"
+            )
+
+
 def _edge(tensor: Tensor) -> GradientEdge:
     node = tensor.grad_fn
     # Else what get_gradient_edge would give, in less time.
@@ -255,3 +266,8 @@ def refuse_tangents(*tensors: Tensor) -> None:
             "grad_filter does not support forward-mode automatic differentiation, nor do implicit methods or backward: "
             "they work on cotangents. Solve with an explicit method, and without grad_filter and backward, for tangents"
         )
+
+
+def savable(tensor: Tensor) -> Tensor:
+    """The tensor itself; outside inference mode, of one that was made inside, a copy, which autograd can save."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor

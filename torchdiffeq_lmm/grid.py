@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .evaluation import savable
+
 MAX_STEPS = 10_000_000
 """More steps than this are taken for a mistake in `step_size`."""
 
@@ -113,7 +115,7 @@ def uniform_grid(t: Tensor, step_size: float, argument: str = "step_size") -> Gr
             f"{argument} {step_size} makes {count:.3g} steps from t[0] to t[-1], over a length of {length}; at "
             f"most {MAX_STEPS} are made. Use a larger {argument}"
         )
-    nodes = torch.arange(int(steps) + 1, dtype=torch.float64).mul_(step_size)
+    nodes = torch.arange(int(steps) + 1, dtype=torch.float64, device="cpu").mul_(step_size)
     if times.requires_grad:
         nodes = torch.cat([times[:1] + nodes[:-1], times[-1:]])
     else:
@@ -151,6 +153,7 @@ def constructed_grid(
     if not isinstance(made, Tensor) or not made.is_floating_point():
         got = f"a tensor of dtype {made.dtype}" if isinstance(made, Tensor) else type(made).__name__
         raise TypeError(f"grid_constructor must return a floating-point tensor of times, it returned {got}")
+    made = savable(made)
     if made.ndim != 1 or len(made) < 2:
         raise ValueError(
             f"grid_constructor must return a one-dimensional tensor of at least 2 times, it returned one of shape "
@@ -241,7 +244,8 @@ def _grid(nodes: Tensor, eps: float) -> Grid:
     for count in (len(lengths), len(lengths) - 1):
         if count > 1:
             equal = float(exact[count] - exact[0]) / count
-            deviation = torch.arange(count + 1, dtype=torch.float64).mul_(-equal).add_(exact[: count + 1])
+            deviation = torch.arange(count + 1, dtype=torch.float64, device="cpu")
+            deviation.mul_(-equal).add_(exact[: count + 1])
             if float(deviation.sub_(exact[0]).abs_().max()) <= min(rounding, 0.01 * equal):
                 lengths[:count] = equal
                 break

@@ -121,10 +121,19 @@ class GridParameter(nn.Module):
         """The rows of `values`, each a tensor of its own, cut from it once for all solves until it changes.
 
         List them as ``adjoint_params``, in place of `values`, for a func that is not a module.
+
+        Raises:
+            ValueError: `values` was made in inference mode, and has a gradient to be recorded.
         """
         values = self.values
         if not (torch.is_grad_enabled() and values.requires_grad):
             return values.detach().unbind()
+        if values.is_inference():
+            # Its rows would have no graph.
+            raise ValueError(
+                f"values must not have been made in inference mode where gradients are recorded, got a GridParameter "
+                f"of shape {tuple(values.shape)} that was; make it outside, or call it under torch.no_grad()"
+            )
         try:
             made_from = values, values._version, values.data_ptr()
         except RuntimeError:
@@ -254,7 +263,7 @@ class GridParameter(nn.Module):
     def refine(self, factor: int = 2, interpolation: Interpolation = "linear") -> "GridParameter":
         """Divide every step into `factor` equal ones: see `regrid`."""
         factor = _checked_factor(factor)
-        parts = torch.arange(factor, dtype=torch.float64) / factor
+        parts = torch.arange(factor, dtype=torch.float64, device="cpu") / factor
         inner = (self._nodes[:-1, None] + self._nodes.diff()[:, None] * parts).reshape(-1)
         return self.regrid(torch.cat([inner, self._nodes[-1:]]), interpolation)
 
@@ -349,7 +358,7 @@ def _interpolated(at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
 
 def _checked_nodes(argument: str, nodes: Tensor | Sequence[float]) -> Tensor:
     try:
-        found = torch.as_tensor(nodes, dtype=torch.float64).detach().to("cpu", copy=True)
+        found = torch.as_tensor(nodes, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{argument} must be a sequence of numbers, got {nodes!r}") from None
     if found.ndim != 1 or len(found) < 2:

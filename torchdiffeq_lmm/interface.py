@@ -108,8 +108,8 @@ def odeint(
             respect to earlier steps; make it part of the state. Of `y0` or `t` captured from outside it makes
             parameters. `callback_step` and `event_fn` are given states without a graph. Hooks on tensors inside func
             run two or three times in the backward pass, for the states, the costate and the parameters; those of leaf
-            parameters once, for the whole gradient. A backward pass with ``create_graph=True`` raises a RuntimeError.
-            All this holds for implicit methods without a filter, too.
+            parameters once, for the whole gradient. A backward pass with ``create_graph=True`` or
+            ``is_grads_batched=True`` raises a RuntimeError. All this holds for implicit methods without a filter, too.
         backward: how the backward pass finds the evaluations of func again, with a method of this package and any
             `grad_filter`. ``"autograd"``: they are kept, with their graphs, as auto-differentiation does.
             ``"checkpoint"`` or a `Checkpoint`: a few states are kept, by default √N, and the steps between them are run
@@ -128,7 +128,7 @@ def odeint(
 
     Raises:
         ValueError: `grad_filter` or `backward` is unknown, is for another method, or is given here and in `options`;
-            or `adjoint_params` is not given where it is needed, or given where it is not.
+            or `adjoint_params` is not given where it is needed, given where it is not, or was made in inference mode.
         TypeError: `grad_filter` is neither None, a name nor a filter; or `backward` neither a name nor a way.
         RuntimeError: the equation of an implicit step was not solved; func draws random numbers, and `backward` is
             "reversible"; or, in the backward pass, func is not what it was, or the drift is too large.

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .adjoint import AdjointState, Contributions, combine, discrete_adjoint
-from .attachment import attach
+from .attachment import Keeper, attach
 from .costate import filtered_cotangents
 from .evaluation import Evaluation, Recorder, refuse_tangents
 from .filter_plan import FilterPlan, plan_filter
@@ -83,7 +83,7 @@ class KickTape:
         grad_filter: CostateFilter | None,
         steps: list[float],
         method: MultistepMethod,
-    ) -> dict[int, Tensor]:
+    ) -> tuple[dict[int, Tensor], Keeper | None]:
         """Attach the recorded states to autograd.
 
         Args:
@@ -96,13 +96,14 @@ class KickTape:
             method: the method.
 
         Returns:
-            The states, with the graph that plain stepping would have given them but for the filter.
+            The states, with the graph that plain stepping would have given them but for the filter, and what keeps
+            the solve: see `attachment.stack`; None where there is no graph.
         """
         evaluations = [e for e in (*self._slopes.values(), *self._kicks.values()) if e is not None]
         sources = tuple({id(s): s for e in evaluations if e.handle is None for s in e.sources}.values())
         handles = tuple(e.handle for e in evaluations if e.handle is not None)
         if not (self._y0.requires_grad or sources or handles):
-            return states
+            return states, None
         plan = None
         if grad_filter is not None:
             plan = plan_filter(grad_filter.weights, recurrence, steps, method)
@@ -122,7 +123,7 @@ class KickTape:
             self._precision,
         )
         attached = attach(solve, [states[node] for node in outputs], self._y0, None, *sources, *handles)
-        return {0: states[0], **dict(zip(outputs, attached, strict=True))}
+        return {0: states[0], **dict(zip(outputs, attached.values, strict=True))}, attached.keeper
 
 
 class _Recording:

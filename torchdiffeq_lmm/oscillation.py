@@ -224,7 +224,7 @@ class _Gradient(NamedTuple):
 
 def _checked_widths(widths: Tensor | Sequence[float]) -> Tensor:
     try:
-        found = torch.as_tensor(widths, dtype=torch.float64).detach()
+        found = torch.as_tensor(widths, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"widths must be a sequence of numbers, got {widths!r}") from None
     if not bool((found.isfinite() & (found > 0)).all()):
@@ -337,11 +337,11 @@ def _measured(name: str, stack: _Gradient, widths: Tensor | None) -> Oscillation
     gradient = stack.rows if isinstance(stack.rows, Tensor) else torch.stack(stack.rows)
     count = len(gradient)
     widths = stack.widths if widths is None else widths
-    widths = torch.ones(count, dtype=torch.float64) if widths is None else widths.cpu()
+    widths = torch.ones(count, dtype=torch.float64, device="cpu") if widths is None else widths
     if widths.shape != (count,):
         raise ValueError(f"widths must have shape ({count},) for {name!r}, got {tuple(widths.shape)}")
     if gradient.numel() == 0:
-        nothing = torch.zeros(count, dtype=torch.float64)
+        nothing = torch.zeros(count, dtype=torch.float64, device="cpu")
         return Oscillation(0.0, 0.0, None, 0.0, (), nothing, nothing[1:-1])
     rows = gradient.reshape(count, -1)
     sums, entry = _sums_and_entry(rows, widths)
@@ -353,7 +353,7 @@ def _measured(name: str, stack: _Gradient, widths: Tensor | None) -> Oscillation
     density = rows[:, entry].cpu()
     density = density.to(torch.promote_types(density.dtype, torch.float64)) / widths
     smooth = (density[:-2] + 2 * density[1:-1] + density[2:]) / 4
-    of_entry = tuple(int(i) for i in torch.unravel_index(torch.tensor(entry), gradient.shape[1:]))
+    of_entry = tuple(int(i) for i in torch.unravel_index(torch.tensor(entry, device="cpu"), gradient.shape[1:]))
     return Oscillation(index, local, row, _coherence(sums, density), of_entry, density, smooth)
 
 

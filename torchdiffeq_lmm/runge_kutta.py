@@ -5,7 +5,6 @@ from fractions import Fraction
 from itertools import chain
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .recurrence import Keeps, Recurrence, Row
@@ -34,7 +33,7 @@ class TwoStageMethod:
     def unroll(self, steps: Tensor) -> Recurrence:
         """The rows on a grid: see `recurrence.unroll`."""
         second = 1 / (2 * self.stage)
-        weights = steps[:, None] * torch.tensor([self.stage, second, 1 - second], dtype=steps.dtype)
+        weights = steps[:, None] * steps.new_tensor([self.stage, second, 1 - second])
         rows, shared = [], {}
         for to_stage, of_stage, of_node in weights.tolist():
             if to_stage not in shared:

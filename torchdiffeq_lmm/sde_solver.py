@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from .attachment import Keeper, stack
 from .compilation import eager
 from .continuation import Past, past_of, resume
+from .evaluation import savable
 from .grad_filter import SmoothFilter, resolve_grad_filter
 from .grid import Placement, check_step_size, check_times, place, uniform_grid
 from .host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
@@ -172,10 +174,12 @@ class MultistepSDESolver:
             if node in wanted:
                 states[node] = made
         past = past_of(method, recurrence, _behind(extra0, grid.steps), history)
+        keeper: Keeper | None = None
         if tape is not None:
-            states = tape.attach(states, recurrence, offset, kicks, self.grad_filter, grid.steps.tolist(), method)
+            lengths = grid.steps.tolist()
+            states, keeper = tape.attach(states, recurrence, offset, kicks, self.grad_filter, lengths, method)
             past = refuse_gradients(states[node], past)
-        return torch.stack([_output(placement, states) for placement in placements]), past
+        return stack([_output(placement, states) for placement in placements], keeper), past
 
     def _tape(self, y0: Tensor, extra0: Past) -> KickTape | None:
         if not torch.is_grad_enabled() or (self.grad_filter is None and not self.method.is_implicit):
@@ -222,8 +226,7 @@ class _Field:
 
         @lru_cache(max(1, start_length(method)))
         def increment(n: int) -> Tensor:
-            dw: Tensor = bm(numbers[n], numbers[n + 1])
-            return dw
+            return savable(bm(numbers[n], numbers[n + 1]))
 
         self._increment: Callable[[int], Tensor] = increment
         self._sde: HostedSDE = unwrap_sde(sde, increment(0))

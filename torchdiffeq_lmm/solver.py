@@ -1,6 +1,7 @@
 """A multistep method in the form in which torchdiffeq calls its solvers: from options and times to states."""
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
@@ -8,11 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .attachment import stack
 from .backward import resolve_backward
 from .combination import Weight
 from .compilation import eager
 from .endless import Endless
-from .evaluation import refuse_tangents
+from .evaluation import refuse_tangents, savable
 from .events import EventSign
 from .filter_plan import FilterPlan, plan_filter
 from .grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
@@ -106,7 +108,7 @@ class MultistepSolver:
             )
         self.grad_filter = resolve_grad_filter(grad_filter, self.method.name)
         self.func = func
-        self.y0 = y0
+        self.y0 = savable(y0)
         self.step_size = step_size
         self.grid_constructor = grid_constructor
         self.interp = interp
@@ -170,6 +172,7 @@ class MultistepSolver:
             TypeError, ValueError: t, the grid or what func returns is not as it must be.
             RuntimeError: an implicit equation was not solved.
         """
+        t = savable(t)
         check_times(t)
         if len(t) == 1:
             return torch.stack([self.y0])
@@ -212,7 +215,7 @@ class MultistepSolver:
             trajectory = tape.attach(trajectory, user_times, recurrence, plan, history, evaluate.again)
         if self._is_smooth:
             trajectory = _smoothed(trajectory, seen, steps)
-        return torch.stack([self._output(placement, steps, trajectory) for placement in placements])
+        return stack([self._output(placement, steps, trajectory) for placement in placements], trajectory.keeper)
 
     @eager
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -294,13 +297,13 @@ class MultistepSolver:
             )
         if tape is not None:
             recurrence = endless.until(state)
-            positions = torch.tensor(recurrence.positions).to(t0)
+            positions = t0.new_tensor(recurrence.positions)
             user_times = self._user_times(t0 + h * positions, recurrence)
             plan = self._plan(recurrence, [h] * (n + 1))
             trajectory = tape.attach(trajectory, user_times, recurrence, plan, history, evaluate.again)
         if self._is_smooth:
             trajectory = _smoothed(trajectory, [n, n + 1], [h] * (n + 1))
-        return event_time, torch.stack([self.y0, state_at(event_time, n, trajectory)])
+        return event_time, stack([self.y0, state_at(event_time, n, trajectory)], trajectory.keeper)
 
     def _unroll(self, steps: Tensor) -> Recurrence:
         return self.method.unroll(steps) if isinstance(self.method, TwoStageMethod) else unroll(self.method, steps)
@@ -456,7 +459,7 @@ def _smoothed(trajectory: Trajectory, nodes: Iterable[int], steps: Sequence[Weig
         if node > 0:
             of_node = trajectory.states[node], trajectory.states[node - 1], trajectory.start_slope(node)
             states[node] = observed(*of_node, steps[node - 1])
-    return Trajectory(states, trajectory.slopes, trajectory.end_slopes)
+    return replace(trajectory, states=states)
 
 
 class _Evaluator:
@@ -607,7 +610,7 @@ def _check_equal(steps: Tensor) -> None:
 
 
 def _equal_steps(h: float, count: int) -> Tensor:
-    return torch.full((count,), h, dtype=torch.float64)
+    return torch.full((count,), h, dtype=torch.float64, device="cpu")
 
 
 class _Blocks:
@@ -630,7 +633,7 @@ class _Blocks:
     def block(self, first: int) -> Tensor:
         """The block from `first` on, a multiple of its size."""
         if first != self._first:
-            numbers = torch.tensor(self._numbers[first : first + self._SIZE], dtype=torch.float64)
+            numbers = torch.tensor(self._numbers[first : first + self._SIZE], dtype=torch.float64, device="cpu")
             self._first, self._block = first, self._tensor(numbers, first)
             # Cut once, for indexing a tensor costs as much as a small layer.
             self._entries = self._block.unbind()

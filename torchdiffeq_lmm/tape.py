@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .adjoint import AdjointState, discrete_adjoint, weight_gradients
-from .attachment import attach
+from .attachment import Keeper, attach
 from .backward import Checkpoint, Reversible
 from .checkpoints import Checkpoints, Rerun, Snapshot, Snapshots, Steps, between
 from .circumstances import Circumstances, RandomState
@@ -40,11 +40,13 @@ class Trajectory:
         slopes: f_n of the recurrence.
         end_slopes: f where the recurrence has no value for it: at the last node, with `perturb` from the left of any,
             and at the first node for methods that do not evaluate it there.
+        keeper: of the solve that they have the graph of; None where there is none.
     """
 
     states: dict[int, Tensor] = field(default_factory=dict)
     slopes: dict[int, Tensor] = field(default_factory=dict)
     end_slopes: dict[int, Tensor] = field(default_factory=dict)
+    keeper: Keeper | None = None
 
     def start_slope(self, node: int) -> Tensor:
         """f at the left end of the step that starts at `node`."""
@@ -203,11 +205,13 @@ class Tape:
         ]
         # What the solve keeps of them must not get a graph that keeps the solve.
         values = [value.detach() for value in values]
-        attached: Iterator[Tensor] = iter(attach(solve, values, y0, user_times, recurrence.weights, *sources, *handles))
+        found = attach(solve, values, y0, user_times, recurrence.weights, *sources, *handles)
+        attached = iter(found.values)
         return Trajectory(
             states={0: y0, **{node: next(attached) for node in outputs}},
             slopes={node: next(attached) for node in trajectory.slopes},
             end_slopes={node: next(attached) for node in trajectory.end_slopes},
+            keeper=found.keeper,
         )
 
     def _recollections(
