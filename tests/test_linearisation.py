@@ -39,7 +39,7 @@ def linearisation(
     *evaluations: Evaluation | None, collects: bool = True, times: Tensor | None = None
 ) -> tuple[Linearisation, ParameterGradients]:
     parameters = ParameterGradients()
-    return Linearisation(kept(*evaluations), parameters, collects, times), parameters
+    return Linearisation(kept(*evaluations), parameters, collects, times, torch.finfo(torch.float64).eps), parameters
 
 
 WEIGHT = draw(DIM, DIM, seed=7)

@@ -1,5 +1,6 @@
 """Stiff problems by BDF, on grids suited to them, against SciPy's Radau."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,8 +30,8 @@ def van_der_pol(y: Tensor) -> Tensor:
 
 
 def robertson(y: Tensor) -> Tensor:
-    a, b, c = 0.04 * y[0], 1e4 * y[1] * y[2], 3e7 * y[1] ** 2
-    return torch.stack([b - a, a - b - c, c])
+    a, b, c = 0.04 * y[..., 0], 1e4 * y[..., 1] * y[..., 2], 3e7 * y[..., 1] ** 2
+    return torch.stack([b - a, a - b - c, c], -1)
 
 
 HIRES_MATRIX = torch.zeros(8, 8, dtype=torch.float64)
@@ -45,7 +46,8 @@ HIRES_SOURCE = torch.tensor([0.0007, 0, 0, 0, 0, 0, 0, 0], dtype=torch.float64)
 
 
 def hires(y: Tensor) -> Tensor:
-    return HIRES_MATRIX @ y + HIRES_PRODUCT * (y[5] * y[7]) + HIRES_SOURCE
+    product = (y[..., 5] * y[..., 7])[..., None]
+    return y @ HIRES_MATRIX.T.to(y) + HIRES_PRODUCT.to(y) * product + HIRES_SOURCE.to(y)
 
 
 VAN_DER_POL = Stiff("van der Pol", van_der_pol, (2.0, 0.0), 2000.0)
@@ -197,8 +199,123 @@ def test_a_function_that_gives_nan_is_an_error() -> None:
         torchdiffeq.odeint(lambda t, y: torch.sqrt(y - 2), torch.ones(1, dtype=torch.float64), t, method="bdf2")
 
 
-@pytest.mark.parametrize("size", [8, 300])
-def test_a_stiff_system_of_any_size(size: int) -> None:
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "method", "samples", "accuracy"),
+    [
+        ("Robertson", "bdf1", 86, 4e-2),
+        ("Robertson", "bdf2", 86, 2e-3),
+        ("Robertson", "am2", 86, 2e-3),
+        ("Robertson", "bdf2", 400, 2e-3),
+        ("HIRES", "bdf3", 33, 2e-3),
+    ],
+)
+def test_every_sample_of_a_batch_against_radau(
+    name: str, method: str, samples: int, accuracy: float, dtype: torch.dtype, grad: bool
+) -> None:
+    problem = PROBLEMS[name]
+    nodes = refined(coarse_grid(name), 4).to(dtype)
+    y0 = torch.tensor(problem.y0, dtype=dtype).expand(samples, -1).clone()
+    with torch.set_grad_enabled(grad):
+        y = torchdiffeq.odeint(lambda t, y: problem.f(y), y0, nodes[[0, -1]], method=method, options=on(nodes))[-1]
+    exact = reference(name)
+    assert (np.abs(y.double().numpy() - exact) <= accuracy * (np.abs(exact) + 1e-6)).all(), y[0].numpy() / exact - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["bdf2", "am2"])
+def test_company_changes_nothing(method: str, dtype: torch.dtype) -> None:
+    """Beside a constant of any size, alone, in one tensor and in a tuple."""
+    nodes = refined(coarse_grid("Robertson"), 4)[:200].to(dtype)
+    y0 = torch.tensor(ROBERTSON.y0, dtype=dtype)
+    t, options = nodes[[0, -1]], on(nodes)
+    alone = torchdiffeq.odeint(lambda t, y: robertson(y), y0, t, method=method, options=options)[-1]
+    for size in (1e4, 1e8):
+        company = torch.full((2,), size, dtype=dtype)
+        in_a_tuple = torchdiffeq.odeint(
+            lambda t, y: (torch.zeros_like(y[0]), robertson(y[1])), (company, y0), t, method=method, options=options
+        )
+        in_a_tensor = torchdiffeq.odeint(
+            lambda t, y: torch.cat([torch.zeros_like(y[:2]), robertson(y[2:])]),
+            torch.cat([company, y0]),
+            t,
+            method=method,
+            options=options,
+        )
+        for y in (in_a_tuple[1][-1], in_a_tensor[-1][2:]):
+            torch.testing.assert_close(y, alone, rtol=1e-5 if dtype is torch.float32 else 1e-9, atol=1e-12)
+
+
+def test_an_error_names_the_sample() -> None:
+    """y' = y² + a has no solution to its implicit equation for one sample of three."""
+    a = torch.tensor([[-4.0], [1.0], [-4.0]], dtype=torch.float64)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"t = 1 was not solved: the worst entry of the state is y\[1, 0\] = "):
+        torchdiffeq.odeint(lambda t, y: y * y + a, torch.zeros(3, 1, dtype=torch.float64), t, method="bdf1")
+    with pytest.raises(RuntimeError, match=r"the worst entry of the state is y\[1\]\[1, 0\] = "):
+        torchdiffeq.odeint(
+            lambda t, y: (-y[0], y[1] ** 2 + a),
+            (torch.ones(2, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)),
+            t,
+            method="bdf1",
+        )
+
+
+def by_numpy(t: Tensor, y: Tensor) -> Tensor:
+    return torch.from_numpy(-50 * np.sin(y.numpy()))
+
+
+def by_out(t: Tensor, y: Tensor) -> Tensor:
+    out = torch.empty_like(y)
+    return torch.mul(torch.sin(y, out=out), -50.0, out=out)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("size", [2, 300])
+@pytest.mark.parametrize("func", [by_numpy, by_out])
+@pytest.mark.parametrize("options", [{}, {"grad_filter": "auto"}])
+def test_func_without_gradients(
+    options: dict[str, str], func: Callable[[Tensor, Tensor], Tensor], size: int, grad: bool
+) -> None:
+    y0, t = torch.linspace(0.5, 2, size, dtype=torch.float64), torch.linspace(0, 0.3, 4, dtype=torch.float64)
+    expected = torchdiffeq.odeint(lambda t, y: -50 * torch.sin(y), y0, t, method="bdf2")
+    with torch.set_grad_enabled(grad):
+        y = torchdiffeq.odeint(func, y0, t, method="bdf2", options=dict(options))
+    assert not y.requires_grad
+    torch.testing.assert_close(y, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_gradient_that_func_cannot_give_is_its_own_error() -> None:
+    y0, t = torch.ones(2, dtype=torch.float64, requires_grad=True), torch.linspace(0, 1, 11, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="numpy"):
+        torchdiffeq.odeint(by_numpy, y0, t, method="bdf2")
+
+
+class Remembers(torch.nn.Module):
+    """Stores what it is given, as modules do for looking at it later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.tensor(-50.0, dtype=torch.float64))
+        self.register_buffer("last", torch.zeros(2))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.last = 1.0 * y
+        return self.rate * torch.sin(y)
+
+
+@pytest.mark.parametrize("size", [2, 300])
+def test_without_gradients_func_is_given_no_graph(size: int) -> None:
+    func, t = Remembers(), torch.linspace(0, 1, 11, dtype=torch.float64)
+    with torch.no_grad():
+        torchdiffeq.odeint(func, torch.ones(size, dtype=torch.float64), t, method="bdf2")
+    assert not func.last.requires_grad
+    copy.deepcopy(func)
+
+
+@pytest.mark.parametrize(("size", "steps"), [(8, 30), (300, 30), (1025, 8)])
+def test_a_stiff_system_of_any_size(size: int, steps: int) -> None:
     """The heat equation in `size` points: by its matrix where it is small, matrix-free where it is large."""
     width = 1 / (size + 1)
     x = width * torch.arange(1, size + 1, dtype=torch.float64)
@@ -208,10 +325,11 @@ def test_a_stiff_system_of_any_size(size: int) -> None:
         return (padded[2:] - 2 * y + padded[:-2]) / width**2
 
     y0 = torch.sin(torch.pi * x).requires_grad_()
-    t = torch.linspace(0, 0.2, 31, dtype=torch.float64)
+    end = steps / 150
+    t = torch.linspace(0, end, steps + 1, dtype=torch.float64)
     y = torchdiffeq.odeint(func, y0, t, method="bdf4")[-1]
     rate = -4 / width**2 * np.sin(np.pi * width / 2) ** 2
-    decay = np.exp(0.2 * rate)
+    decay = np.exp(end * rate)
     torch.testing.assert_close(y, decay * y0, rtol=1e-5, atol=1e-8)
     (gradient,) = torch.autograd.grad(y @ torch.sin(torch.pi * x), y0)
     torch.testing.assert_close(gradient, decay * torch.sin(torch.pi * x), rtol=1e-5, atol=1e-8)

@@ -161,8 +161,9 @@ def gmres(
             break
         correction, residual = _krylov(product, residual, goal, precondition)
         solution = solution + correction
+        remaining = float(residual.norm())
         # What a whole Krylov space does not lessen is rounding, or beyond it.
-        if not float(residual.norm()) < 0.99 * before:
+        if remaining <= goal or not remaining < 0.99 * before:
             break
         residual = rhs - solution + product(solution)
     return solution, residual

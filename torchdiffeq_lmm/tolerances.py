@@ -42,7 +42,8 @@ def resolve_tolerance(argument: str, tolerance: object, like: Tensor) -> float |
 
 def event_tolerance(atol: object, like: Tensor) -> float:
     """To how much of the time an event is to be found: the least entry of `atol`, which must be positive."""
-    least = float(torch.as_tensor(resolve_tolerance("atol", atol, like)).min())
+    tolerance = resolve_tolerance("atol", atol, like)
+    least = float(tolerance.min() if isinstance(tolerance, Tensor) else tolerance)
     if not least > 0:
         raise ValueError(f"atol must be positive where event_fn is given, got {least}")
     return least
