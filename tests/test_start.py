@@ -156,7 +156,9 @@ def test_two_evaluations_make_a_single_step_of_second_order(method: torchdiffeq_
     assert orders(errors) == pytest.approx([3, 3], abs=0.2)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ab3", 2), ("ab4", 3), ("ab5", 2), ("ab5", 4), ("abm4", 3), ("nystrom3", 2)])
+@pytest.mark.parametrize(
+    ("name", "steps"), [("ab3", 2), ("ab4", 3), ("ab5", 2), ("ab5", 4), ("abm4", 3), ("nystrom3", 2)]
+)
 def test_a_solve_within_the_start_is_as_accurate_as_its_nodes_allow(name: str, steps: int) -> None:
     """N steps have N + 1 slopes, and their polynomial is integrated with an error of order h^{N+2}."""
     errors = []
