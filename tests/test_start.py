@@ -171,12 +171,12 @@ def test_a_solve_within_the_start_is_as_accurate_as_its_nodes_allow(name: str, s
 
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [("leapfrog", 1), ("leapfrog", 2), ("ab2", 1), ("ab3", 3), ("abm2", 1), ("abm2", 2), ("abm3", 3), ("nystrom3", 3)],
+    [("leapfrog", 1), ("ab2", 1), ("abm2", 1), ("abm2", 2)],
 )
 def test_gradients_between_dense_observations_are_of_second_order(name: str, steps: int) -> None:
     """Under odeint_adjoint every interval between two observations is a backward solve of its own."""
     errors = []
-    for count in (6, 12, 24):
+    for count in (4, 8, 16):
         t = torch.linspace(0, 1, count + 1, dtype=torch.float64)
         gradients = []
         for options in ({"method": name, "options": {"step_size": 1 / (count * steps)}}, {"method": "rk4"}):
@@ -190,11 +190,11 @@ def test_gradients_between_dense_observations_are_of_second_order(name: str, ste
     assert np.mean(orders(errors)) > 1.7, errors
 
 
-@pytest.mark.parametrize(("name", "steps"), [("leapfrog", 1), ("ab2", 1), ("abm2", 1), ("abm3", 2), ("ab4", 3)])
+@pytest.mark.parametrize(("name", "steps"), [("leapfrog", 1), ("abm2", 1), ("ab3", 2)])
 def test_the_filter_owns_the_last_node_of_a_short_solve(name: str, steps: int) -> None:
     """Where the start makes all steps f is evaluated at the last node too: totals stay of second order."""
     exact = []
-    for method, filtered, counts in (("rk4", None, (50,)), (name, "trapezoid", (6, 12, 24))):
+    for method, filtered, counts in (("rk4", None, (30,)), (name, "trapezoid", (4, 8, 16))):
         for count in counts:
             field, x = Field(), X0
             for n in range(count):
