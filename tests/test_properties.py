@@ -103,7 +103,9 @@ def reference(case: Case, func: Func, y0: Tensor, t: Tensor) -> Tensor:
     h = nodes.diff()
     x, f = [y0], [func(nodes[0], y0)]
     for n in range(len(h)):
-        if n == 0:
+        if len(h) == 1:
+            following = x[0] + h[0] / 2 * (f[0] + func(nodes[1], x[0] + h[0] * f[0]))
+        elif n == 0:
             following = x[0] + h[0] * f[0]
         else:
             r = h[n] / h[n - 1]
@@ -303,6 +305,11 @@ def filtered_adjoint(
     for n in range(steps):
         following = (1 - r[n] ** 2) * x[n] + gain[n] * (matrices[n] @ x[n] + biases[n])
         x.append(following + (r[n] ** 2 * x[n - 1] if n else 0))
+    predicted = x[1]
+    if steps == 1:
+        # A single step is Heun's.
+        at_ends = [matrices[n] @ x[n] + biases[n] for n in range(2)]
+        x[1] = x[0] + h[0] / 2 * (at_ends[0] + at_ends[1])
     f = [matrices[n] @ x[n] + biases[n] for n in range(steps + 1)]
 
     # What E sees of the states and of the values of f.
@@ -339,6 +346,15 @@ def filtered_adjoint(
         window[n] = window[n + 1] + pull_back(n, at_slope) + seen[n]
 
     filtered = direct.copy()
+    if steps == 1:
+        last = costate[1]
+        at_end = pull_back(1, h[0] / 2 * last)
+        p = last + at_end + pull_back(0, h[0] / 2 * last + h[0] * at_end + direct[0])
+        width = h[0] / 2 if trapezoid else h[0]
+        filtered += width * np.stack([p, last])
+        own = [np.outer(filtered[0], y0.conj())]
+        own.append(np.outer(direct[1], x[1].conj()) + np.outer(width * last, predicted.conj()))
+        return FilteredAdjoint(np.stack(outputs), np.stack(own), filtered)
     for m in range(steps):
         p = window[0] - seen[0]
         if m > 0:

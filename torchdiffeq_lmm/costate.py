@@ -77,7 +77,7 @@ def filtered_cotangents(
     in_layer = [m for m, d in enumerate(distances) if raw[m] and d is not None and d <= plan.layer]
     layer = layer_terms(plan, in_layer, cotangents, zero)
     stages: list[int] = []
-    next_window = zero
+    next_window = last_window = zero
     value: Tensor | None
     for point in backwards:
         state, node = point.state, point.node
@@ -98,10 +98,16 @@ def filtered_cotangents(
                 stages.append(state)
             continue
         g = seen[node]
+        if node == len(seen) - 1:
+            last_window = point.window
         after = point.window if g is None else point.window - g
         for stage in stages:
             fraction = positions[stage] - node
-            yield stage, plan.widths[stage], linear_combination((1 - fraction, fraction), (after, next_window))
+            if positions[stage] == len(seen) - 1:
+                # Of a predictor, or of a sweep.
+                yield stage, plan.widths[stage], last_window
+            else:
+                yield stage, plan.widths[stage], linear_combination((1 - fraction, fraction), (after, next_window))
         stages, next_window = [], point.window
         width = plan.widths.get(state, 0.0)
         if width == 0.0:

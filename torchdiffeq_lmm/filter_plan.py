@@ -61,10 +61,8 @@ def plan_filter(
     nodes = list(accumulate(lengths, initial=0.0))
     evaluated, at_node = recurrence.evaluated, set(recurrence.nodes)
     states = [state for state, flag in enumerate(evaluated) if flag and (method is None or state in at_node)]
-    last = recurrence.nodes[-1]
-    if method is not None and len(lengths) > recurrence.start and evaluated[last - 1] and last - 1 not in at_node:
-        # Only a predictor evaluates f at the last node.
-        states.append(last - 1)
+    if method is not None:
+        states += _beside_the_last_node(recurrence)
     times = [_time_at(recurrence.positions[state], nodes) for state in states]
     widths = dict(zip(states, cell_widths(times, nodes[-1], weights), strict=True))
 
@@ -79,6 +77,18 @@ def plan_filter(
     reach = method.steps
     raw = raw_nodes(lengths, recurrence.start, reach, max(layer.length, layer.near) + 2 * reach)
     return FilterPlan(recurrence, lengths, widths, raw, layer.length + reach, layer.near, method.order > 1, is_damped)
+
+
+def _beside_the_last_node(recurrence: Recurrence) -> list[int]:
+    """The state whose slope is the last one at the time of the last node, where it is not the node's own.
+
+    It is a predictor's or, where the start makes all steps, that of the last sweep but one.
+    """
+    last, steps, evaluated = recurrence.nodes[-1], len(recurrence.nodes) - 1, recurrence.evaluated
+    if evaluated[last]:
+        return []
+    first = 0 if steps <= recurrence.start else last - 1
+    return [state for state in range(first, last) if evaluated[state] and recurrence.positions[state] == steps][-1:]
 
 
 def _time_at(position: float, nodes: Sequence[float]) -> float:

@@ -85,6 +85,17 @@ class MultistepMethod:
         return not uses_one or self.order > 2
 
     @property
+    def starts_above_its_order(self) -> bool:
+        """Whether, explicit, it is started by one sweep more than its order needs.
+
+        An error that its own order allows the start would be most of what PECE methods have, and for ever on the other
+        roots of methods of Nyström's kind. That of Adams–Bashforth methods is so large that it hardly counts. Leapfrog
+        remembers no slopes, and its filters and its way back rest on an Euler step.
+        """
+        has_other_roots = len(self.on_equal_steps.increments) > 0
+        return self.predictor is not None or (has_other_roots and self.remembers_slopes)
+
+    @property
     def evaluations(self) -> int | None:
         """How many times a step evaluates func; None where that depends on the equation to solve."""
         return None if self.is_implicit else 1 if self.predictor is None else 2

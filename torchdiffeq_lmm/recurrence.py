@@ -179,7 +179,7 @@ def unroll(method: MultistepMethod, steps: Tensor) -> Recurrence:
     """
     lengths = _lengths(method, steps)
     start = min(start_length(method), len(lengths))
-    writer = _Writer(method)
+    writer = _Writer(method, len(lengths))
     for swept in _swept_states(method, lengths):
         writer.write_sweep(swept)
     weights_of = _Coefficients(method, lengths)
@@ -232,16 +232,24 @@ def _damps(method: MultistepMethod) -> bool:
     return is_strongly_stable(coefficients(method.on_equal_steps, method.steps)[0])
 
 
-def _sweeps(method: MultistepMethod) -> int:
-    # An implicit formula has a smaller error than the sweep that is of its order: one more.
-    return max(1, method.order if method.is_implicit else method.order - 1)
+def _sweeps(method: MultistepMethod, count: int) -> int:
+    """L, in a solve of so many steps."""
+    start = start_length(method)
+    slopes = min(count, start) + method.uses_first_slope
+    if method.is_implicit:
+        # One more than raises the order, for the formula has a smaller error; through one slope more make nothing new.
+        return min(method.order, slopes + 1 if slopes > 1 else 1)
+    if count <= start:
+        return slopes
+    return min(method.order, slopes) if method.starts_above_its_order else max(1, method.order - 1)
 
 
 def _swept_states(method: MultistepMethod, lengths: Sequence[Number]) -> Iterator[SweptState]:
     steps = lengths[: start_length(method)]
-    if steps and start_length(method) > 0:
+    if steps:
         times = list(accumulate(steps, initial=0 * lengths[0]))
-        yield from deferred_corrections(times, _sweeps(method), method.is_implicit, method.uses_first_slope)
+        sweeps = _sweeps(method, len(lengths))
+        yield from deferred_corrections(times, sweeps, method.is_implicit, method.uses_first_slope)
 
 
 def _scaled_nodes(lengths: Sequence[Number]) -> list[Number]:
@@ -314,10 +322,11 @@ class _Writer:
         reach: how many of the latest nodes a row may know of.
     """
 
-    def __init__(self, method: MultistepMethod) -> None:
+    def __init__(self, method: MultistepMethod, count: int) -> None:
         self.rows: list[Row] = []
         self.positions = [0.0]
         self._method = method
+        self._sweeps = _sweeps(method, count)
         self._slots: dict[Hashable, int] = {}
         self._count = 0
         self._latest: Hashable = 0
@@ -376,7 +385,7 @@ class _Writer:
         self._latest = n + count
 
     def _name(self, sweep: int, node: int) -> Hashable:
-        return node if sweep in (0, _sweeps(self._method)) else (sweep, node)
+        return node if sweep in (0, self._sweeps) else (sweep, node)
 
     def _write(
         self,

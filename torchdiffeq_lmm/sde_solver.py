@@ -230,7 +230,8 @@ class _Field:
 
         self._increment: Callable[[int], Tensor] = increment
         self._sde: HostedSDE = unwrap_sde(sde, increment(0))
-        self._copies = method.remembers_slopes
+        # A single step of any method uses both of its slopes.
+        self._copies = method.remembers_slopes or len(nodes) == 2
 
     def time(self, state: int) -> Tensor:
         """What the SDE is given for the time of a state."""

@@ -256,6 +256,13 @@ class _Backwards:
 
     def __call__(self, gradients: _Gradients) -> tuple[Tensor | None, ...]:
         start = self._anchors[0]
+        if len(self._rerun.recurrence.nodes) == 2:
+            # A single step is not leapfrog's, and has nothing behind it to go back to.
+            end = self._anchors[-1]
+            found = gradients(Checkpoints(self._rerun, between([start], end.state, end.history.x)))
+            if self._backward.report is not None:
+                self._backward.report(0.0)
+            return found
         tolerance = self._backward.tolerance
         if tolerance is None:
             tolerance = torch.finfo(start.history.x.dtype).eps ** 0.5

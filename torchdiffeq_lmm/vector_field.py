@@ -39,7 +39,7 @@ class VectorField:
         y0: the solver's initial state; every state has its shape, dtype and device.
         perturb: as torchdiffeq's option: evaluate a hair to the right (left) of a node that a step begins (ends) at.
         copies: whether the value is wanted for longer than to the next evaluation. func may return the same memory
-            again and again.
+            again and again. The first one always may be: a single step of any method uses both of its slopes.
 
     Attributes:
         time_dtype: the real dtype in which func is given its times.
@@ -52,7 +52,8 @@ class VectorField:
         self._offsets = [0, *accumulate(shape.numel() for shape in hosted.shapes or ())][:-1]
         self._mixes_dtypes = hosted.is_adjoint
         self._perturb = perturb
-        self._copies = copies and hosted.shapes is None
+        self._copies = hosted.shapes is None
+        self._goes_on_copying = copies and hosted.shapes is None
         self._shape = y0.shape
         self._device = y0.device
         self.time_dtype = y0.dtype.to_real()
@@ -108,7 +109,8 @@ class VectorField:
             slope = torch.cat([part.reshape(-1) for part in self._components(self._call(user_time, state), x)])
         if self._reversed:
             return -slope
-        return slope.clone() if self._copies else slope
+        copies, self._copies = self._copies, self._goes_on_copying
+        return slope.clone() if copies else slope
 
     def _components(self, slopes: Any, x: Tensor) -> tuple[Tensor, ...]:
         assert self._shapes is not None
