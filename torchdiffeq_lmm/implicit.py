@@ -116,10 +116,13 @@ class ImplicitSolver:
             equation = _Equation(x, torch.zeros_like(x) if known is None else known, weight, slope, iterate)
             start = equation.c if guess is None else equation.c + weight * guess
             found: _Solution | _Failure | None = None
+            # A guess from a past of much smaller steps may be far off; then better none.
+            starts = [start] if guess is None else [start, equation.c]
             if not self._uses_newton:
                 found = self._substitute(equation, start)
-            # A guess from a past of much smaller steps may be far off; then better none.
-            starts = (start,) if guess is None else (start, equation.c)
+                if found is None:
+                    # One by the slope before a stiff step is, as a rule.
+                    starts.sort(key=equation.level)
             while not isinstance(found, _Solution):
                 self._uses_newton = True
                 for beginning in starts:
@@ -383,6 +386,11 @@ class _Equation:
     def residual(self, d: Tensor, f: Tensor) -> Tensor:
         """By how much d misses the equation."""
         return self.c + self.weight * f - d
+
+    def level(self, d: Tensor) -> float:
+        """The largest entry of the residual; infinite where one is not a number."""
+        residual = self.residual(d, self.slope(self.x + d)).abs()
+        return float(residual.nan_to_num(nan=torch.inf).max()) if residual.numel() else 0.0
 
     def solution(self, d: Tensor) -> _Solution:
         """d, and the slope by the equation: f itself would amplify what is left of the error by the Jacobian."""
