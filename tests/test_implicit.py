@@ -33,14 +33,14 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Ten
 
 
 class Counted:
-    """f, and how often it was called for iterates and for Jacobians."""
+    """f, and how often it was called for iterates and, with a graph, for Jacobians."""
 
     def __init__(self, f: Slope) -> None:
         self._f = f
         self.slopes = self.iterates = 0
 
     def slope(self, x: Tensor) -> Tensor:
-        self.slopes += 1
+        self.slopes += x.requires_grad
         return self._f(x)
 
     def iterate(self, x: Tensor) -> Tensor:
