@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .methods import MultistepMethod
 from .recurrence import Recurrence
@@ -47,8 +47,25 @@ class FilterPlan:
         return self.steps[max(0, node - 1)] / 4 if self.is_damped else 0.0
 
 
+class Beyond(NamedTuple):
+    """What is beyond a jump of f, at which another solve ends or begins.
+
+    Attributes:
+        step: the length of its step there.
+        is_evaluated: whether it evaluates f at the jump for a parameter of its own.
+    """
+
+    step: float
+    is_evaluated: bool
+
+
 def plan_filter(
-    weights: CellWeights, recurrence: Recurrence, lengths: list[float], method: MultistepMethod | None
+    weights: CellWeights,
+    recurrence: Recurrence,
+    lengths: list[float],
+    method: MultistepMethod | None,
+    before: Beyond | None = None,
+    after: Beyond | None = None,
 ) -> FilterPlan:
     """Work out what the filter does where.
 
@@ -57,16 +74,22 @@ def plan_filter(
         recurrence: the rows.
         lengths: h, of length N.
         method: the method; None for one-step methods, whose evaluations between the nodes have parameters of their own.
+        before, after: where f jumps at the first node, or at the last one, what is beyond. With step weights both
+            sides share the cell of the node then, as two evaluations at one time do; with trapezoid weights each side
+            has a half cell of its own.
     """
     nodes = list(accumulate(lengths, initial=0.0))
-    evaluated, at_node = recurrence.evaluated, set(recurrence.nodes)
-    states = [state for state, flag in enumerate(evaluated) if flag and (method is None or state in at_node)]
-    last = recurrence.nodes[-1]
-    if method is not None and len(lengths) > recurrence.start and evaluated[last - 1] and last - 1 not in at_node:
-        # Only a predictor evaluates f at the last node.
-        states.append(last - 1)
+    states = owners(recurrence, method)
     times = [_time_at(recurrence.positions[state], nodes) for state in states]
-    widths = dict(zip(states, cell_widths(times, nodes[-1], weights), strict=True))
+    end = nodes[-1]
+    lead: list[float] = []
+    trail: list[float] = []
+    if weights == "step" and before is not None and before.is_evaluated:
+        lead = [-before.step, 0.0]
+    if weights == "step" and after is not None:
+        trail = [*([end] if after.is_evaluated else []), end + after.step]
+    shares = cell_widths([*lead, *times, *trail], trail[-1] if trail else end, weights)
+    widths = dict(zip(states, shares[len(lead) : len(lead) + len(states)], strict=True))
 
     # A formula with no slope but the new one is a BDF, or its like.
     is_damped = method is not None and not method.uses_first_slope
@@ -79,6 +102,17 @@ def plan_filter(
     reach = method.steps
     raw = raw_nodes(lengths, recurrence.start, reach, max(layer.length, layer.near) + 2 * reach)
     return FilterPlan(recurrence, lengths, widths, raw, layer.length + reach, layer.near, method.order > 1, is_damped)
+
+
+def owners(recurrence: Recurrence, method: MultistepMethod | None) -> list[int]:
+    """The states whose slopes receive a costate, which own a part of the time; see `plan_filter`."""
+    evaluated, at_node = recurrence.evaluated, set(recurrence.nodes)
+    states = [state for state, flag in enumerate(evaluated) if flag and (method is None or state in at_node)]
+    last, steps = recurrence.nodes[-1], len(recurrence.nodes) - 1
+    if method is not None and steps > recurrence.start and evaluated[last - 1] and last - 1 not in at_node:
+        # Only a predictor evaluates f at the last node.
+        states.append(last - 1)
+    return states
 
 
 def _time_at(position: float, nodes: Sequence[float]) -> float:
