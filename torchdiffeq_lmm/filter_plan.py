@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from .methods import MultistepMethod
 from .recurrence import Recurrence
@@ -47,25 +47,13 @@ class FilterPlan:
         return self.steps[max(0, node - 1)] / 4 if self.is_damped else 0.0
 
 
-class Beyond(NamedTuple):
-    """What is beyond a jump of f, at which another solve ends or begins.
-
-    Attributes:
-        step: the length of its step there.
-        is_evaluated: whether it evaluates f at the jump for a parameter of its own.
-    """
-
-    step: float
-    is_evaluated: bool
-
-
 def plan_filter(
     weights: CellWeights,
     recurrence: Recurrence,
     lengths: list[float],
     method: MultistepMethod | None,
-    before: Beyond | None = None,
-    after: Beyond | None = None,
+    before: float | None = None,
+    after: float | None = None,
 ) -> FilterPlan:
     """Work out what the filter does where.
 
@@ -74,20 +62,17 @@ def plan_filter(
         recurrence: the rows.
         lengths: h, of length N.
         method: the method; None for one-step methods, whose evaluations between the nodes have parameters of their own.
-        before, after: where f jumps at the first node, or at the last one, what is beyond. With step weights both
-            sides share the cell of the node then, as two evaluations at one time do; with trapezoid weights each side
-            has a half cell of its own.
+        before: where f jumps at the first node, the step that ends there, if f is evaluated at its end too: see
+            `step_to_end`. With step weights both share the cell of the node, as two evaluations at one time do; with
+            trapezoid weights each has a half cell of its own anyway.
+        after: where f jumps at the last node, the step that begins there.
     """
     nodes = list(accumulate(lengths, initial=0.0))
-    states = owners(recurrence, method)
+    states = _owners(recurrence, method)
     times = [_time_at(recurrence.positions[state], nodes) for state in states]
     end = nodes[-1]
-    lead: list[float] = []
-    trail: list[float] = []
-    if weights == "step" and before is not None and before.is_evaluated:
-        lead = [-before.step, 0.0]
-    if weights == "step" and after is not None:
-        trail = [*([end] if after.is_evaluated else []), end + after.step]
+    lead = [-before, 0.0] if weights == "step" and before is not None else []
+    trail = [end, end + after] if weights == "step" and after is not None else []
     shares = cell_widths([*lead, *times, *trail], trail[-1] if trail else end, weights)
     widths = dict(zip(states, shares[len(lead) : len(lead) + len(states)], strict=True))
 
@@ -104,7 +89,13 @@ def plan_filter(
     return FilterPlan(recurrence, lengths, widths, raw, layer.length + reach, layer.near, method.order > 1, is_damped)
 
 
-def owners(recurrence: Recurrence, method: MultistepMethod | None) -> list[int]:
+def step_to_end(recurrence: Recurrence, lengths: list[float], method: MultistepMethod | None) -> float | None:
+    """The last step, where f is evaluated at its end for a parameter there; else None."""
+    is_at_end = recurrence.positions[_owners(recurrence, method)[-1]] == len(lengths)
+    return lengths[-1] if is_at_end else None
+
+
+def _owners(recurrence: Recurrence, method: MultistepMethod | None) -> list[int]:
     """The states whose slopes receive a costate, which own a part of the time; see `plan_filter`."""
     evaluated, at_node = recurrence.evaluated, set(recurrence.nodes)
     states = [state for state, flag in enumerate(evaluated) if flag and (method is None or state in at_node)]

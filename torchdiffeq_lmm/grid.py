@@ -5,7 +5,7 @@ first step, in float64 on the CPU, in the solver's increasing time.
 """
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -282,7 +282,8 @@ def place_in(t: Tensor, pieces: Sequence[Grid], jumps: Jumps) -> list[list[Place
 
     Args:
         t: see `place`.
-        pieces: one after the other. An output at a jump is at the first node of the piece that begins there.
+        pieces: one after the other. An output at a jump is at the last node of the piece that ends there, and
+            so is its gradient with respect to the time, as with torchdiffeq's adaptive methods.
         jumps: the times at which f jumps, for their rounding.
 
     Returns:
@@ -294,7 +295,8 @@ def place_in(t: Tensor, pieces: Sequence[Grid], jumps: Jumps) -> list[list[Place
     roundings[starts[1:]] = _jump_rounding(jumps, t)
     placed: list[list[Placement]] = [[] for _ in pieces]
     for placement in place(t, Grid(nodes, torch.cat([piece.steps for piece in pieces])), roundings):
-        piece = bisect_right(starts, placement.node) - 1
+        is_at_node = placement.fraction is None
+        piece = max(0, (bisect_left if is_at_node else bisect_right)(starts, placement.node) - 1)
         placed[piece].append(placement._replace(node=placement.node - starts[piece]))
     return placed
 

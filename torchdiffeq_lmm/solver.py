@@ -12,7 +12,7 @@ from torch import Tensor
 from .backward import resolve_backward
 from .combination import Weight
 from .compilation import eager
-from .filter_plan import Beyond, FilterPlan, owners, plan_filter
+from .filter_plan import FilterPlan, plan_filter, step_to_end
 from .grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
 from .grid import (
     Grid,
@@ -182,7 +182,9 @@ class MultistepSolver:
         if self._is_smooth:
             for piece in pieces:
                 _check_equal(piece.steps)
-        sources = [FixedSteps(piece, self._unroll(piece.steps), self._sides, t) for piece in pieces]
+        sources = [
+            FixedSteps(piece, rows, self._sides, t) for piece, rows in zip(pieces, self._rows(pieces), strict=True)
+        ]
         # No tensor that grows with the number of steps is held without need.
         del pieces
         x, outputs = self.y0, []
@@ -373,6 +375,18 @@ class MultistepSolver:
     def _unroll(self, steps: Tensor) -> Recurrence:
         return self.method.unroll(steps) if isinstance(self.method, TwoStageMethod) else unroll(self.method, steps)
 
+    def _rows(self, pieces: Sequence[Grid]) -> Iterator[Recurrence]:
+        """The rows on each piece; those of equal steps are the same."""
+        known: dict[tuple[float, ...], Recurrence] = {}
+        for piece in pieces:
+            if len(pieces) == 1 or piece.requires_grad:
+                yield self._unroll(piece.steps)
+                continue
+            lengths = tuple(piece.steps.tolist())
+            if lengths not in known:
+                known[lengths] = self._unroll(piece.steps)
+            yield known[lengths]
+
     def _pieces(self, t: Tensor) -> tuple[list[Grid], list[list[Placement]]]:
         """The grid, cut in pieces where f jumps, and where the outputs lie in each."""
         jumps, step_size = self._jumps, None if self.step_size is None else float(self.step_size)
@@ -392,7 +406,10 @@ class MultistepSolver:
         placements = place_in(t, pieces, jumps)
         if is_of_times:
             # Where it is not a jump, node and output time are the same variable.
-            placements = [[p._replace(shift=None) if p.node else p for p in placed] for placed in placements]
+            placements = [
+                [p if p.node == len(piece.steps) else p._replace(shift=None) for p in placed]
+                for placed, piece in zip(placements, pieces, strict=True)
+            ]
         return pieces, placements
 
     @property
@@ -412,13 +429,9 @@ class MultistepSolver:
         if not isinstance(self.grad_filter, CostateFilter):
             return None
         method = None if isinstance(self.method, TwoStageMethod) else self.method
-        beyond_begin = beyond_end = None
-        if before is not None:
-            position = before.recurrence.positions[owners(before.recurrence, method)[-1]]
-            beyond_begin = Beyond(before.lengths[-1], position == before.count)
-        if after is not None:
-            beyond_end = Beyond(after.first_step, after.recurrence.evaluated[0])
-        return plan_filter(self.grad_filter.weights, recurrence, lengths, method, beyond_begin, beyond_end)
+        step_before = None if before is None else step_to_end(before.recurrence, before.lengths, method)
+        step_after = None if after is None else after.first_step
+        return plan_filter(self.grad_filter.weights, recurrence, lengths, method, step_before, step_after)
 
     def _evaluator(self, tape: Tape | None, source: StepSource, wanted: Mapping[int, int] | None) -> "_Evaluator":
         def implicit() -> ImplicitSolver:
@@ -435,11 +448,15 @@ class MultistepSolver:
             states.add(node)
             if fraction is not None:
                 states.add(node + 1)
-            if shift is not None or (fraction is not None and self.interp == "cubic"):
+            is_cubic = fraction is not None and self.interp == "cubic"
+            ends = [node + 1] if is_cubic else []
+            if shift is not None and node == len(evaluated) - 1:
+                ends = [node]
+            elif shift is not None or is_cubic:
                 (slopes if evaluated[node] else end_slopes).add(node)
-            if fraction is not None and self.interp == "cubic":
+            for end in ends:
                 from_left = self.perturb and not self.method.is_implicit
-                (end_slopes if from_left or not evaluated[node + 1] else slopes).add(node + 1)
+                (end_slopes if from_left or not evaluated[end] else slopes).add(end)
         return _Wanted(states, slopes, end_slopes)
 
     def _output(self, placement: Placement, steps: Sequence[Weight], trajectory: Trajectory) -> Tensor:
@@ -447,7 +464,9 @@ class MultistepSolver:
         if fraction is not None:
             return self._inside(node, fraction, steps[node], trajectory)
         if shift is not None:
-            return slide(trajectory.states[node], shift, trajectory.start_slope(node))
+            # At the last node the slope from the left, of which there may be no other.
+            slope = trajectory.end_slope if node == len(steps) else trajectory.start_slope
+            return slide(trajectory.states[node], shift, slope(node))
         return trajectory.states[node]
 
     def _inside(self, node: int, fraction: Weight, step: Weight, trajectory: Trajectory) -> Tensor:
