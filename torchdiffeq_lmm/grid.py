@@ -154,7 +154,7 @@ def uniform_pieces(t: Tensor, step_size: float, jumps: Jumps, argument: str = "s
     times = _exact(t)
     _check_count(times, step_size, argument)
     inside, at_ends = _jumps_inside(jumps, t)
-    bounds = [times[:1], *inside.split(1), times[-1:]]
+    bounds = [times[:1], *_each(inside), times[-1:]]
     rounding = _jump_rounding(jumps, t)
     return _marked([_divided(begin, end, step_size, rounding) for begin, end in pairwise(bounds)], at_ends)
 
@@ -168,7 +168,7 @@ def pieces_until(t0: Tensor, end: float, step_size: float, jumps: Jumps) -> tupl
     """
     bounds = torch.cat([t0.detach(), torch.tensor([end]).to(t0.detach())])
     inside, (at_start, _) = _jumps_inside(jumps, bounds)
-    times = [_exact(t0), *inside.split(1)]
+    times = [_exact(t0), *_each(inside)]
     rounding = _jump_rounding(jumps, bounds)
     grids = (
         replace(_divided(begin, end, step_size, rounding), jumps=(at_start or n > 0, True))
@@ -216,6 +216,11 @@ def _jumps_inside(jumps: Jumps, t: Tensor) -> tuple[Tensor, tuple[bool, bool]]:
     exact = jumps.times.detach()
     at_ends = (bool(((exact - begin).abs() <= tolerance).any()), bool(((exact - end).abs() <= tolerance).any()))
     return jumps.times[(exact > begin + tolerance) & (exact < end - tolerance)], at_ends
+
+
+def _each(times: Tensor) -> list[Tensor]:
+    # Of no times split() makes one tensor without entries.
+    return list(times.split(1)) if len(times) else []
 
 
 def _marked(pieces: list[Grid], at_ends: tuple[bool, bool]) -> list[Grid]:

@@ -135,6 +135,10 @@ class FixedSteps:
         recurrence: the rows on it.
         sides: from where f is seen.
         like: a time, for the dtype and device of times.
+
+    Attributes:
+        time: from a state to its time.
+        user_times: see `Made`; of all states.
     """
 
     def __init__(self, grid: Grid, recurrence: Recurrence, sides: Sides, like: Tensor) -> None:
@@ -147,25 +151,26 @@ class FixedSteps:
         self._sides = replace(sides, jumps=grid.jumps)
         # No tensor that grows with the number of steps is held without need.
         times = recurrence.times(grid.nodes)
-        self.time, self.user_time, self.user_times = self._times(times, like)
-
-    def _times(
-        self, times: Tensor, like: Tensor
-    ) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor], Tensor | None]:
-        """From a state to its time in the dtype of t, and to the user's; the latter of all, where they have a graph."""
+        self.user_times: Tensor | None = None
         if times.requires_grad:
-            times = times.to(like)
-            user_times = self._sides.user_times(times, self.recurrence)
+            rounded = times.to(like)
+            seen = times if any(grid.jumps) else rounded
+            self.user_times = self._sides.user_times(seen, recurrence)
             # All at once, for the cost of their gradients would else be quadratic.
-            return times.unbind().__getitem__, user_times.unbind().__getitem__, user_times
-        refuse_tangents(times)
-        numbers = times.tolist()
-        time = _Blocks(numbers, lambda block, _: block.to(like, non_blocking=True))
+            self.time: Callable[[int], Tensor] = rounded.unbind().__getitem__
+            self._seen: Callable[[int], Tensor] = seen.unbind().__getitem__
+            self.user_time: Callable[[int], Tensor] = self.user_times.unbind().__getitem__
+        else:
+            refuse_tangents(times)
+            numbers = times.tolist()
+            time = _Blocks(numbers, lambda block, _: block.to(like, non_blocking=True))
+            # In the dtype of t a jump may be on the other side of itself.
+            seen_blocks = _Blocks(numbers, lambda block, _: block) if any(grid.jumps) else time
 
-        def user_times_of(_: Tensor, first: int) -> Tensor:
-            return self._sides.user_times(time.block(first), self.recurrence, first)
+            def user_times_of(_: Tensor, first: int) -> Tensor:
+                return self._sides.user_times(seen_blocks.block(first), recurrence, first)
 
-        return time, _Blocks(numbers, user_times_of), None
+            self.time, self._seen, self.user_time = time, seen_blocks, _Blocks(numbers, user_times_of)
 
     def rows(self, differentiable: bool) -> Iterator[Row]:
         """See `StepSource`."""
@@ -185,7 +190,7 @@ class FixedSteps:
 
     def user_time_at_end(self, node: int, state: int) -> Tensor:
         """See `StepSource`."""
-        return self._sides.at_end(self.time(state), node, len(self.lengths))
+        return self._sides.at_end(self._seen(state), node, len(self.lengths))
 
     def until(self, state: int, node: int) -> Made:
         """See `StepSource`."""
