@@ -318,7 +318,7 @@ def place(t: Tensor, grid: Grid, roundings: Tensor | None = None) -> list[Placem
     """
     times = _exact(t)
     nodes = grid.nodes.detach()
-    after = torch.searchsorted(nodes, times.detach()).clamp(1, len(nodes) - 1)
+    after = torch.searchsorted(nodes, times.detach().contiguous()).clamp(1, len(nodes) - 1)
     before = after - 1
     nearest = torch.where(nodes[after] - times.detach() < times.detach() - nodes[before], after, before)
     # Never so much that an output inside a step is moved to its end.

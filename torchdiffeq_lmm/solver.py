@@ -67,11 +67,19 @@ class MultistepSolver:
         unused: rtol and atol, for implicit steps, the latter for events too; norm, which nothing uses; anything else
             is warned of.
 
+    **Jumps.** A time of `jump_t` between t[0] and t[-1] is a node, up to rounding the one that is there. The solve is a
+    chain of solves then, from one jump to the next, each with a start, a filter and checkpoints of its own; its steps
+    of `step_size` begin at the jump, and its last one is cut short at the next. func is evaluated at the neighbouring
+    numbers of a jump, in the real dtype of the state, from the side of the piece; at a jump at t[0] or t[-1] from
+    inside. Times outside are ignored. A gradient with respect to jump_t is that of moving the node; at an output there,
+    the gradient with respect to the output's time is that from the left. Where the jumps are as close as the steps, a
+    one-step method is the better choice.
+
     Raises:
-        TypeError: y0, step_size, grad_filter, backward or adjoint_params is of a wrong type.
-        ValueError: step_size, interp, grad_filter or backward has a wrong value; step_size and grid_constructor are
-            both given; grad_filter or backward is given to `torchdiffeq.odeint_adjoint`; adjoint_params is given where
-            it is not used, or is not where it is needed.
+        TypeError: y0, step_size, jump_t, grad_filter, backward or adjoint_params is of a wrong type.
+        ValueError: step_size, interp, jump_t, grad_filter or backward has a wrong value; step_size and
+            grid_constructor are both given; grad_filter or backward is given to `torchdiffeq.odeint_adjoint`;
+            adjoint_params is given where it is not used, or is not where it is needed.
     """
 
     method: ClassVar[MultistepMethod | TwoStageMethod]
