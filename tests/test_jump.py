@@ -705,14 +705,14 @@ def test_odeint_adjoint(name: str, direction: int, as_list: bool) -> None:
     results = []
     for odeint, method, options in (
         (torchdiffeq.odeint, "dopri5", {"jump_t": f64(*jumps)}),
-        (torchdiffeq.odeint_adjoint, name, {"jump_t": jumps if as_list else f64(*jumps), "step_size": 1 / 256}),
+        (torchdiffeq.odeint_adjoint, name, {"jump_t": jumps if as_list else f64(*jumps), "step_size": 1 / 96}),
     ):
         field, y0 = Field(), f64(1.0, 0.2, requires_grad=True)
-        states = odeint(field, y0, t, method=method, options=options, rtol=1e-11, atol=1e-12)
+        states = odeint(field, y0, t, method=method, options=options, rtol=1e-9, atol=1e-10)
         states.square().sum().backward()
         results.append((states.detach(), y0.grad, field.k.grad))
-    # One side of a jump for the other, in one evaluation, would make an error of 2e-3.
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    # One side of a jump for the other, in one evaluation, would make an error of 5e-3.
+    torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ SDEs

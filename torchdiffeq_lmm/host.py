@@ -7,7 +7,6 @@ them, and its wrapper of an SDE.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from inspect import getclosurevars
 from typing import Any
 
 import torch
@@ -95,8 +94,14 @@ def unwrap(func: Callable[..., Any]) -> HostedFunction:
         callback,
         in_adjoint=calls > 1 or is_adjoint,
         is_adjoint=is_adjoint,
-        options_reversed=is_adjoint and _without_time(getclosurevars(func).nonlocals["func"])[1],
+        options_reversed=is_adjoint and _without_time(_captured(func)["func"])[1],
     )
+
+
+def _captured(func: Any) -> dict[str, Any]:
+    """What a Python function takes from the function around it, by name."""
+    cells = (cell.cell_contents for cell in func.__closure__)
+    return dict(zip(func.__code__.co_freevars, cells, strict=True))
 
 
 def _without_time(func: Callable[..., Any]) -> tuple[Callable[..., Any], bool, int]:
