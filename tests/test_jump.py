@@ -1,5 +1,7 @@
 """The option jump_t: right-hand sides that jump in time, against closed forms, SciPy by pieces and torchdiffeq."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -678,6 +680,25 @@ def test_an_event_at_a_jump_and_one_that_never_comes(monkeypatch: pytest.MonkeyP
             options={"step_size": 0.01, "jump_t": [0.5, 0.9999]},
             event_fn=lambda t, y: y[0] - 1,
         )
+
+
+@pytest.mark.parametrize("is_event", [False, True])
+@pytest.mark.parametrize("way", WAYS[1:3], ids=str)
+def test_all_memory_is_freed_without_a_collector(way: dict, is_event: bool) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        field = Switched(0.5)
+        given = {"event_fn": lambda t, y: t - 0.93} if is_event else {}
+        options = {"step_size": 0.1, "jump_t": [0.5, 0.7]}
+        y = torchdiffeq_lmm.odeint(field, start(), f64(0.0, 1.0), method="ab3", options=options, **given, **way)
+        states = y[1] if is_event else y
+        states[-1].sum().backward()
+        gone = weakref.ref(field)
+        del field, y, states
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 # --------------------------------------------------------------------------------------------------------- adjoint

@@ -148,14 +148,14 @@ class FixedSteps:
         self.count = len(self.lengths)
         self.first_step = self.lengths[0]
         self.recurrence = recurrence
-        self._sides = replace(sides, jumps=grid.jumps)
+        self._sides = sides = replace(sides, jumps=grid.jumps)
         # No tensor that grows with the number of steps is held without need.
         times = recurrence.times(grid.nodes)
         self.user_times: Tensor | None = None
         if times.requires_grad:
             rounded = times.to(like)
             seen = times if any(grid.jumps) else rounded
-            self.user_times = self._sides.user_times(seen, recurrence)
+            self.user_times = sides.user_times(seen, recurrence)
             # All at once, for the cost of their gradients would else be quadratic.
             self.time: Callable[[int], Tensor] = rounded.unbind().__getitem__
             self._seen: Callable[[int], Tensor] = seen.unbind().__getitem__
@@ -167,8 +167,9 @@ class FixedSteps:
             # In the dtype of t a jump may be on the other side of itself.
             seen_blocks = _Blocks(numbers, lambda block, _: block) if any(grid.jumps) else time
 
+            # Without this object, which would be a cycle of references.
             def user_times_of(_: Tensor, first: int) -> Tensor:
-                return self._sides.user_times(seen_blocks.block(first), recurrence, first)
+                return sides.user_times(seen_blocks.block(first), recurrence, first)
 
             self.time, self._seen, self.user_time = time, seen_blocks, _Blocks(numbers, user_times_of)
 
