@@ -61,15 +61,15 @@ def attach(solve: Solve, values: list[Tensor], *inputs: Tensor | None) -> Attach
     return Attached(attached, keeper)
 
 
-def stack(outputs: list[Tensor], keeper: Keeper | None) -> Tensor:
-    """`torch.stack`, with a node that holds on to the keeper of the solve; None where there is none.
+def stack(outputs: list[Tensor], keepers: Sequence[Keeper | None]) -> Tensor:
+    """`torch.stack`, with a node that holds on to the keepers of the solves that led there; None where there is none.
 
     A solve may hold a module that holds the outputs. Python's collector sees that circle through an attribute of the
     outputs' own node alone: nodes behind it, and what autograd has saved, are hidden from it.
     """
-    if keeper is None:
+    if all(keeper is None for keeper in keepers):
         return torch.stack(outputs)
-    stacked: Tensor = _Stack.apply(keeper, *outputs)  # type: ignore[no-untyped-call]
+    stacked: Tensor = _Stack.apply(keepers, *outputs)  # type: ignore[no-untyped-call]
     return stacked
 
 
@@ -128,8 +128,8 @@ class _Stack(torch.autograd.Function):
     """See `stack`."""
 
     @staticmethod
-    def forward(ctx: Any, keeper: Keeper, *outputs: Tensor) -> Tensor:
-        ctx.keeper = keeper
+    def forward(ctx: Any, keepers: Sequence[Keeper | None], *outputs: Tensor) -> Tensor:
+        ctx.keepers = keepers
         return torch.stack(outputs)
 
     @staticmethod

@@ -64,7 +64,8 @@ class Reversible:
             that of auto-differentiation's own, which on dissipative problems is more.
         on_drift: what to do where the drift is larger. ``"raise"``: raise a `DriftError`. ``"checkpoint"``: begin the
             backward pass again with `Checkpoint()`, at the cost of two more forward passes.
-        report: is given the drift, the largest on the way, by every backward pass.
+        report: is given the drift, the largest on the way, by every backward pass; with `jump_t` by that of every
+            piece between jumps.
         anchors: how many states are kept on the way.
 
     Raises:

@@ -48,7 +48,12 @@ class FilterPlan:
 
 
 def plan_filter(
-    weights: CellWeights, recurrence: Recurrence, lengths: list[float], method: MultistepMethod | None
+    weights: CellWeights,
+    recurrence: Recurrence,
+    lengths: list[float],
+    method: MultistepMethod | None,
+    before: float | None = None,
+    after: float | None = None,
 ) -> FilterPlan:
     """Work out what the filter does where.
 
@@ -57,14 +62,19 @@ def plan_filter(
         recurrence: the rows.
         lengths: h, of length N.
         method: the method; None for one-step methods, whose evaluations between the nodes have parameters of their own.
+        before: where f jumps at the first node, the step that ends there, if f is evaluated at its end too: see
+            `step_to_end`. With step weights both share the cell of the node, as two evaluations at one time do; with
+            trapezoid weights each has a half cell of its own anyway.
+        after: where f jumps at the last node, the step that begins there.
     """
     nodes = list(accumulate(lengths, initial=0.0))
-    evaluated, at_node = recurrence.evaluated, set(recurrence.nodes)
-    states = [state for state, flag in enumerate(evaluated) if flag and (method is None or state in at_node)]
-    if method is not None:
-        states += _beside_the_last_node(recurrence)
+    states = _owners(recurrence, method)
     times = [_time_at(recurrence.positions[state], nodes) for state in states]
-    widths = dict(zip(states, cell_widths(times, nodes[-1], weights), strict=True))
+    end = nodes[-1]
+    lead = [-before, 0.0] if weights == "step" and before is not None else []
+    trail = [end, end + after] if weights == "step" and after is not None else []
+    shares = cell_widths([*lead, *times, *trail], trail[-1] if trail else end, weights)
+    widths = dict(zip(states, shares[len(lead) : len(lead) + len(states)], strict=True))
 
     # A formula with no slope but the new one is a BDF, or its like.
     is_damped = method is not None and not method.uses_first_slope
@@ -77,6 +87,19 @@ def plan_filter(
     reach = method.steps
     raw = raw_nodes(lengths, recurrence.start, reach, max(layer.length, layer.near) + 2 * reach)
     return FilterPlan(recurrence, lengths, widths, raw, layer.length + reach, layer.near, method.order > 1, is_damped)
+
+
+def step_to_end(recurrence: Recurrence, lengths: list[float], method: MultistepMethod | None) -> float | None:
+    """The last step, where f is evaluated at its end for a parameter there; else None."""
+    is_at_end = recurrence.positions[_owners(recurrence, method)[-1]] == len(lengths)
+    return lengths[-1] if is_at_end else None
+
+
+def _owners(recurrence: Recurrence, method: MultistepMethod | None) -> list[int]:
+    """The states whose slopes receive a costate, which own a part of the time; see `plan_filter`."""
+    evaluated, at_node = recurrence.evaluated, set(recurrence.nodes)
+    states = [state for state, flag in enumerate(evaluated) if flag and (method is None or state in at_node)]
+    return states if method is None else states + _beside_the_last_node(recurrence)
 
 
 def _beside_the_last_node(recurrence: Recurrence) -> list[int]:

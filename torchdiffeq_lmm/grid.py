@@ -5,8 +5,10 @@ first step, in float64 on the CPU, in the solver's increasing time.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .evaluation import savable
+from .jumps import Jumps
 
 MAX_STEPS = 10_000_000
 """More steps than this are taken for a mistake in `step_size`."""
@@ -32,10 +35,14 @@ class Grid:
         nodes: of shape (N + 1,), float64, CPU; carries the gradient to `t` where `t` requires one.
         steps: h, of shape (N,), float64, CPU: the differences of the nodes, made equal where they are equal up to
             the rounding of the nodes.
+        eps: of the dtype in which the nodes were given.
+        jumps: whether f jumps at the first node, and at the last one.
     """
 
     nodes: Tensor
     steps: Tensor
+    eps: float = torch.finfo(torch.float64).eps
+    jumps: tuple[bool, bool] = (False, False)
 
     @property
     def requires_grad(self) -> bool:
@@ -106,23 +113,124 @@ def uniform_grid(t: Tensor, step_size: float, argument: str = "step_size") -> Gr
         ValueError: that makes more than `MAX_STEPS` steps.
     """
     times = _exact(t)
+    _check_count(times, step_size, argument)
+    return _divided(times[:1], times[-1:], step_size, _rounding(t))
+
+
+def _check_count(times: Tensor, step_size: float, argument: str) -> None:
     length = float((times[-1] - times[0]).detach())
-    # A remainder of no more than rounding is no step of its own.
     count = length / step_size
-    steps = max(1, math.ceil(count - min(_rounding(t) / step_size, 0.01))) if count <= MAX_STEPS else math.inf
-    if steps > MAX_STEPS:
+    if count > MAX_STEPS:
         raise ValueError(
             f"{argument} {step_size} makes {count:.3g} steps from t[0] to t[-1], over a length of {length}; at "
             f"most {MAX_STEPS} are made. Use a larger {argument}"
         )
-    nodes = torch.arange(int(steps) + 1, dtype=torch.float64, device="cpu").mul_(step_size)
-    if times.requires_grad:
-        nodes = torch.cat([times[:1] + nodes[:-1], times[-1:]])
+
+
+def _divided(begin: Tensor, end: Tensor, step_size: float, rounding: float) -> Grid:
+    """Steps from one time to another, both of shape (1,), the last one cut short where they do not fit."""
+    # A remainder of no more than rounding is no step of its own.
+    count = float((end - begin).detach()) / step_size
+    steps = max(1, math.ceil(count - min(rounding / step_size, 0.01)))
+    nodes = torch.arange(steps + 1, dtype=torch.float64, device="cpu").mul_(step_size)
+    if begin.requires_grad or end.requires_grad:
+        nodes = torch.cat([begin + nodes[:-1], end])
     else:
         # In place, as the memory of many steps should be that of little else.
-        nodes.add_(times[0])
-        nodes[-1] = times[-1]
+        nodes.add_(begin)
+        nodes[-1:] = end
     return _grid(nodes, torch.finfo(torch.float64).eps)
+
+
+def uniform_pieces(t: Tensor, step_size: float, jumps: Jumps, argument: str = "step_size") -> list[Grid]:
+    """As `uniform_grid`, with steps of `step_size` from every jump on, the last one cut short at the next.
+
+    Args:
+        t, step_size, argument: see there.
+        jumps: the times at which f jumps; those outside the interval of `t` are ignored.
+
+    Returns:
+        A grid from each jump to the next.
+    """
+    times = _exact(t)
+    _check_count(times, step_size, argument)
+    inside, at_ends = _jumps_inside(jumps, t)
+    bounds = [times[:1], *_each(inside), times[-1:]]
+    rounding = _jump_rounding(jumps, t)
+    return _marked([_divided(begin, end, step_size, rounding) for begin, end in pairwise(bounds)], at_ends)
+
+
+def pieces_until(t0: Tensor, end: float, step_size: float, jumps: Jumps) -> tuple[Iterator[Grid], Tensor, bool]:
+    """As `uniform_pieces`, from t0, of shape (1,), to the last jump before `end`.
+
+    Returns:
+        The grids, as they are asked for; where they end, of shape (1,); and whether f jumps there, which it need not
+        at t0.
+    """
+    bounds = torch.cat([t0.detach(), t0.detach().new_tensor([end])])
+    inside, (at_start, _) = _jumps_inside(jumps, bounds)
+    times = [_exact(t0), *_each(inside)]
+    rounding = _jump_rounding(jumps, bounds)
+    grids = (
+        replace(_divided(begin, end, step_size, rounding), jumps=(at_start or n > 0, True))
+        for n, (begin, end) in enumerate(pairwise(times))
+    )
+    return grids, times[-1], at_start or len(times) > 1
+
+
+def pieces_of(grid: Grid, t: Tensor, jumps: Jumps) -> list[Grid]:
+    """A grid with the jumps among its nodes, cut in pieces there.
+
+    Args:
+        grid: from t[0] to t[-1]. A node that is a jump but for rounding is replaced by it.
+        t: the output times.
+        jumps: the times at which f jumps; those outside the interval of `t` are ignored.
+
+    Returns:
+        A grid from each jump to the next.
+    """
+    inside, at_ends = _jumps_inside(jumps, t)
+    if not len(inside):
+        return _marked([grid], at_ends)
+    nodes, times = grid.nodes.detach(), inside.detach()
+    before = (torch.searchsorted(nodes, times) - 1).clamp(min=0)
+    tolerance = (0.01 * grid.steps.detach()[before]).clamp(max=_jump_rounding(jumps, t))
+    is_other = torch.ones(len(nodes), dtype=torch.bool, device="cpu")
+    for nearest in (before, before + 1):
+        is_other[nearest[(nodes[nearest] - times).abs() <= tolerance]] = False
+    is_other[[0, -1]] = True
+    others = grid.nodes[is_other]
+    merged, order = torch.cat([others, inside]).sort()
+    bounds = [0, *(order >= len(others)).nonzero()[:, 0].tolist(), len(merged) - 1]
+    eps = max(grid.eps, jumps.eps)
+    return _marked([_grid(merged[begin : end + 1], eps) for begin, end in pairwise(bounds)], at_ends)
+
+
+def _jump_rounding(jumps: Jumps, t: Tensor) -> float:
+    return max(_rounding(t), _ULPS * jumps.eps * float(t.detach().abs().max()))
+
+
+def _jumps_inside(jumps: Jumps, t: Tensor) -> tuple[Tensor, tuple[bool, bool]]:
+    """The jumps between t[0] and t[-1], and whether there are some at these."""
+    begin, end = float(t[0].detach()), float(t[-1].detach())
+    tolerance = min(_jump_rounding(jumps, t), 0.01 * (end - begin))
+    exact = jumps.times.detach()
+    at_ends = (bool(((exact - begin).abs() <= tolerance).any()), bool(((exact - end).abs() <= tolerance).any()))
+    return jumps.times[(exact > begin + tolerance) & (exact < end - tolerance)], at_ends
+
+
+def _each(times: Tensor) -> list[Tensor]:
+    # Of no times split() makes one tensor without entries.
+    return list(times.split(1)) if len(times) else []
+
+
+def _marked(pieces: list[Grid], at_ends: tuple[bool, bool]) -> list[Grid]:
+    """The pieces with what is known of jumps at their ends."""
+    last = len(pieces) - 1
+    return [
+        replace(piece, jumps=(at_ends[0] if n == 0 else True, at_ends[1] if n == last else True))
+        for n, piece in enumerate(pieces)
+    ]
 
 
 def grid_of_times(t: Tensor) -> Grid:
@@ -176,22 +284,50 @@ def constructed_grid(
     return _grid(nodes, torch.finfo(made.dtype).eps)
 
 
-def place(t: Tensor, grid: Grid) -> list[Placement]:
+def place_in(t: Tensor, pieces: Sequence[Grid], jumps: Jumps) -> list[list[Placement]]:
+    """Find every output time among the nodes of the pieces of a grid.
+
+    Args:
+        t: see `place`.
+        pieces: one after the other. An output at a jump is at the last node of the piece that ends there, and
+            so is its gradient with respect to the time, as with torchdiffeq's adaptive methods.
+        jumps: the times at which f jumps, for their rounding.
+
+    Returns:
+        The placements in each piece.
+    """
+    nodes = torch.cat([pieces[0].nodes, *(piece.nodes[1:] for piece in pieces[1:])])
+    starts = list(accumulate((len(piece.steps) for piece in pieces), initial=0))[:-1]
+    roundings = torch.full((len(nodes),), _rounding(t), dtype=torch.float64, device="cpu")
+    roundings[starts[1:]] = _jump_rounding(jumps, t)
+    placed: list[list[Placement]] = [[] for _ in pieces]
+    for placement in place(t, Grid(nodes, torch.cat([piece.steps for piece in pieces])), roundings):
+        is_at_node = placement.fraction is None
+        piece = max(0, (bisect_left if is_at_node else bisect_right)(starts, placement.node) - 1)
+        placed[piece].append(placement._replace(node=placement.node - starts[piece]))
+    return placed
+
+
+def place(t: Tensor, grid: Grid, roundings: Tensor | None = None) -> list[Placement]:
     """Find every output time among the nodes.
 
     Args:
         t: increasing, of shape (n,), within the grid; t[0] and t[-1] are its ends.
+        roundings: by how much an output at each node may differ from it, of shape (N + 1,). By default that of t.
 
     Returns:
         One placement per output.
     """
     times = _exact(t)
     nodes = grid.nodes.detach()
-    after = torch.searchsorted(nodes, times.detach()).clamp(1, len(nodes) - 1)
+    after = torch.searchsorted(nodes, times.detach().contiguous()).clamp(1, len(nodes) - 1)
     before = after - 1
     nearest = torch.where(nodes[after] - times.detach() < times.detach() - nodes[before], after, before)
     # Never so much that an output inside a step is moved to its end.
-    tolerance = (0.01 * grid.steps.detach()[before]).clamp(max=_rounding(t))
+    rounding = (
+        torch.tensor(_rounding(t), dtype=torch.float64, device="cpu") if roundings is None else roundings[nearest]
+    )
+    tolerance = torch.minimum(0.01 * grid.steps.detach()[before], rounding)
     at_node = (nodes[nearest] - times.detach()).abs() <= tolerance
 
     if not (times.requires_grad or grid.requires_grad):
@@ -253,4 +389,4 @@ def _grid(nodes: Tensor, eps: float) -> Grid:
         # The value is exact, the gradient that of the differences.
         differences = nodes.diff()
         lengths = lengths + (differences - differences.detach())
-    return Grid(nodes, lengths)
+    return Grid(nodes, lengths, eps)

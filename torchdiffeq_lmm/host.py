@@ -62,6 +62,9 @@ class HostedFunction:
         in_adjoint: whether it is `torchdiffeq.odeint_adjoint` that solves, and will find the gradient by itself.
         is_adjoint: whether `call` is the backward dynamics that odeint_adjoint made, whose components may have
             different dtypes.
+        options_reversed: whether times in options that torchdiffeq negates, of which there are tensors alone, are the
+            negative of the solver's even so: odeint_adjoint does not negate those of its backward solve where the
+            user's time is decreasing.
     """
 
     call: Callable[[torch.Tensor, Any], Any]
@@ -70,6 +73,7 @@ class HostedFunction:
     callback_step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object] | None
     in_adjoint: bool
     is_adjoint: bool
+    options_reversed: bool = False
 
 
 def unwrap(func: Callable[..., Any]) -> HostedFunction:
@@ -77,18 +81,37 @@ def unwrap(func: Callable[..., Any]) -> HostedFunction:
     callback = getattr(func, "callback_step", None)
     if callback is _null_callback:
         callback = None
-    backwards = False
-    calls = 0
-    while isinstance(func, (_PerturbFunc, _ReverseFunc)):
-        backwards |= isinstance(func, _ReverseFunc)
-        calls += isinstance(func, _PerturbFunc)
-        func = func.base_func
+    func, backwards, calls = _without_time(func)
     shapes = None
     if isinstance(func, _TupleFunc):
         shapes, func = tuple(func.shapes), func.base_func
     is_adjoint = getattr(func, "__module__", None) == OdeintAdjointMethod.__module__
     # Every odeint wraps once; odeint_adjoint hands what it has wrapped to odeint.
-    return HostedFunction(func, backwards, shapes, callback, in_adjoint=calls > 1 or is_adjoint, is_adjoint=is_adjoint)
+    return HostedFunction(
+        func,
+        backwards,
+        shapes,
+        callback,
+        in_adjoint=calls > 1 or is_adjoint,
+        is_adjoint=is_adjoint,
+        options_reversed=is_adjoint and _without_time(_captured(func)["func"])[1],
+    )
+
+
+def _captured(func: Any) -> dict[str, Any]:
+    """What a Python function takes from the function around it, by name."""
+    cells = (cell.cell_contents for cell in func.__closure__)
+    return dict(zip(func.__code__.co_freevars, cells, strict=True))
+
+
+def _without_time(func: Callable[..., Any]) -> tuple[Callable[..., Any], bool, int]:
+    """What is inside the wrappers that change the time, whether these turn it round, and how many perturb it."""
+    backwards, calls = False, 0
+    while isinstance(func, (_PerturbFunc, _ReverseFunc)):
+        backwards |= isinstance(func, _ReverseFunc)
+        calls += isinstance(func, _PerturbFunc)
+        func = func.base_func
+    return func, backwards, calls
 
 
 def warn_of_unused_options(solver: object, options: dict[str, Any]) -> None:

@@ -83,6 +83,8 @@ class KickTape:
         grad_filter: CostateFilter | None,
         steps: list[float],
         method: MultistepMethod,
+        before: float | None = None,
+        after: float | None = None,
     ) -> tuple[dict[int, Tensor], Keeper | None]:
         """Attach the recorded states to autograd.
 
@@ -94,6 +96,7 @@ class KickTape:
             grad_filter: None for the gradient of auto-differentiation.
             steps: h, of the solve.
             method: the method.
+            before, after: see `plan_filter`.
 
         Returns:
             The states, with the graph that plain stepping would have given them but for the filter, and what keeps
@@ -106,7 +109,7 @@ class KickTape:
             return states, None
         plan = None
         if grad_filter is not None:
-            plan = plan_filter(grad_filter.weights, recurrence, steps, method)
+            plan = plan_filter(grad_filter.weights, recurrence, steps, method, before, after)
             # Kicks are like observations at every node, in whose layers μ_m / h is not the costate.
             plan = replace(plan, raw=[False] * len(plan.raw))
         outputs = [node for node in states if node > 0]

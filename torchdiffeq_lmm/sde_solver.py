@@ -1,8 +1,8 @@
 """A multistep method in the form in which torchsde calls its solvers: from an SDE and times to states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,13 @@ from .attachment import Keeper, stack
 from .compilation import eager
 from .continuation import Past, past_of, resume
 from .evaluation import savable
+from .filter_plan import step_to_end
 from .grad_filter import SmoothFilter, resolve_grad_filter
-from .grid import Placement, check_step_size, check_times, place, uniform_grid
+from .grid import Grid, Placement, check_step_size, check_times, place, place_in, uniform_grid, uniform_pieces
 from .host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
 from .implicit import ImplicitSolver
 from .interpolation import linear
+from .jumps import jumps_of
 from .kick_tape import KickTape, refuse_gradients
 from .kicks import kicks_of_rows, march_with_kicks
 from .methods import MultistepMethod
@@ -45,12 +47,19 @@ class MultistepSDESolver:
         adaptive: must be False.
         rtol, atol: for implicit steps, whose equations are solved to 1e-4 (atol + rtol |y|).
         dt_min: unused.
-        options: ``grad_filter``: None, "auto", "leapfrog" or a `CostateFilter`; anything else is warned of.
+        options: ``grad_filter``: None, "auto", "leapfrog" or a `CostateFilter`. ``jump_t``: times at which drift or
+            diffusion jumps, a tensor of shape (m,) or a sequence of numbers, as torchdiffeq's option: see below.
+            Anything else is warned of.
+
+    Each time of `jump_t` between ts[0] and ts[-1] is a node; drift and diffusion are evaluated a hair to its left and
+    to its right, and the method starts anew there, with steps of `dt`. That restores the order in h of the drift's
+    part of the error, which is what the methods are for: O(h^p + ε h + ε² √h) again, instead of O(h). Where noise
+    dominates it changes little. A solve that begins at a jump makes no use of the past that it is given.
 
     Raises:
-        TypeError: dt, grad_filter or y0 is of a wrong type.
-        ValueError: dt or grad_filter has a wrong value, `adaptive` is set, or the noise is none that the methods are
-            for.
+        TypeError: dt, grad_filter, jump_t or y0 is of a wrong type.
+        ValueError: dt, grad_filter or jump_t has a wrong value, jump_t requires a gradient, `adaptive` is set, or the
+            noise is none that the methods are for.
 
     Source: Buckwar, Winkler, *Multistep methods for SDEs and their application to problems with small noise* (SIAM
     Journal on Numerical Analysis, 2006).
@@ -87,6 +96,11 @@ class MultistepSDESolver:
         # A smoothed observation would average the noise too.
         grad_filter = resolve_grad_filter(options.pop("grad_filter", None), name, smooth=False)
         assert not isinstance(grad_filter, SmoothFilter)
+        self._jumps = jumps_of(options.pop("jump_t", None), is_negated=False, negate=False)
+        if self._jumps is not None and self._jumps.times.requires_grad:
+            raise ValueError(
+                "jump_t must not require a gradient, got a tensor that does: times of an SDE have none; detach it"
+            )
         if options:
             warn_of_unused_sde_options(name, options)
         self.grad_filter = grad_filter
@@ -129,18 +143,45 @@ class MultistepSDESolver:
             ts = ts.to(y0.dtype)
         if len(ts) == 1:
             return torch.stack([y0]), extra0
-        method = self.method
-        grid = uniform_grid(ts, self._dt, "dt")
-        placements = place(ts, grid)
-        if method.is_implicit:
+        if self._jumps is None:
+            grid = uniform_grid(ts, self._dt, "dt")
+            pieces, placements = [grid], [place(ts, grid)]
+        else:
+            pieces = uniform_pieces(ts, self._dt, self._jumps, "dt")
+            placements = place_in(ts, pieces, self._jumps)
+        if self.method.is_implicit:
             self._rtol, self._atol = (
                 resolve_tolerance(name, given, y0) for name, given in (("rtol", self._rtol), ("atol", self._atol))
             )
+        x, outputs, keepers = y0, [], []
+        # What was before a jump is of no use after it.
+        past: Past = () if pieces[0].jumps[0] else extra0
+        step_before: float | None = None
+        for n, (piece, placed) in enumerate(zip(pieces, placements, strict=True)):
+            step_after = float(pieces[n + 1].steps[0]) if n + 1 < len(pieces) else None
+            solved = self._solve(piece, placed, x, ts, past if n == 0 else (), step_before, step_after)
+            x, past, step_before = solved.x, solved.past, solved.step_to_end
+            outputs += solved.outputs
+            keepers.append(solved.keeper)
+        return stack(outputs, keepers), past
+
+    def _solve(
+        self,
+        grid: Grid,
+        placements: Sequence[Placement],
+        y0: Tensor,
+        ts: Tensor,
+        extra0: Past,
+        step_before: float | None,
+        step_after: float | None,
+    ) -> "_Solved":
+        """Solve from one jump to the next; for the steps before and after see `plan_filter`."""
+        method = self.method
         tape = self._tape(y0, extra0)
         start = y0 if tape is None else y0.detach()
         recurrence, history, offset = resume(method, extra0, grid.steps, start)
         first, kicks = recurrence.nodes[offset], kicks_of_rows(recurrence)
-        field = _Field(self._sde, self._bm, grid.nodes, ts, recurrence.positions, offset, method)
+        field = _Field(self._sde, self._bm, grid, ts, recurrence.positions, offset, method)
         kicked = field if tape is None else tape.recording(field)
         implicit = ImplicitSolver(
             self._rtol,
@@ -163,7 +204,7 @@ class MultistepSDESolver:
                 where=lambda: f"of method {method.name!r} at t = {float(field.time(state)):.6g}",
             )
 
-        wanted = {near for placement in placements for near in _neighbours(placement)}
+        wanted = {len(grid.steps), *(near for placement in placements for near in _neighbours(placement))}
         states = {0: y0}
         node = 0
         rows = recurrence.rows[first:]
@@ -174,12 +215,14 @@ class MultistepSDESolver:
             if node in wanted:
                 states[node] = made
         past = past_of(method, recurrence, _behind(extra0, grid.steps), history)
-        keeper: Keeper | None = None
+        end, keeper = None, None
         if tape is not None:
-            lengths = grid.steps.tolist()
-            states, keeper = tape.attach(states, recurrence, offset, kicks, self.grad_filter, lengths, method)
+            lengths: list[float] = grid.steps.tolist()
+            filtered = self.grad_filter, lengths, method, step_before, step_after
+            states, keeper = tape.attach(states, recurrence, offset, kicks, *filtered)
             past = refuse_gradients(states[node], past)
-        return stack([_output(placement, states) for placement in placements], keeper), past
+            end = None if self.grad_filter is None else step_to_end(recurrence, lengths, method)
+        return _Solved([_output(placement, states) for placement in placements], states[node], past, end, keeper)
 
     def _tape(self, y0: Tensor, extra0: Past) -> KickTape | None:
         if not torch.is_grad_enabled() or (self.grad_filter is None and not self.method.is_implicit):
@@ -197,15 +240,33 @@ class MultistepSDESolver:
         return KickTape(y0)
 
 
+class _Solved(NamedTuple):
+    """One piece of a solve.
+
+    Attributes:
+        outputs: the states asked for.
+        x: the last one.
+        past: what a solve that goes on needs.
+        step_to_end: with a filter, see `filter_plan.step_to_end`.
+        keeper: keeps the solve: see `attachment.stack`.
+    """
+
+    outputs: list[Tensor]
+    x: Tensor
+    past: Past
+    step_to_end: float | None
+    keeper: Keeper | None
+
+
 class _Field:
     """f and K at the states of one solve.
 
     Args:
         sde, bm: see `MultistepSDESolver`.
-        nodes: the times of the nodes, float64.
+        grid: the nodes.
         ts: for the dtype and the device of times.
         positions: of the states, see `Recurrence`.
-        offset: the position of nodes[0].
+        offset: the position of the first node.
         method: the method.
     """
 
@@ -213,16 +274,22 @@ class _Field:
         self,
         sde: "BaseSDE",
         bm: "BaseBrownian",
-        nodes: Tensor,
+        grid: Grid,
         ts: Tensor,
         positions: list[float],
         offset: int,
         method: MultistepMethod,
     ) -> None:
-        self._times = nodes.to(ts).unbind()
+        times = grid.nodes.to(ts, copy=True)
+        for node, direction in ((0, 1), (-1, -1)):
+            if grid.jumps[node]:
+                # f and g are seen from inside; no kick begins at the last node.
+                time = times[node]
+                times[node] = torch.nextafter(time, time + direction * (1 + time.abs()))
+        self._times = times.unbind()
         self._positions = positions
         self._offset = offset
-        numbers: list[float] = nodes.tolist()
+        numbers: list[float] = grid.nodes.tolist()
 
         @lru_cache(max(1, start_length(method)))
         def increment(n: int) -> Tensor:
@@ -231,7 +298,7 @@ class _Field:
         self._increment: Callable[[int], Tensor] = increment
         self._sde: HostedSDE = unwrap_sde(sde, increment(0))
         # A single step of any method uses both of its slopes.
-        self._copies = method.remembers_slopes or len(nodes) == 2
+        self._copies = method.remembers_slopes or len(grid.nodes) == 2
 
     def time(self, state: int) -> Tensor:
         """What the SDE is given for the time of a state."""

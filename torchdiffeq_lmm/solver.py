@@ -1,22 +1,21 @@
 """A multistep method in the form in which torchdiffeq calls its solvers: from options and times to states."""
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attachment import stack
+from .attachment import Keeper, stack
 from .backward import resolve_backward
 from .combination import Weight
 from .compilation import eager
-from .endless import Endless
-from .evaluation import refuse_tangents, savable
+from .evaluation import savable
 from .events import EventSign
-from .filter_plan import FilterPlan, plan_filter
+from .filter_plan import FilterPlan, plan_filter, step_to_end
 from .grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
 from .grid import (
     Grid,
@@ -26,22 +25,28 @@ from .grid import (
     check_times,
     constructed_grid,
     grid_of_times,
+    pieces_of,
+    pieces_until,
     place,
+    place_in,
     uniform_grid,
+    uniform_pieces,
 )
 from .grid_parameter import parameters_of
 from .host import MAX_EVENT_STEPS, find_event, unwrap, warn_of_unused_options
 from .implicit import ImplicitSolver
 from .interpolation import Interpolation, check_interpolation, cubic_hermite, linear, slide
+from .jumps import jumps_of
 from .methods import LEAPFROG, MultistepMethod
 from .recurrence import Recurrence, unroll
 from .reversal import is_reversible
 from .runge_kutta import TwoStageMethod
 from .smooth import observed
+from .step_source import EndlessSteps, FixedSteps, Sides, StepSource
 from .stepping import History, march
 from .tape import Parameters, Tape, Trajectory
 from .tolerances import event_tolerance, resolve_tolerance
-from .vector_field import Side, VectorField
+from .vector_field import VectorField
 
 
 class MultistepSolver:
@@ -58,6 +63,7 @@ class MultistepSolver:
         grid_constructor: ``grid_constructor(func, y0, t)`` returns the nodes, as torchdiffeq's option.
         interp: "linear" or "cubic": how outputs between nodes are made.
         perturb: evaluate func a hair beside the nodes, as torchdiffeq's option.
+        jump_t: times at which func jumps, a tensor of shape (m,) or a sequence of numbers, in any order: see below.
         grad_filter: None, "auto", "leapfrog", "smooth", a `CostateFilter` or a `SmoothFilter`: see there.
         backward: "autograd", "reversible", "checkpoint", a `Reversible` or a `Checkpoint`: see there.
         adjoint_params: for the latter four, the tensors whose gradients are wanted besides those of y0 and t. By
@@ -65,11 +71,20 @@ class MultistepSolver:
         unused: rtol and atol, for implicit steps, the latter for events too; norm, which nothing uses; anything else
             is warned of.
 
+    **Jumps.** A time of `jump_t` between t[0] and t[-1] is a node, up to rounding the one that is there. The solve is a
+    chain of solves then, from one jump to the next, each with a start, a filter and checkpoints of its own; its steps
+    of `step_size` begin at the jump, and its last one is cut short at the next. func is evaluated at the neighbouring
+    numbers of a jump, in the real dtype of the state, from the side of the piece; at a jump at t[0] or t[-1] from
+    inside. Times outside are ignored. A gradient with respect to jump_t is that of moving the node; at an output there,
+    the gradient with respect to the output's time is that from the left. Where the jumps are as close as the steps, a
+    one-step method is the better choice.
+
     Raises:
-        TypeError: y0, step_size, grad_filter, backward or adjoint_params is of a wrong type; or rtol or atol, where
-            steps are implicit.
-        ValueError: step_size, interp, grad_filter, backward, or a tolerance that is used, has a wrong value; step_size
-            and grid_constructor are both given; grad_filter or backward is given to `torchdiffeq.odeint_adjoint`;
+        TypeError: y0, step_size, jump_t, grad_filter, backward or adjoint_params is of a wrong type; or rtol or atol,
+            where steps are implicit.
+        ValueError: step_size, interp, jump_t, grad_filter, backward, or a tolerance that is used, has a wrong value;
+            step_size and grid_constructor are both given; grad_filter or backward is given to
+            `torchdiffeq.odeint_adjoint`;
             adjoint_params is given where it is not used, or is not where it is needed.
     """
 
@@ -84,6 +99,7 @@ class MultistepSolver:
         grid_constructor: GridConstructor | None = None,
         interp: Interpolation = "linear",
         perturb: bool = False,
+        jump_t: Any = None,
         grad_filter: object = None,
         backward: object = "autograd",
         adjoint_params: Iterable[Tensor] | None = None,
@@ -126,6 +142,11 @@ class MultistepSolver:
         self._reverse = hosted.reversed
         self._callback_step = hosted.callback_step
         self._vector_field = VectorField(hosted, y0, perturb, copies=self.method.remembers_slopes)
+        self._sides = Sides(self._vector_field, perturb)
+        # torchdiffeq negates tensors alone.
+        is_tensor = isinstance(jump_t, Tensor)
+        negate = hosted.options_reversed if is_tensor else hosted.reversed != hosted.options_reversed
+        self._jumps = jumps_of(jump_t, is_negated=hosted.reversed and is_tensor, negate=negate)
 
     def _find_parameters(self, func: object, adjoint_params: Iterable[Tensor] | None) -> Parameters | None:
         if self.backward is None:
@@ -176,46 +197,63 @@ class MultistepSolver:
         check_times(t)
         if len(t) == 1:
             return torch.stack([self.y0])
-        grid, placements = self._grid(t)
+        pieces, placements = self._pieces(t)
         if self._is_smooth:
-            _check_equal(grid.steps)
-        lengths: list[float] = grid.steps.tolist()
-        steps: Sequence[Weight] = grid.steps.unbind() if grid.requires_grad else lengths
-        recurrence = self._unroll(grid.steps)
-        at_node = recurrence.nodes
-        tape = self._tape(grid.requires_grad, len(steps))
-        times = recurrence.times(grid.nodes)
-        time, user_time, user_times = self._times(times, recurrence, t)
+            for piece in pieces:
+                _check_equal(piece.steps)
+        sources = [
+            FixedSteps(piece, rows, self._sides, t) for piece, rows in zip(pieces, self._rows(pieces), strict=True)
+        ]
         # No tensor that grows with the number of steps is held without need.
-        del grid, times
-        wanted = self._wanted(placements, [recurrence.evaluated[state] for state in at_node])
+        del pieces
+        x, outputs, keepers = self.y0, [], []
+        around = [None, *sources, None]
+        for source, placed, before, after in zip(sources, placements, around, around[2:], strict=False):
+            made, x, keeper = self._solve(source, placed, x, before, after)
+            outputs += made
+            keepers.append(keeper)
+        return stack(outputs, keepers)
+
+    def _solve(
+        self,
+        source: FixedSteps,
+        placements: Sequence[Placement],
+        y0: Tensor,
+        before: FixedSteps | None,
+        after: FixedSteps | None,
+    ) -> tuple[list[Tensor], Tensor, Keeper | None]:
+        """The outputs in one piece of a solve, from a jump of f to the next, its last state, and what keeps it."""
+        recurrence, at_node, last = source.recurrence, source.recurrence.nodes, len(source.lengths)
+        tape = self._tape(y0, source.requires_grad, last)
+        wanted = self._wanted([*placements, Placement(last)], [recurrence.evaluated[state] for state in at_node])
         seen = sorted(wanted.states)
         if self._is_smooth:
             wanted.smooth([recurrence.evaluated[state] for state in at_node])
-        evaluate = self._evaluator(tape, time, user_time, {at_node[n]: n for n in wanted.slopes})
+        evaluate = self._evaluator(tape, source, {at_node[n]: n for n in wanted.slopes})
 
-        trajectory = Trajectory({0: self.y0}, evaluate.kept)
-        rows = recurrence.rows if tape is not None else recurrence.differentiable_rows()
-        node, x = 0, self._start(tape)
+        trajectory = Trajectory({0: y0}, evaluate.kept)
+        node, x, time = 0, _start(y0, tape), source.time
         history = History(x)
+        rows = source.rows(differentiable=tape is None)
         for state, made in chain([(0, x)], march(history, rows, evaluate, evaluate.solve_implicit)):
             if state != at_node[node]:
                 continue
-            if tape is not None and node < len(steps):
+            if tape is not None and node < last:
                 tape.pass_by(state, history, evaluate)
             if node in wanted.states and node > 0:
                 trajectory.states[node] = made
             if node in wanted.end_slopes:
                 trajectory.end_slopes[node] = evaluate.at_end(node, state, made)
-            if self._callback_step is not None and node < len(steps):
+            if self._callback_step is not None and node < last:
                 self._callback_step(time(state), made, time(at_node[node + 1]) - time(state))
             node += 1
         if tape is not None:
-            plan = self._plan(recurrence, lengths)
-            trajectory = tape.attach(trajectory, user_times, recurrence, plan, history, evaluate.again)
+            plan = self._plan(recurrence, source.lengths, before, after)
+            trajectory = tape.attach(trajectory, source.user_times, recurrence, plan, history, evaluate.again)
         if self._is_smooth:
-            trajectory = _smoothed(trajectory, seen, steps)
-        return stack([self._output(placement, steps, trajectory) for placement in placements], trajectory.keeper)
+            trajectory = _smoothed(trajectory, seen, source.steps)
+        outputs = [self._output(placement, source.steps, trajectory) for placement in placements]
+        return outputs, trajectory.states[last], trajectory.keeper
 
     @eager
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -241,140 +279,178 @@ class MultistepSolver:
         h = float(self.step_size)
         # A copy, for the backward pass may need it when the caller has changed it.
         t0 = t0.to(self.y0.device, self._vector_field.time_dtype, copy=True)
-        tape = self._tape(t0.requires_grad, MAX_EVENT_STEPS)
+        x = self.y0
+        search = _Search(event_sign, event_sign.at_beginning(t0, x), tolerance)
+        made, keepers = 0, []
+        before: FixedSteps | None = None
+        for source, after in pairwise(chain(self._sources_until_event(t0, h), [None])):
+            assert source is not None
+            event_time, x, keeper = self._solve_until_event(source, x, search, made, before, after)
+            keepers.append(keeper)
+            if event_time is not None:
+                break
+            assert isinstance(source, FixedSteps)
+            made += source.count
+            before = source
+        assert event_time is not None
+        return event_time, stack([self.y0, x], keepers)
+
+    def _sources_until_event(self, t0: Tensor, h: float) -> Iterator[FixedSteps | EndlessSteps]:
+        """Steps from t0 to the first jump of f, from each jump to the next, and without an end."""
+        sides, last = self._sides, t0
+        if self._jumps is not None:
+            end = float(t0.detach()) + MAX_EVENT_STEPS * h
+            pieces, last_jump, is_jump = pieces_until(t0.reshape(1), end, h, self._jumps)
+            for piece in pieces:
+                yield FixedSteps(piece, self._unroll(piece.steps), sides, t0)
+            last, sides = last_jump[0].to(t0), replace(sides, jumps=(is_jump, False))
         beginning = self._unroll(_equal_steps(h, 2 * self.method.steps + 2 * self.method.order + 2))
-        endless = Endless(beginning)
+        yield EndlessSteps(last, h, beginning, sides)
 
-        def time(position: float) -> Tensor:
-            return t0 + position * h
+    def _solve_until_event(
+        self,
+        source: FixedSteps | EndlessSteps,
+        y0: Tensor,
+        search: "_Search",
+        made_before: int,
+        before: FixedSteps | None,
+        after: FixedSteps | EndlessSteps | None,
+    ) -> tuple[Tensor | None, Tensor, Keeper | None]:
+        """The time of the event, None if it is not in this piece of a solve, the state then or at the end, its keeper.
 
-        def state_at(event_time: Tensor, n: int, trajectory: Trajectory) -> Tensor:
-            return self._inside(n, (event_time - time(n)) / h, h, trajectory)
-
-        def user_time(state: int) -> Tensor:
-            side = self._side(beginning, endless.counterpart(state))
-            return self._vector_field.user_times(time(endless.position(state)), side)
-
+        Args:
+            source: the steps of the piece.
+            y0: the state at its beginning.
+            search: for the event.
+            made_before: how many steps have been made before this piece.
+            before, after: the pieces before and after it.
+        """
+        time = source.time_of
+        tape = self._tape(y0, source.requires_grad, MAX_EVENT_STEPS if source.count is None else source.count)
         # Straight lines need no slopes.
         wanted: dict[int, int] | None = None if self.interp == "cubic" else {}
-        evaluate = self._evaluator(tape, lambda state: time(endless.position(state)), user_time, wanted)
-        x = x_before = x_earlier = self._start(tape)
-        sign = event_sign.at_beginning(time(0), x)
-        before, n = 0, 0
+        evaluate = self._evaluator(tape, source, wanted)
+        x = x_before = x_earlier = _start(y0, tape)
+        first, n = 0, 0
         if self._callback_step is not None:
             self._callback_step(time(0), x, time(1) - time(0))
         history = History(x)
         if tape is not None:
             tape.pass_by(0, history, evaluate)
-        for state, made in march(history, endless.rows(), evaluate, evaluate.solve_implicit):
-            if not endless.is_node(state):
+        is_event = False
+        for state, made in march(history, source.rows(tape is None), evaluate, evaluate.solve_implicit):
+            if not source.is_node(state):
                 continue
-            if event_sign(time(n + 1), made) != sign:
+            is_event = search.sign(time(n + 1), made) != search.before
+            if is_event or n + 1 == source.count:
                 break
-            n, before, x_before, x_earlier = n + 1, state, made, x_before
-            if n == MAX_EVENT_STEPS:
-                raise RuntimeError(
-                    f"event_fn did not change its sign within {MAX_EVENT_STEPS} steps of step_size {h}, the most that "
-                    f"are made; if there is an event later, use a larger step_size"
-                )
-            evaluate.forget(before)
+            n, first, x_before, x_earlier = n + 1, state, made, x_before
+            self._check_event_steps(made_before + n)
+            evaluate.forget(first)
             if tape is not None:
                 tape.pass_by(state, history, evaluate)
             if self._callback_step is not None:
                 self._callback_step(time(n), made, time(n + 1) - time(n))
+        if not is_event:
+            self._check_event_steps(made_before + n + 1)
 
-        trajectory = Trajectory({max(0, n - 1): x_earlier, n: x_before, n + 1: made, 0: self.y0})
-        needs_slopes = self.interp == "cubic" or self._is_smooth
-        for node, of_node, reached in ((n, before, x_before), (n + 1, state, made)) if needs_slopes else ():
+        trajectory = Trajectory({max(0, n - 1): x_earlier, n: x_before, n + 1: made, 0: y0})
+        needs_slopes = (self.interp == "cubic" and is_event) or self._is_smooth
+        for node, of_node, reached in ((n, first, x_before), (n + 1, state, made)) if needs_slopes else ():
             is_kept = of_node in evaluate.kept and (tape is None or tape.keeps)
             if is_kept and not (self.perturb and node > n):
                 trajectory.slopes[node] = evaluate.kept[of_node]
             else:
                 trajectory.end_slopes[node] = evaluate.at_end(node, of_node, reached)
-        with torch.no_grad():
-            event_time, _ = find_event(
-                lambda t: state_at(t, n, trajectory), sign, time(n), time(n + 1), event_sign.as_tensor, tolerance
-            )
+
+        def state_at(event_time: Tensor) -> Tensor:
+            step = source.step(n)
+            return self._inside(n, (event_time - time(n)) / step, step, trajectory)
+
+        event_time: Tensor | None = None
+        if is_event:
+            with torch.no_grad():
+                event_time, _ = find_event(
+                    state_at, search.before, time(n), time(n + 1), search.sign.as_tensor, search.tolerance
+                )
+        steps = source.until(state, n + 1)
         if tape is not None:
-            recurrence = endless.until(state)
-            positions = t0.new_tensor(recurrence.positions)
-            user_times = self._user_times(t0 + h * positions, recurrence)
-            plan = self._plan(recurrence, [h] * (n + 1))
-            trajectory = tape.attach(trajectory, user_times, recurrence, plan, history, evaluate.again)
+            plan = self._plan(steps.recurrence, steps.lengths, before, None if is_event else after)
+            trajectory = tape.attach(trajectory, steps.user_times, steps.recurrence, plan, history, evaluate.again)
         if self._is_smooth:
-            trajectory = _smoothed(trajectory, [n, n + 1], [h] * (n + 1))
-        return event_time, stack([self.y0, state_at(event_time, n, trajectory)], trajectory.keeper)
+            trajectory = _smoothed(trajectory, [n, n + 1], steps.steps)
+        x = trajectory.states[n + 1] if event_time is None else state_at(event_time)
+        return event_time, x, trajectory.keeper
+
+    def _check_event_steps(self, made: int) -> None:
+        if made >= MAX_EVENT_STEPS:
+            raise RuntimeError(
+                f"event_fn did not change its sign within {MAX_EVENT_STEPS} steps of step_size "
+                f"{float(self.step_size)}, the most that are made; if there is an event later, use a larger step_size"  # type: ignore[arg-type]
+            )
 
     def _unroll(self, steps: Tensor) -> Recurrence:
         return self.method.unroll(steps) if isinstance(self.method, TwoStageMethod) else unroll(self.method, steps)
 
-    def _grid(self, t: Tensor) -> tuple[Grid, list[Placement]]:
-        if self.step_size is None and self.grid_constructor is None:
-            return grid_of_times(t), [Placement(node) for node in range(len(t))]
-        if self.grid_constructor is None:
-            assert self.step_size is not None
-            grid = uniform_grid(t, float(self.step_size))
-        else:
+    def _rows(self, pieces: Sequence[Grid]) -> Iterator[Recurrence]:
+        """The rows on each piece; those of equal steps are the same."""
+        known: dict[tuple[float, ...], Recurrence] = {}
+        for piece in pieces:
+            if len(pieces) == 1 or piece.requires_grad:
+                yield self._unroll(piece.steps)
+                continue
+            lengths = tuple(piece.steps.tolist())
+            if lengths not in known:
+                known[lengths] = self._unroll(piece.steps)
+            yield known[lengths]
+
+    def _pieces(self, t: Tensor) -> tuple[list[Grid], list[list[Placement]]]:
+        """The grid, cut in pieces where f jumps, and where the outputs lie in each."""
+        jumps, step_size = self._jumps, None if self.step_size is None else float(self.step_size)
+        if step_size is not None and jumps is not None:
+            pieces = uniform_pieces(t, step_size, jumps)
+            return pieces, place_in(t, pieces, jumps)
+        if step_size is not None:
+            grid = uniform_grid(t, step_size)
+        elif self.grid_constructor is not None:
             grid = constructed_grid(self.grid_constructor, self.func, self.y0, t, self._reverse)
-        return grid, place(t, grid)
+        else:
+            grid = grid_of_times(t)
+        is_of_times = step_size is None and self.grid_constructor is None
+        if jumps is None:
+            return [grid], [[Placement(node) for node in range(len(t))] if is_of_times else place(t, grid)]
+        pieces = pieces_of(grid, t, jumps)
+        placements = place_in(t, pieces, jumps)
+        if is_of_times:
+            # Where it is not a jump, node and output time are the same variable.
+            placements = [
+                [p if p.node == len(piece.steps) else p._replace(shift=None) for p in placed]
+                for placed, piece in zip(placements, pieces, strict=True)
+            ]
+        return pieces, placements
 
     @property
     def _is_smooth(self) -> bool:
         return isinstance(self.grad_filter, SmoothFilter)
 
-    def _times(
-        self, times: Tensor, recurrence: Recurrence, t: Tensor
-    ) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor], Tensor | None]:
-        """From a state to its time in the dtype of t, and to the user's; the latter of all, where they have a graph."""
-        if times.requires_grad:
-            times = times.to(t)
-            user_times = self._user_times(times, recurrence)
-            # All at once, for the cost of their gradients would else be quadratic.
-            return times.unbind().__getitem__, user_times.unbind().__getitem__, user_times
-        refuse_tangents(times)
-        numbers = times.tolist()
-        time = _Blocks(numbers, lambda block, _: block.to(t, non_blocking=True))
-        return time, _Blocks(numbers, lambda _, first: self._user_times(time.block(first), recurrence, first)), None
-
-    def _user_times(self, times: Tensor, recurrence: Recurrence, first: int = 0) -> Tensor:
-        """What the user's function is given for the times of the states from the first one on."""
-        if not self.perturb:
-            return self._vector_field.user_times(times)
-        sides = [self._side(recurrence, state) for state in range(first, first + len(times))]
-        return torch.stack(
-            [self._vector_field.user_times(time, side) for time, side in zip(times.unbind(), sides, strict=True)]
-        )
-
-    def _side(self, recurrence: Recurrence, state: int) -> Side:
-        """From which side of its time a state sees f, with `perturb`: that of the step in which it is evaluated."""
-        row = recurrence.rows[state - 1] if state else None
-        if recurrence.positions[state] % 1:
-            return "neither"
-        return "right" if row is None or (row.is_node and row.implicit is None) else "left"
-
-    def _tape(self, differentiate_times: bool, steps: int) -> Tape | None:
+    def _tape(self, y0: Tensor, differentiate_times: bool, steps: int) -> Tape | None:
         filters = isinstance(self.grad_filter, CostateFilter)
         is_plain = not filters and self.backward is None and not self.method.is_implicit
         if is_plain or not torch.is_grad_enabled():
             return None
-        return Tape(self._vector_field, self.y0, differentiate_times, self.backward, self._parameters, steps)
+        return Tape(self._vector_field, y0, differentiate_times, self.backward, self._parameters, steps)
 
-    def _start(self, tape: Tape | None) -> Tensor:
-        return self.y0 if tape is None else self.y0.detach()
-
-    def _plan(self, recurrence: Recurrence, steps: list[float]) -> FilterPlan | None:
+    def _plan(
+        self, recurrence: Recurrence, lengths: list[float], before: FixedSteps | None, after: StepSource | None
+    ) -> FilterPlan | None:
         if not isinstance(self.grad_filter, CostateFilter):
             return None
         method = None if isinstance(self.method, TwoStageMethod) else self.method
-        return plan_filter(self.grad_filter.weights, recurrence, steps, method)
+        step_before = None if before is None else step_to_end(before.recurrence, before.lengths, method)
+        step_after = None if after is None else after.first_step
+        return plan_filter(self.grad_filter.weights, recurrence, lengths, method, step_before, step_after)
 
-    def _evaluator(
-        self,
-        tape: Tape | None,
-        time: Callable[[int], Tensor],
-        user_time: Callable[[int], Tensor],
-        wanted: Mapping[int, int] | None,
-    ) -> "_Evaluator":
+    def _evaluator(self, tape: Tape | None, source: StepSource, wanted: Mapping[int, int] | None) -> "_Evaluator":
         # Once more, for the backward pass, steps are made without a graph, but by the same iterations.
         differentiable = torch.is_grad_enabled()
 
@@ -382,7 +458,7 @@ class MultistepSolver:
             field = self._vector_field
             return ImplicitSolver(self.rtol, self.atol, field.precision, field.entry, differentiable)
 
-        return _Evaluator(self._vector_field, tape, implicit, self.method.name, time, user_time, wanted)
+        return _Evaluator(self._vector_field, tape, implicit, self.method.name, source, wanted)
 
     def _wanted(self, placements: Sequence[Placement], evaluated: Sequence[bool]) -> "_Wanted":
         """What the outputs are made of; f at a node is taken from the recurrence where that evaluates it."""
@@ -393,11 +469,15 @@ class MultistepSolver:
             states.add(node)
             if fraction is not None:
                 states.add(node + 1)
-            if shift is not None or (fraction is not None and self.interp == "cubic"):
+            is_cubic = fraction is not None and self.interp == "cubic"
+            ends = [node + 1] if is_cubic else []
+            if shift is not None and node == len(evaluated) - 1:
+                ends = [node]
+            elif shift is not None or is_cubic:
                 (slopes if evaluated[node] else end_slopes).add(node)
-            if fraction is not None and self.interp == "cubic":
+            for end in ends:
                 from_left = self.perturb and not self.method.is_implicit
-                (end_slopes if from_left or not evaluated[node + 1] else slopes).add(node + 1)
+                (end_slopes if from_left or not evaluated[end] else slopes).add(end)
         return _Wanted(states, slopes, end_slopes)
 
     def _output(self, placement: Placement, steps: Sequence[Weight], trajectory: Trajectory) -> Tensor:
@@ -405,7 +485,9 @@ class MultistepSolver:
         if fraction is not None:
             return self._inside(node, fraction, steps[node], trajectory)
         if shift is not None:
-            return slide(trajectory.states[node], shift, trajectory.start_slope(node))
+            # At the last node the slope from the left, of which there may be no other.
+            slope = trajectory.end_slope if node == len(steps) else trajectory.start_slope
+            return slide(trajectory.states[node], shift, slope(node))
         return trajectory.states[node]
 
     def _inside(self, node: int, fraction: Weight, step: Weight, trajectory: Trajectory) -> Tensor:
@@ -439,6 +521,20 @@ class Leapfrog(MultistepSolver):
     order = LEAPFROG.order
 
 
+class _Search(NamedTuple):
+    """For an event.
+
+    Attributes:
+        sign: of the event function.
+        before: what it is at the beginning of the solve.
+        tolerance: for the time of the event.
+    """
+
+    sign: EventSign
+    before: float
+    tolerance: float
+
+
 class _Wanted(NamedTuple):
     """The nodes whose states and slopes the outputs are made of: see `Trajectory`."""
 
@@ -470,8 +566,7 @@ class _Evaluator:
         tape: what records the evaluations, or None.
         implicit: makes what solves implicit rows.
         name: the method's, for messages.
-        time: from a state to its time.
-        user_time: from a state to what func is given for its time.
+        source: the times of the states.
         wanted: the states whose slopes are kept, with their nodes; None for all, by state.
 
     Attributes:
@@ -485,18 +580,17 @@ class _Evaluator:
         tape: Tape | None,
         implicit: Callable[[], ImplicitSolver],
         name: str,
-        time: Callable[[int], Tensor],
-        user_time: Callable[[int], Tensor],
+        source: StepSource,
         wanted: Mapping[int, int] | None,
     ) -> None:
         self.kept: dict[int, Tensor] = {}
         self._vector_field = vector_field
         self._tape = tape
-        self._time = time
-        self._user_time = user_time
+        self._user_time = source.user_time
+        self._user_time_at_end = source.user_time_at_end
         self._wanted = wanted
         self._evaluate = _evaluation_of(vector_field, tape, wanted or {})
-        self.again = partial(_Steps, vector_field, implicit, name, user_time)
+        self.again = partial(_Steps, vector_field, implicit, name, source.user_time)
         self._steps = self.again(self._evaluate)
 
     def __call__(self, state: int, x: Tensor) -> Tensor:
@@ -519,7 +613,7 @@ class _Evaluator:
 
     def at_end(self, node: int, state: int, x: Tensor) -> Tensor:
         """f at a node, outside the recurrence."""
-        user_time = self._vector_field.user_times(self._time(state), side="left" if node else "right")
+        user_time = self._user_time_at_end(node, state)
         if self._tape is not None:
             return self._tape.evaluate_end(node, user_time, x).clone()
         return self._vector_field(user_time, x).clone()
@@ -609,38 +703,9 @@ def _check_equal(steps: Tensor) -> None:
         )
 
 
+def _start(y0: Tensor, tape: Tape | None) -> Tensor:
+    return y0 if tape is None else y0.detach()
+
+
 def _equal_steps(h: float, count: int) -> Tensor:
     return torch.full((count,), h, dtype=torch.float64, device="cpu")
-
-
-class _Blocks:
-    """The entries of a sequence of numbers as tensors: a block of them at a time, as the memory of all is not needed.
-
-    Args:
-        numbers: the sequence.
-        tensor: from a block of it, and the number of its first entry, to a tensor.
-    """
-
-    _SIZE = 256
-
-    def __init__(self, numbers: Sequence[float], tensor: Callable[[Tensor, int], Tensor]) -> None:
-        self._numbers = numbers
-        self._tensor = tensor
-        self._first = -1
-        self._block: Tensor
-        self._entries: tuple[Tensor, ...]
-
-    def block(self, first: int) -> Tensor:
-        """The block from `first` on, a multiple of its size."""
-        if first != self._first:
-            numbers = torch.tensor(self._numbers[first : first + self._SIZE], dtype=torch.float64, device="cpu")
-            self._first, self._block = first, self._tensor(numbers, first)
-            # Cut once, for indexing a tensor costs as much as a small layer.
-            self._entries = self._block.unbind()
-        return self._block
-
-    def __call__(self, index: int) -> Tensor:
-        rest = index % self._SIZE
-        if index - rest != self._first:
-            self.block(index - rest)
-        return self._entries[rest]

@@ -12,6 +12,8 @@ from .host import HostedFunction
 
 Side = Literal["left", "right", "neither"]
 
+_DIRECTIONS: dict[Side, int] = {"left": -1, "right": 1, "neither": 0}
+
 
 def precision_of(dtype: torch.dtype, device: torch.device) -> float:
     """The unit in the last place of what is computed in a dtype on a device, under autocast too."""
@@ -64,10 +66,22 @@ class VectorField:
         That is torchdiffeq's promise: the real dtype and the device of the state, the user's direction of time and,
         with `perturb`, the neighbouring number on the given side, if any. Differentiable.
         """
+        return self.beside(times, _DIRECTIONS[side] if self._perturb else 0)
+
+    def beside(self, times: Tensor, directions: int | Sequence[int] = 0) -> Tensor:
+        """The same, for the neighbouring numbers on given sides whatever `perturb` is.
+
+        Args:
+            times: the solver's.
+            directions: 1 for the number after a time, -1 for the one before, 0 for the time itself; of all times, or of
+                each.
+        """
         times = times.to(self._device, self.time_dtype)
-        if self._perturb and side != "neither":
+        if directions if isinstance(directions, int) else any(directions):
             with torch.no_grad():
-                nudge = torch.nextafter(times, times + (1 if side == "right" else -1)) - times
+                towards = torch.tensor(directions).to(times)
+                # A time as large as 1 / ε does not change by 1.
+                nudge = torch.nextafter(times, times + towards * (1 + times.abs())) - times
             times = times + nudge
         return -times if self._reversed else times
 
