@@ -107,7 +107,31 @@ def test_stiff_equations_of_large_size_are_given_up(small_spaces: int) -> None:
     spectrum = -torch.logspace(-2, 8, size, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=f"linear equation in {size} unknowns was not solved") as error:
         solve(lambda v: spectrum * v, randn(size), EPS)
-    assert "GMRES stopped at a relative residual of" in str(error.value)
+    assert f"more than {FALLBACK_LIMIT}, too many for its matrix" in str(error.value)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(300, torch.float32), (120, torch.float64)])
+def test_a_smooth_residual_is_not_taken_for_rounding(size: int, dtype: torch.dtype) -> None:
+    """The step of a heat equation whose terms are 1e4 times as large as their sum."""
+    product = laplacian(size, 0.05)
+    rhs = (1 + torch.linspace(0, 1, size, dtype=torch.float64)).to(dtype)
+    found = solve(product, rhs, torch.finfo(dtype).eps)
+    expected = torch.linalg.solve(torch.eye(size, dtype=torch.float64) - matrix_of(product, rhs.double()), rhs.double())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
+
+
+def test_what_single_precision_cannot_solve_is_an_error() -> None:
+    heat = laplacian(400, 1.0)
+    with pytest.raises(RuntimeError, match="ill-conditioned; use smaller steps, or double precision"):
+        solve(lambda v: -0.1 * heat(heat(v)), 1 + torch.linspace(0, 1, 400), torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("size", [DENSE_LIMIT, DENSE_LIMIT + 1, 100])
+def test_products_of_lower_precision(size: int) -> None:
+    """As under autocast: what is lowered is A z, not z."""
+    rhs = 1 + torch.linspace(0, 1, size)
+    found = solve(lambda v: -0.02 * v.bfloat16().float(), rhs, torch.finfo(torch.bfloat16).eps)
+    torch.testing.assert_close(found, rhs / 1.02, rtol=5e-4, atol=0)
 
 
 def test_large_equations_that_are_easy_are_solved() -> None:

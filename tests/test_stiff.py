@@ -410,3 +410,59 @@ def test_stiff_vectors_of_any_precision(saturates: bool, batch: tuple[int, ...],
         slow = y[-1] @ basis[:, 0].to(dtype)
         torch.testing.assert_close(slow, np.exp(-1) * (y0 @ basis[:, 0].to(dtype)), rtol=2e-3, atol=2e-3)
     assert y[-1].norm() < y0.norm()
+
+
+@pytest.mark.parametrize("size", [32, 33, 300])
+def test_gradients_under_autocast(size: int) -> None:
+    """y' = W y with W = -1, in bfloat16."""
+    linear = torch.nn.Linear(size, size, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(-torch.eye(size))
+    y0, t = torch.ones(size, requires_grad=True), torch.linspace(0, 1, 21)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = torchdiffeq.odeint(lambda t, y: linear(y), y0, t, method="bdf2")
+    (gradient,) = torch.autograd.grad(y[-1].sum(), y0)
+    torch.testing.assert_close(gradient, torch.full((size,), float(np.exp(-1))), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("spread", [0, 8])
+@pytest.mark.parametrize("rate", [1.0, 1e3])
+def test_every_sample_of_a_batch_has_its_own_gradient(rate: float, spread: int) -> None:
+    """However much more the loss sees of others; in single precision, against double."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        y0 = torch.linspace(0.5, 2, 40, dtype=torch.float64).to(dtype).requires_grad_()
+        rates = rate * torch.linspace(1, 2, 40, dtype=torch.float64).to(dtype)
+        t = torch.linspace(0, 1, 11, dtype=dtype)
+        y = torchdiffeq.odeint(
+            lambda t, y, k=rates: -k * (torch.tanh(y) - torch.cos(t) / 2), y0, t, method="bdf2", options={}
+        )
+        weights = torch.logspace(-spread / 2, spread / 2, 40, dtype=torch.float64).to(dtype)
+        found.append(torch.autograd.grad((weights * y[1]).sum(), y0)[0].double())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("size", [60, 300])
+def test_a_beam_in_single_precision(size: int) -> None:
+    """y' = -0.01 y'''' in space: the terms of f are 1e6 times as large as their sum."""
+    width = 1 / (size + 1)
+
+    def curvature(y: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(y, (1, 1))
+        return (padded[2:] - 2 * y + padded[:-2]) / width**2
+
+    x = width * torch.arange(1, size + 1, dtype=torch.float64)
+    y0, t = torch.sin(torch.pi * x) + 0.3 * x, torch.linspace(0, 0.1, 6, dtype=torch.float64)
+    single, double = (
+        torchdiffeq.odeint(lambda t, y: -0.01 * curvature(curvature(y)), y0.to(dtype), t.to(dtype), method="bdf1")[-1]
+        for dtype in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["bdf1", "bdf2"])
+@pytest.mark.parametrize(("dtype", "end"), [(torch.float16, 1.0), (torch.float32, 10.0)])
+def test_a_solution_may_vanish(dtype: torch.dtype, end: float, method: str) -> None:
+    t = torch.linspace(0, end, 101).to(dtype)
+    y = torchdiffeq.odeint(lambda t, y: -50 * torch.tanh(y), torch.ones(2, dtype=dtype), t, method=method, atol=0.0)
+    assert (y[-1].abs() < 1e-5).all()

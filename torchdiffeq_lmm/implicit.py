@@ -139,7 +139,7 @@ class ImplicitSolver:
         size = to_real(x).numel()
         if JACOBIAN_LIMIT < size <= FALLBACK_LIMIT and not self._uses_matrix:
             self._uses_matrix = True
-        elif self._jacobian.is_exact:
+        elif self._jacobian.is_exact and size <= FALLBACK_LIMIT:
             # What auto-differentiation does not see of func, differences do.
             self._jacobian.use_differences()
         else:
@@ -153,13 +153,19 @@ class ImplicitSolver:
                 f"infinity there, or the equation is singular. Check func; or use smaller steps, by step_size or "
                 f"grid_constructor (dt for an SDE)"
             )
+        too_many = (
+            f" The state has {failure.entries} entries; more than {FALLBACK_LIMIT} are too many for a matrix of the "
+            f"Jacobian, so that stiff terms which couple many of them are hard."
+            if failure.entries > FALLBACK_LIMIT
+            else ""
+        )
         return (
             f"the implicit equation {where} was not solved: the worst entry of the state is "
             f"{self._entry(failure.entry)} = {failure.value:.6g}; its residual is {failure.residual:.3g}, and the last "
             f"Newton correction {failure.size:.3g} times the tolerance, {SAFETY:g} (atol + rtol |y|). Use smaller "
             f"steps there, by step_size or grid_constructor (dt for an SDE); a BDF method of lower order, if the "
             f"problem is stiff or the steps grow fast; double precision; or larger rtol and atol, if func is exact to "
-            f"no more digits"
+            f"no more digits.{too_many}"
         )
 
     def _substitute(self, equation: "_Equation", d: Tensor) -> "_Solution | None":
@@ -186,7 +192,7 @@ class ImplicitSolver:
         x, change = equation.x, (d - equation.c).abs()
         # In the precision of a norm, for a small state may underflow in its own.
         level = torch.maximum(x.abs(), (x + d).abs()).to(torch.promote_types(x.dtype.to_real(), torch.float32))
-        rounding = _ROUNDING * (torch.finfo(x.dtype).eps * level + self._precision * change)
+        rounding = _ROUNDING * (torch.finfo(x.dtype).eps * level + self._precision * change + _least(x))
         return torch.maximum(SAFETY * (self._atol + self._rtol * level), rounding)
 
     def _size(self, equation: "_Equation", d: Tensor, correction: Tensor) -> float:
@@ -234,9 +240,9 @@ class ImplicitSolver:
                 d, f, now = trial, trial_f, after
                 damping, is_new = min(1.0, 2 * damping), True
                 is_fresh = not is_dense
-            elif is_new and self._is_rounding(equation, d, f, now.residual):
+            elif is_new and now.is_sure and self._is_rounding(equation, d, f, now.residual):
                 equation.iterate(x + d)
-                return equation.solution(d)
+                return equation.solution(d + now.value)
             elif is_fresh:
                 damping, is_new = damping / 2, False
                 continue
@@ -315,6 +321,7 @@ class ImplicitSolver:
         y = x + d
         level = torch.maximum(x.abs(), y.abs())
         own = torch.finfo(x.dtype).eps * (level + d.abs() + c.abs()) + self._precision * abs(weight) * f.abs()
+        own = own + _least(x)
         residual = residual.abs() if but_for is None else residual.abs().where(~but_for, 0.0)
 
         def change(seed: int) -> Tensor:
@@ -329,7 +336,9 @@ class ImplicitSolver:
         excess = _excess(now.value, self._tolerance(equation, d)).reshape(-1)
         worst = int(excess.argmax())
         value = (equation.x + d).reshape(-1)[worst].item()
-        return _Failure(worst, value, float(now.residual.reshape(-1)[worst].abs()), float(excess[worst]))
+        return _Failure(
+            worst, value, float(now.residual.reshape(-1)[worst].abs()), float(excess[worst]), to_real(now.value).numel()
+        )
 
 
 class _Solution(NamedTuple):
@@ -347,12 +356,14 @@ class _Failure(NamedTuple):
         value: of the state there.
         residual: there.
         size: of the last correction there, in terms of the tolerance; infinite where the equation is singular.
+        entries: how many real ones there are.
     """
 
     entry: int | None
     value: complex
     residual: float
     size: float
+    entries: int = 0
 
 
 class _Correction(NamedTuple):
@@ -400,6 +411,11 @@ class _Equation:
         """What size the entries of a state and its corrections are of."""
         sizes = torch.maximum((self.x + d).abs(), d.abs())
         return torch.maximum(torch.maximum(sizes, self.c.abs()), abs(self.weight) * f.abs())
+
+
+def _least(x: Tensor) -> float:
+    """The distance of the smallest numbers of a dtype."""
+    return torch.finfo(x.dtype).tiny * torch.finfo(x.dtype).eps
 
 
 def _excess(correction: Tensor, tolerance: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def _increments(x: Tensor, sizes: Tensor) -> Tensor:
     eps = torch.finfo(x.dtype).eps
     largest = sizes.max() if sizes.numel() else sizes.new_zeros(())
     known = torch.where(sizes > 0, sizes, eps**_UNKNOWN * torch.where(largest > 0, largest, 1.0))
-    return sqrt(eps) * known
+    return (sqrt(eps) * known).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def _difference(slope: Slope, x: Tensor, f: Tensor, change: Tensor) -> Tensor:

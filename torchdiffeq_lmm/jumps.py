@@ -47,7 +47,7 @@ def jumps_of(jump_t: Any, is_negated: bool, negate: bool) -> Jumps | None:
             if isinstance(jump_t, Tensor)
             else torch.as_tensor(jump_t, dtype=torch.float64, device="cpu")
         )
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(
             f"jump_t must be a one-dimensional tensor or a sequence of real numbers, got {jump_t!r} ({error})"
         ) from error

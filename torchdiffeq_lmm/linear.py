@@ -2,11 +2,14 @@
 
 Everything is real, complex vectors being taken for real ones of twice the length, and in float32 at least.
 
-An equation is solved when every entry of its residual is rounding, of its own: what the last place of all entries of z
-makes of it. So a large entry hides nothing of a small one that it has nothing to do with, another sample's say.
+An equation is solved when every entry of its residual is rounding in terms of its own size, or of that of entries that
+A adds to it: a large entry hides nothing of a small one that it has nothing to do with, another sample's say. Rounding
+in the terms of A z, which is more where they cancel, is no such measure: (1 - A)⁻¹ may make little of a rough residual
+and much of a smooth one. There the matrix is factored.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,8 +30,17 @@ FEW_RESTARTS = 2
 MAX_RESTARTS = 100
 """After so many a larger one is given up."""
 
-_ROUNDING = 1e3
-"""A residual of so many units in the last place, by what these can do to it, is rounding; never more than √ε."""
+_ROUNDING = 64
+"""So many units in the last place are rounding."""
+
+_REFINEMENTS = 20
+"""A solution by factors is corrected so often, at most."""
+
+_UNCERTAIN = 0.375
+"""A solution may be uncertain by this power of the precision, relative to the size of its entries; more is an error."""
+
+_SWEPT = 1e-4
+"""By so much a sweep over all entries lessens the residual, in terms of their sizes."""
 
 _SWEEPS = 3
 """So many times a solution is improved in entries that are small beside others."""
@@ -132,9 +144,7 @@ class Factors:
         return solution.to(rhs.dtype)
 
 
-def gmres(
-    product: Product, rhs: Tensor, tolerance: float, restarts: int, precondition: Product | None = None
-) -> tuple[Tensor, Tensor]:
+def gmres(product: Product, rhs: Tensor, tolerance: float, restarts: int) -> tuple[Tensor, Tensor]:
     """Solve (1 - A) z = r by GMRES, from z = r if A is small, else from 0; restarted where the Krylov space is full.
 
     Args:
@@ -142,24 +152,21 @@ def gmres(
         rhs: r, a real vector.
         tolerance: for the norm of the residual, relative to that of r.
         restarts: at most so many times.
-        precondition: from v to what is close to (1 - A)⁻¹ v.
 
     Returns:
         z, and its residual, which is above the tolerance where the restarts did not suffice.
 
-    Source: Saad, Schultz, *GMRES: a generalized minimal residual algorithm* (SIAM J. Sci. Stat. Comput. 1986);
-    preconditioned from the right.
+    Source: Saad, Schultz, *GMRES: a generalized minimal residual algorithm* (SIAM J. Sci. Stat. Comput. 1986).
     """
     goal = tolerance * float(rhs.norm())
-    solution = rhs if precondition is None else precondition(rhs)
-    residual = rhs - solution + product(solution)
+    solution, residual = rhs, product(rhs)
     if not float(residual.norm()) <= float(rhs.norm()):
         solution, residual = torch.zeros_like(rhs), rhs
     for _ in range(restarts + 1):
         before = float(residual.norm())
         if not before > goal:
             break
-        correction, residual = _krylov(product, residual, goal, precondition)
+        correction, residual = _krylov(product, residual, goal)
         solution = solution + correction
         remaining = float(residual.norm())
         # What a whole Krylov space does not lessen is rounding, or beyond it.
@@ -169,7 +176,7 @@ def gmres(
     return solution, residual
 
 
-def _krylov(product: Product, residual: Tensor, goal: float, precondition: Product | None) -> tuple[Tensor, Tensor]:
+def _krylov(product: Product, residual: Tensor, goal: float) -> tuple[Tensor, Tensor]:
     """The best correction for a residual in its Krylov space, and what it leaves of the residual."""
     remaining = float(residual.norm())
     size = min(KRYLOV_LIMIT, len(residual))
@@ -182,8 +189,7 @@ def _krylov(product: Product, residual: Tensor, goal: float, precondition: Produ
     cosines, sines = np.zeros(size), np.zeros(size)
     used = 0
     for j in range(size):
-        direction = basis[j] if precondition is None else precondition(basis[j])
-        vector = direction - product(direction)
+        vector = basis[j] - product(basis[j])
         # Twice, for orthogonality to rounding.
         for _ in range(2):
             components = basis[: j + 1] @ vector
@@ -216,8 +222,6 @@ def _krylov(product: Product, residual: Tensor, goal: float, precondition: Produ
     left = -hessenberg[: used + 1, :used] @ coefficients
     left[0] += norm
     correction = torch.from_numpy(coefficients).to(residual) @ basis[:used]
-    if precondition is not None:
-        correction = precondition(correction)
     return correction, torch.from_numpy(left).to(residual) @ basis[: used + 1]
 
 
@@ -231,13 +235,13 @@ class LinearSolver:
         self._factors: dict[float, Factors] = {}
         self._is_dear = False
 
-    def solve(self, product: Product, rhs: Tensor, eps: float, weight: float = 1.0) -> Tensor:
+    def solve(self, product: Product, rhs: Tensor, precision: float, weight: float = 1.0) -> Tensor:
         """Solve (1 - A) z = r.
 
         Args:
             product: from v to A v.
             rhs: r, a real vector.
-            eps: the precision of the product.
+            precision: of the product, which may be less than that of r.
             weight: a number to which A is proportional, from equation to equation.
 
         Raises:
@@ -252,68 +256,128 @@ class LinearSolver:
             matrix = torch.eye(len(rhs), dtype=rhs.dtype, device=rhs.device) - matrix_of(product, rhs)
             exact: Tensor = torch.linalg.solve(matrix, rhs)
             return exact
-        is_small = len(rhs) <= FALLBACK_LIMIT
-        if is_small and self._is_dear:
-            return self._by_matrix(product, rhs, eps, weight)
+        equation = _Equation(Counted(product), rhs, precision)
+        if len(rhs) > FALLBACK_LIMIT:
+            found = equation.by_products(MAX_RESTARTS, is_last=True)
+            if found is None:
+                raise RuntimeError(
+                    f"a linear equation in {len(rhs)} unknowns was not solved by GMRES, and there are more than "
+                    f"{FALLBACK_LIMIT}, too many for its matrix; use smaller steps, or double precision"
+                )
+            return found
         factors = self._factors.get(weight) or next(reversed(self._factors.values()), None)
-        precondition = None if factors is None else factors.solve
-        restarts = FEW_RESTARTS if is_small else MAX_RESTARTS
-        counted = Counted(product)
-        solution, residual = gmres(counted, rhs, 10 * eps, restarts, precondition)
-        self._is_dear = counted.is_dear(rhs)
-        for _ in range(_SWEEPS):
-            sizes = _own_sizes(solution, rhs, residual)
-            if _is_rounding(counted, solution, residual, sizes, eps):
-                return solution
-            # In terms of what each entry is, no large one hides a small one.
-            scaled, _ = gmres(
-                lambda v, sizes=sizes: counted(sizes * v) / sizes,  # type: ignore[misc]
-                residual / sizes,
-                tolerance=10 * eps / max(float((residual / sizes).abs().max()), 10 * eps),
-                restarts=FEW_RESTARTS,
-                precondition=None if precondition is None else lambda v, sizes=sizes: precondition(sizes * v) / sizes,  # type: ignore[misc]
-            )
-            solution = solution + sizes * scaled
-            residual = rhs - solution + product(solution)
-        if is_small:
-            return self._by_matrix(product, rhs, eps, weight)
-        sizes = _own_sizes(solution, rhs, residual)
-        if not _is_rounding(product, solution, residual, sizes, eps):
-            raise RuntimeError(
-                f"a linear equation in {len(rhs)} unknowns was not solved: GMRES stopped at a relative residual of "
-                f"{float(residual.norm() / rhs.norm()):.2g}; use smaller steps"
-            )
-        return solution
+        found = None
+        if factors is not None:
+            found = equation.by_factors(factors, is_own=False)
+        elif not self._is_dear:
+            found = equation.by_products(FEW_RESTARTS)
+            self._is_dear = equation.product.is_dear(rhs)
+        return self._by_matrix(equation, weight) if found is None else found
 
-    def _by_matrix(self, product: Product, rhs: Tensor, eps: float, weight: float) -> Tensor:
+    def _by_matrix(self, equation: "_Equation", weight: float) -> Tensor:
         self._is_dear = False
-        factors = Factors(matrix_of(product, rhs))
+        factors = Factors(matrix_of(equation.product, equation.rhs))
         self._factors.pop(weight, None)
         if len(self._factors) == _KEPT:
             del self._factors[next(iter(self._factors))]
         self._factors[weight] = factors
-        solution = factors.solve(rhs)
-        for _ in range(2):
-            residual = rhs - solution + product(solution)
-            solution = solution + factors.solve(residual)
-        residual = rhs - solution + product(solution)
-        if not _is_rounding(product, solution, residual, _own_sizes(solution, rhs, residual), eps):
+        found = equation.by_factors(factors, is_own=True)
+        if found is None:
+            self._factors.clear()
             raise RuntimeError(
-                f"a linear equation in {len(rhs)} unknowns was not solved, because it is singular, or too "
-                f"ill-conditioned: its matrix left a relative residual of {float(residual.norm() / rhs.norm()):.2g}; "
-                f"use smaller steps, or double precision"
+                f"a linear equation in {len(equation.rhs)} unknowns was not solved, because it is singular, or too "
+                f"ill-conditioned; use smaller steps, or double precision"
             )
-        return solution
+        return found
 
 
-def _own_sizes(solution: Tensor, rhs: Tensor, residual: Tensor) -> Tensor:
-    """Of every entry, the size of the terms of its equation: r, z and A z = z - r + residual; nowhere 0."""
-    sizes = torch.maximum(torch.maximum(solution.abs(), rhs.abs()), residual.abs())
-    return sizes.clamp(min=max(torch.finfo(rhs.dtype).eps * float(sizes.max()), torch.finfo(rhs.dtype).tiny))
+@dataclass(frozen=True)
+class _Equation:
+    """(1 - A) z = r: see `LinearSolver.solve`."""
 
+    product: Counted
+    rhs: Tensor
+    precision: float
 
-def _is_rounding(product: Product, solution: Tensor, residual: Tensor, sizes: Tensor, eps: float) -> bool:
-    rounding = min(_ROUNDING * eps, eps**0.5)
-    return is_rounding(
-        residual.abs(), rounding * sizes, lambda seed: rounding * product(noise(solution, seed) * sizes).abs()
-    )
+    def by_products(self, restarts: int, is_last: bool = False) -> Tensor | None:
+        """The solution by GMRES, first for all entries at once, then in terms of what each of them is.
+
+        Args:
+            restarts: see `gmres`.
+            is_last: whether there is no other way: then a residual may be what rounding makes of terms of A z that
+                cancel, but no more than √ε.
+        """
+        eps, rhs = self._eps, self.rhs
+        z, _ = gmres(self.product, rhs, 10 * eps + self._lowered(), restarts)
+        for sweep in range(_SWEEPS + 1):
+            # Anew, as rounding in large products has no part in what the Krylov space tells.
+            residual = self._residual(z)
+            own = torch.maximum(z.abs(), rhs.abs())
+            if bool((residual.abs() <= _ROUNDING * eps * own).all()):
+                return z
+            sizes, change = self._sizes(z)
+            bound = _ROUNDING * eps * sizes
+            if self.precision > eps:
+                bound += torch.minimum(_ROUNDING * self.precision * change, self.precision**0.5 * sizes)
+            elif is_last:
+                bound = torch.maximum(bound, torch.minimum(_ROUNDING * eps * change, eps**0.5 * sizes))
+            if bool((residual.abs() <= bound).all()):
+                return z
+            if sweep < _SWEEPS:
+                scaled, _ = gmres(
+                    lambda v, sizes=sizes: self.product(sizes * v) / sizes,  # type: ignore[misc]
+                    residual / sizes,
+                    _SWEPT,
+                    restarts,
+                )
+                z = z + sizes * scaled
+        return None
+
+    def by_factors(self, factors: Factors, is_own: bool) -> Tensor | None:
+        """The solution by the factors of 1 - A, or of what is close to it, and by corrections with them.
+
+        What is uncertain of it is known then: the last correction.
+        """
+        z = factors.solve(self.rhs)
+        if not bool(torch.isfinite(z).all()):
+            return None
+        sizes, _ = self._sizes(z)
+        eps = max(self._eps, self.precision)
+        before = torch.inf
+        for _ in range(_REFINEMENTS):
+            correction = factors.solve(self._residual(z))
+            size = float((correction.abs() / sizes).max())
+            if not size < torch.inf:
+                return None
+            # There may be more rounding in the products than in factors of their own; up to here it is put up with.
+            if is_own and size <= eps**_UNCERTAIN:
+                return z
+            z = z + correction
+            if size <= _ROUNDING * eps:
+                return z
+            if size > 0.5 * before:
+                return None
+            before = size
+        return None
+
+    @property
+    def _eps(self) -> float:
+        return torch.finfo(self.rhs.dtype).eps
+
+    def _lowered(self) -> float:
+        """What a lower precision of the product leaves of the residual, relative to r."""
+        if self.precision <= self._eps:
+            return 0.0
+        scale = float(self.rhs.norm())
+        return self.precision * min(1.0, float(self.product(self.rhs).norm()) / scale) if scale > 0 else 0.0
+
+    def _residual(self, z: Tensor) -> Tensor:
+        return self.rhs - z + self.product(z)
+
+    def _sizes(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every entry, its own size or that of others that A adds to it; and what A makes of these. Nowhere 0."""
+        own = torch.maximum(z.abs(), self.rhs.abs())
+        # Twice, for what is added up may cancel.
+        change = torch.maximum(*(self.product(noise(z, seed) * own).abs() for seed in (0, 1)))
+        amplified = max(1.0, float(change.max()) / max(float(own.max()), torch.finfo(z.dtype).tiny))
+        return torch.maximum(own, change / amplified).clamp(min=torch.finfo(z.dtype).tiny), change

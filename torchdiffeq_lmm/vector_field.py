@@ -79,7 +79,7 @@ class VectorField:
         times = times.to(self._device, self.time_dtype)
         if directions if isinstance(directions, int) else any(directions):
             with torch.no_grad():
-                towards = torch.tensor(directions).to(times)
+                towards = times.new_tensor(directions)
                 # A time as large as 1 / ε does not change by 1.
                 nudge = torch.nextafter(times, times + towards * (1 + times.abs())) - times
             times = times + nudge
