@@ -90,10 +90,10 @@ class Oscillation:
         than alternating"`` where the index is above 0.1, and else ``"smooth"``, too. ``"not finite"`` where there are
         infinities or NaN.
 
-        With few entries chance can look like a layer. A random walk of a single entry is said to oscillate near a row in
-        a quarter (50 rows) to a half (200 rows) of all cases, of three entries in a fifth, of fifty in none; its local
-        index is below 0.2 then, as a rule, that of most layers above. Which it is, a `grad_filter` tells: it removes a
-        layer and leaves a random gradient as it is.
+        With few entries chance can look like a layer. A random walk of a single entry is said to oscillate near a row
+        in a quarter (50 rows) to a half (200 rows) of all cases, of three entries in a fifth, of fifty in none; its
+        local index is below 0.2 then, as a rule, that of most layers above. Which it is, a `grad_filter` tells: it
+        removes a layer and leaves a random gradient as it is.
         """
         if not math.isfinite(self.index):
             return "not finite"
