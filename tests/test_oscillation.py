@@ -307,7 +307,7 @@ def test_local_index_and_coherence_are_what_they_are_said_to_be() -> None:
 
 EXPLICIT = {"leapfrog", "nystrom3", "ab1", "ab2", "ab3", "ab4", "ab5"}
 ZIGZAG_EVERYWHERE = {"leapfrog", "nystrom3", "milne_simpson"}
-LAYERS = {"ab3", "ab4", "ab5", "abm2", "abm5", "bdf3", "bdf4", "bdf5", "bdf6"}
+LAYERS = {"ab3", "ab4", "ab5", "abm5", "bdf3", "bdf4", "bdf5", "bdf6"}
 
 
 @pytest.mark.parametrize("name", [*(method.name for method in METHODS), "heun2", "midpoint"])
