@@ -175,7 +175,8 @@ class ImplicitSolver:
             f = equation.iterate(equation.x + d)
             following = equation.c + weight * f
             size = self._size(equation, d, following - d)
-            if 1 < previous < torch.inf:
+            # Small corrections may be rounding, which tells nothing of the rate.
+            if _NEAR < previous < torch.inf:
                 self._lipschitz = size / (previous * abs(weight))
             # What is left of the error is this correction times the rate, seen before if not now.
             rate = _CAUTION * self._lipschitz * abs(weight)
@@ -183,6 +184,9 @@ class ImplicitSolver:
             if is_solved or (size <= _NEAR and rate * size <= 1):
                 return _Solution(following, f)
             if not size <= max(_SLOW * previous, 1):
+                is_near = previous <= _NEAR and size <= _NEAR and rate <= _CAUTION * _SLOW
+                if is_near and self._is_rounding(equation, d, f, following - d):
+                    return _Solution(following, f)
                 return None
             d, previous = following, size
         return None

@@ -193,10 +193,10 @@ def oscillation(
     as large is seen beside it. Of a single entry over few rows nobody can tell: white noise of 20 rows is taken for a
     zigzag one time in ten. Whether it is the solver, a `grad_filter` tells: with it both indices fall.
 
-    A first or last row that is off by itself is no oscillation, and is not seen: through ab2, abm2 to abm4, bdf2 and am2
-    to am4, as through Runge–Kutta methods, little else is off. A `GridParameter` that is linear between nodes has half
-    a step at either end, as trapezoid weights give it; a filter with step weights gives it a whole one there, which on
-    coarse grids shows in the index, but not in the local one.
+    A first or last row that is off by itself is no oscillation, and is not seen: through ab2, abm2 to abm4, bdf2 and
+    am2 to am4, as through Runge–Kutta methods, little else is off. A `GridParameter` that is linear between nodes has
+    half a step at either end, as trapezoid weights give it; a filter with step weights gives it a whole one there, which
+    on coarse grids shows in the index, but not in the local one.
 
     Args:
         parameters: whose gradients. Of a module: those of every `GridParameter` in it, and of parameters that are equal
