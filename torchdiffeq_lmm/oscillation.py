@@ -195,8 +195,8 @@ def oscillation(
 
     A first or last row that is off by itself is no oscillation, and is not seen: through ab2, abm2 to abm4, bdf2 and
     am2 to am4, as through Runge–Kutta methods, little else is off. A `GridParameter` that is linear between nodes has
-    half a step at either end, as trapezoid weights give it; a filter with step weights gives it a whole one there, which
-    on coarse grids shows in the index, but not in the local one.
+    half a step at either end, as trapezoid weights give it; a filter with step weights gives it a whole one there,
+    which on coarse grids shows in the index, but not in the local one.
 
     Args:
         parameters: whose gradients. Of a module: those of every `GridParameter` in it, and of parameters that are equal
