@@ -874,6 +874,7 @@ def test_jumps_of_an_sde_have_no_gradient() -> None:
         ([0.2, 0.3, 0.2], ValueError, "jump_t must not have any repeated elements, got 0.2 more than once"),
         (0.5, ValueError, "jump_t must be one-dimensional, got shape \\(\\)"),
         (torch.zeros(2, 1), ValueError, "jump_t must be one-dimensional, got shape \\(2, 1\\)"),
+        ([0.2, True], TypeError, "jump_t must hold real numbers, got \\[0.2, True\\]"),
         (f64(0.2).bool(), TypeError, "jump_t must hold real numbers, got a tensor of dtype torch.bool"),
         (f64(0.2) * 1j, TypeError, "jump_t must hold real numbers, got a tensor of dtype torch.complex128"),
         ("half", TypeError, "jump_t must be a one-dimensional tensor or a sequence of real numbers, got 'half'"),

@@ -254,6 +254,30 @@ def test_noise_of_a_single_entry_is_mostly_told_from_a_zigzag() -> None:
     assert all(oscillation(one + 3 * (-1.0) ** torch.arange(100)).oscillates for one in noise.unbind(1))
 
 
+@pytest.mark.parametrize(("rows", "entries"), [(10, 1), (50, 1), (200, 1), (200, 2), (200, 3)])
+def test_a_random_walk_may_look_like_a_layer_and_that_is_said(rows: int, entries: int) -> None:
+    """A layer of the same size on what is smooth is told from it."""
+    steps = torch.randn(60, rows, entries, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
+    near = mistaken = 0
+    for walk in steps.cumsum(1):
+        found = oscillation(walk)["parameters"]
+        near += found.verdict == f"oscillates near row {found.row}, or is rough there"
+        mistaken += found.oscillates and found.certain
+    assert near > 0
+    assert mistaken <= 1
+    layer = torch.ones(rows, entries, dtype=torch.float64)
+    layer[-4:] = torch.tensor(LAYER, dtype=torch.float64)[:, None]
+    assert oscillation(layer)["parameters"].certain
+
+
+@pytest.mark.parametrize(("rows", "entries"), [(6, 1), (12, 1), (20, 1), (6, 3)])
+def test_white_noise_of_a_few_numbers_may_look_like_a_zigzag_and_that_is_said(rows: int, entries: int) -> None:
+    noise = torch.randn(60, rows, entries, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
+    verdicts = {oscillation(one)["parameters"].verdict for one in noise}
+    assert "oscillates, or is rough" in verdicts
+    assert "oscillates" not in verdicts
+
+
 CURVE = torch.sin(2 * math.pi * torch.arange(40, dtype=torch.float64) / 10)
 
 
@@ -387,6 +411,7 @@ def with_gradient(*shape: int) -> Tensor:
         (lambda: oscillation(torch.ones(2, 3)), ValueError, r"at least 3 rows, got shape \(2, 3\)"),
         (lambda: oscillation([torch.ones(3)] * 2), ValueError, r"at least 3 rows, got shape \(2, 3\)"),
         (lambda: oscillation(torch.tensor(1.0)), ValueError, r"at least 3 rows, got shape \(\)"),
+        (lambda: oscillation(torch.ones(4) > 0), TypeError, "must hold real or complex numbers, got dtype torch.bool"),
         (lambda: oscillation(torch.eye(4).to_sparse()), ValueError, "must have a dense gradient, got a sparse one"),
         (lambda: oscillation({"a": nn.Linear(2, 2)}), TypeError, r"parameters\['a'\] must be a tensor or.*Linear"),
         (lambda: oscillation({"a": GridParameter(torch.ones(4), range(5))}), TypeError, "a tensor or.*GridParameter"),

@@ -40,6 +40,8 @@ def jumps_of(jump_t: Any, is_negated: bool, negate: bool) -> Jumps | None:
         return None
     if isinstance(jump_t, list | tuple) and any(isinstance(time, Tensor) and time.requires_grad for time in jump_t):
         raise TypeError("jump_t must be one tensor where its times require a gradient, got a sequence; use torch.stack")
+    if isinstance(jump_t, list | tuple) and any(isinstance(time, bool) for time in jump_t):
+        raise TypeError(f"jump_t must hold real numbers, got {jump_t!r}")
     try:
         # As torchdiffeq does, numbers are not rounded to float32.
         given = (

@@ -27,6 +27,15 @@ _COHERENT = 0.65
 _STANDS_OUT = 10
 """A few rows stand out where they alternate by so much more than the median row, or by twice that in a single entry."""
 
+_SURELY_A_LAYER = 0.65
+"""A local index that a random walk of a single entry hardly ever reaches."""
+
+_SURELY_STANDS_OUT = 10
+"""Nor do its rows stand out by so many times more than it takes."""
+
+_TELLING = 30
+"""Of white noise of fewer numbers, (N - 2) (Σ e)² / Σ e² with e as below, a tenth and more passes for a zigzag."""
+
 _SINGLE = 0.9
 """Above this concentration, Σ e² / (Σ e)² for the sum e of |d_n|² in each entry, a single entry is what alternates."""
 
@@ -62,6 +71,8 @@ class Oscillation:
         coherence: how far d_n changes its sign from each row to the next in every entry: Σ -d_n · d_{n+1} /
             Σ |d_n| |d_{n+1}|, on a scale from 0 for white noise, or less, to 1 for a zigzag. Where a single entry
             alternates, of which also noise often changes the sign, it is Σ d_n · d_{n+2} / Σ |d_n| |d_{n+2}| instead.
+        certain: False where what alternates may as well be rough: where it stands out near a row, but a random walk of
+            a few entries may so, too; and where it alternates everywhere, in so few numbers that white noise may so.
         entry: the entry of a row that alternates most.
         density: G_n of that entry, of shape (N,), float64 or complex128, without a graph, on the CPU.
         smooth: its s_n at the inner rows, of shape (N - 2,).
@@ -71,13 +82,14 @@ class Oscillation:
     local: float
     row: int | None
     coherence: float
+    certain: bool
     entry: tuple[int, ...]
     density: Tensor
     smooth: Tensor
 
     @property
     def oscillates(self) -> bool:
-        """Whether it alternates, everywhere or near a row, or is not a number; False where it is rough."""
+        """Whether it alternates, or may, everywhere or near a row, or is not a number; False where it is rough."""
         return self.verdict.startswith(("oscillates", "not finite"))
 
     @property
@@ -90,19 +102,18 @@ class Oscillation:
         than alternating"`` where the index is above 0.1, and else ``"smooth"``, too. ``"not finite"`` where there are
         infinities or NaN.
 
-        With few entries chance can look like a layer. A random walk of a single entry is said to oscillate near a row
-        in a quarter (50 rows) to a half (200 rows) of all cases, of three entries in a fifth, of fifty in none; its
-        local index is below 0.2 then, as a rule, that of most layers above. Which it is, a `grad_filter` tells: it
-        removes a layer and leaves a random gradient as it is.
+        Where it is not `certain`, for chance can look the same in a few numbers, the verdict is ``"oscillates near row
+        97, or is rough there"``, or ``"oscillates, or is rough"``. Which it is, a `grad_filter` tells: it removes an
+        oscillation and leaves a random gradient as it is.
         """
         if not math.isfinite(self.index):
             return "not finite"
         if not self.local > _ALTERNATES:
             return "smooth"
         if self.row is not None:
-            return f"oscillates near row {self.row}"
+            return f"oscillates near row {self.row}" + ("" if self.certain else ", or is rough there")
         if self.index > _ALTERNATES and self.coherence > _COHERENT:
-            return "oscillates"
+            return "oscillates" + ("" if self.certain else ", or is rough")
         return "rough: random rather than alternating" if self.index > _ROUGH else "smooth"
 
 
@@ -190,8 +201,8 @@ def oscillation(
 
     It looks at finished gradients only. A gradient may be rough for another reason, as where weights of their own per
     step are freshly drawn at random. Where that is random it says so, and counts it as no oscillation; a zigzag twice
-    as large is seen beside it. Of a single entry over few rows nobody can tell: white noise of 20 rows is taken for a
-    zigzag one time in ten. Whether it is the solver, a `grad_filter` tells: with it both indices fall.
+    as large is seen beside it. In a few numbers chance can look like either; then it says that it may be rough. Whether
+    it is the solver, a `grad_filter` tells: with it both indices fall.
 
     A first or last row that is off by itself is no oscillation, and is not seen: through ab2, abm2 to abm4, bdf2 and
     am2 to am4, as through Runge–Kutta methods, little else is off. A `GridParameter` that is linear between nodes has
@@ -340,6 +351,8 @@ def _filled(gradients: Sequence[Tensor | None]) -> list[Tensor]:
 
 def _measured(name: str, stack: _Gradient, widths: Tensor | None) -> Oscillation:
     gradient = stack.rows if isinstance(stack.rows, Tensor) else torch.stack(stack.rows)
+    if gradient.dtype is torch.bool:
+        raise TypeError(f"parameters[{name!r}] must hold real or complex numbers, got dtype torch.bool")
     count = len(gradient)
     widths = stack.widths if widths is None else widths
     widths = torch.ones(count, dtype=torch.float64, device="cpu") if widths is None else widths
@@ -347,19 +360,21 @@ def _measured(name: str, stack: _Gradient, widths: Tensor | None) -> Oscillation
         raise ValueError(f"widths must have shape ({count},) for {name!r}, got {tuple(widths.shape)}")
     if gradient.numel() == 0:
         nothing = torch.zeros(count, dtype=torch.float64, device="cpu")
-        return Oscillation(0.0, 0.0, None, 0.0, (), nothing, nothing[1:-1])
+        return Oscillation(0.0, 0.0, None, 0.0, True, (), nothing, nothing[1:-1])
     rows = gradient.reshape(count, -1)
     sums, entry = _sums_and_entry(rows, widths)
     alternating, slow = float(sums.alternating.sum()), float(sums.slow.sum())
     index = alternating / (alternating + slow) if alternating + slow != 0 else 0.0
     begin, sums = _without_empty_ends(sums)
-    local, place = _largest_local(sums) or (index, None)
+    local, place, certain = _largest_local(sums) or (index, None, False)
     row = None if place is None else begin + place
+    if row is None:
+        certain = len(sums.slow) >= _TELLING * sums.concentration
     density = rows[:, entry].cpu()
     density = density.to(torch.promote_types(density.dtype, torch.float64)) / widths
     smooth = (density[:-2] + 2 * density[1:-1] + density[2:]) / 4
     of_entry = tuple(int(i) for i in torch.unravel_index(torch.tensor(entry, device="cpu"), gradient.shape[1:]))
-    return Oscillation(index, local, row, _coherence(sums, density), of_entry, density, smooth)
+    return Oscillation(index, local, row, _coherence(sums, density), certain, of_entry, density, smooth)
 
 
 class _Sums(NamedTuple):
@@ -447,8 +462,8 @@ def _coherence(sums: _Sums, density: Tensor) -> float:
     return (float(correlation / largest) - of_noise) / (1 - of_noise) if largest != 0 else 1.0
 
 
-def _largest_local(sums: _Sums) -> tuple[float, int | None] | None:
-    """The largest local index, and its row if it stands out: see `Oscillation`. None for too few rows."""
+def _largest_local(sums: _Sums) -> tuple[float, int | None, bool] | None:
+    """The largest local index, its row if it stands out, and if certainly: see `Oscillation`. None for too few rows."""
     if len(sums.slow) < _LEAST_ROWS - 2:
         return None
     alternating, slow, neighbours = sums.alternating.clone(), sums.slow.clone(), sums.neighbours.clone()
@@ -463,7 +478,7 @@ def _largest_local(sums: _Sums) -> tuple[float, int | None] | None:
     sizes = (alternating + slow).clamp(min=0)
     sizes = sizes + _NEGLIGIBLE * sizes.mean()
     if not bool((sizes > 0).all()):
-        return 0.0, None
+        return 0.0, None, False
     against = neighbours.neg().clamp(min=0)
     of_two = 2 * against / (sizes[:-1] + sizes[1:])
     of_three = 3 * torch.minimum(against[:-1], against[1:]) / (sizes[:-2] + sizes[1:-1] + sizes[2:])
@@ -471,4 +486,5 @@ def _largest_local(sums: _Sums) -> tuple[float, int | None] | None:
     place = int(found.argmax())
     local = float(found[place])
     least = _STANDS_OUT * (2 if _is_single(sums) else 1) * float((alternating / sizes).median())
-    return local, place + 1 if local > least else None
+    certain = local > _SURELY_A_LAYER or local > _SURELY_STANDS_OUT * least
+    return local, place + 1 if local > least else None, certain

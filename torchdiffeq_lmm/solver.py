@@ -698,7 +698,7 @@ def _check_equal(steps: Tensor) -> None:
     shortest, longest = float(steps.detach().min()), float(steps.detach().max())
     if shortest != longest:
         raise ValueError(
-            f"grad_filter='smooth' is for equal steps, got steps from {shortest:.6g} to {longest:.6g}; use "
+            f"grad_filter='smooth' is for equal steps, got steps from {shortest!r} to {longest!r}; use "
             f"grad_filter='leapfrog', which is for any grid, or a step_size of which the interval is a multiple"
         )
 
