@@ -7,7 +7,7 @@ import torch
 from torchdiffeq._impl.odeint import SOLVERS
 
 import torchdiffeq_lmm
-from torchdiffeq_lmm import registration
+from torchdiffeq_lmm.hosts import registration
 
 # Two workers with a thread each: with more threads than cores, each waits for the others.
 torch.set_num_threads(1)

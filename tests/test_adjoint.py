@@ -8,11 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.adjoint import Contributions, Layout, combine, discrete_adjoint, plus, weight_gradients
-from torchdiffeq_lmm.combination import Weight
-from torchdiffeq_lmm.methods import METHODS, MultistepMethod
-from torchdiffeq_lmm.recurrence import Row, unroll
-from torchdiffeq_lmm.stepping import History, march
+from torchdiffeq_lmm.forward.stepping import History, march
+from torchdiffeq_lmm.schemes.discrete_adjoint import (
+    Contributions,
+    Layout,
+    combine,
+    discrete_adjoint,
+    plus,
+    weight_gradients,
+)
+from torchdiffeq_lmm.schemes.methods import METHODS, MultistepMethod
+from torchdiffeq_lmm.schemes.recurrence import Row, unroll
+from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 
 class Random:

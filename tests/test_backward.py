@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchdiffeq_lmm
 from torchdiffeq_lmm import Checkpoint, DriftError, Reversible
-from torchdiffeq_lmm.backward import BACKWARDS, resolve_backward
-from torchdiffeq_lmm.methods import METHODS
+from torchdiffeq_lmm.autodiff.backward_modes import BACKWARDS, resolve_backward
+from torchdiffeq_lmm.schemes.methods import METHODS
 
 NAMES = [method.name for method in METHODS]
 EXPLICIT = ["leapfrog", "nystrom3", "ab1", "ab4", "abm3"]

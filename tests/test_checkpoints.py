@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.checkpoints import Checkpoints, Rerun, Snapshot, Snapshots, between
-from torchdiffeq_lmm.circumstances import Circumstances, RandomState
-from torchdiffeq_lmm.methods import METHODS
-from torchdiffeq_lmm.recurrence import Recurrence, unroll
-from torchdiffeq_lmm.stepping import History, march
+from torchdiffeq_lmm.autodiff.checkpoints import Checkpoints, Rerun, Snapshot, Snapshots, between
+from torchdiffeq_lmm.autodiff.rng_state import Circumstances, RandomState
+from torchdiffeq_lmm.forward.stepping import History, march
+from torchdiffeq_lmm.schemes.methods import METHODS
+from torchdiffeq_lmm.schemes.recurrence import Recurrence, unroll
 
 METHOD = {method.name: method for method in METHODS}
 CPU = torch.device("cpu")

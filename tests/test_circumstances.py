@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from torchdiffeq_lmm.circumstances import Circumstances, RandomState
+from torchdiffeq_lmm.autodiff.rng_state import Circumstances, RandomState
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchdiffeq_lmm.combination import linear_combination
+from torchdiffeq_lmm.schemes.weighted_sum import linear_combination
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import torchdiffeq_lmm
 from torchdiffeq_lmm import Checkpoint, GridParameter, Reversible
-from torchdiffeq_lmm.grid_parameter import parameters_of
-from torchdiffeq_lmm.registration import SOLVERS
+from torchdiffeq_lmm.hosts.registration import SOLVERS
+from torchdiffeq_lmm.parameters.grid_parameter import parameters_of
 
 DEVICES = ["meta", "cuda"] if torch.cuda.is_available() else ["meta"]
 PACKAGE = Path(torchdiffeq_lmm.__file__).parent
@@ -223,7 +223,7 @@ def test_a_method_of_the_users_own() -> None:
     assert y[-1].item() == pytest.approx(0.367879, abs=1e-4)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
 def test_every_new_tensor_names_its_device(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "torch":

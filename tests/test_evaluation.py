@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl.misc import _PerturbFunc
 
-from torchdiffeq_lmm.evaluation import Evaluation, Recorder
-from torchdiffeq_lmm.host import unwrap
-from torchdiffeq_lmm.vector_field import VectorField
+from torchdiffeq_lmm.autodiff.evaluation import Evaluation, Recorder
+from torchdiffeq_lmm.forward.vector_field import VectorField
+from torchdiffeq_lmm.hosts.torchdiffeq_host import unwrap
 
 TIME = torch.tensor(0.3, dtype=torch.float64)
 X = torch.tensor([0.5, -0.2], dtype=torch.float64)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import torchdiffeq_lmm
 from torchdiffeq_lmm import CostateFilter, method_info
-from torchdiffeq_lmm.methods import METHODS
+from torchdiffeq_lmm.schemes.methods import METHODS
 
 NAMES = [method.name for method in METHODS]
 ORDER = {method.name: method.order for method in METHODS}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from torchdiffeq_lmm.methods import METHODS
+from torchdiffeq_lmm.schemes.methods import METHODS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import torchdiffeq_lmm
 from torchdiffeq_lmm import LeapfrogFilter, filter_gradient, register_grad_filter
-from torchdiffeq_lmm.filter_plan import cell_widths
+from torchdiffeq_lmm.filters.filter_plan import cell_widths
 
 STEPS = (40, 80, 160)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.grid import (
+from torchdiffeq_lmm.forward.grid import (
     MAX_STEPS,
     Grid,
     check_step_size,

@@ -11,7 +11,7 @@ import torchdiffeq
 from torch import Tensor, nn
 
 from torchdiffeq_lmm import CostateFilter, GridParameter, odeint
-from torchdiffeq_lmm.grid_parameter import parameters_of
+from torchdiffeq_lmm.parameters.grid_parameter import parameters_of
 
 NODES = [0.0, 0.5, 0.75, 1.75, 2.0]
 

@@ -6,7 +6,8 @@ import torchdiffeq
 from torch import Tensor
 from torchdiffeq._impl.odeint import SOLVERS
 
-from torchdiffeq_lmm.host import HostedFunction, unwrap
+from torchdiffeq_lmm.forward.vector_field import HostedFunction
+from torchdiffeq_lmm.hosts.torchdiffeq_host import unwrap
 
 FOUND: list[HostedFunction] = []
 

@@ -8,8 +8,8 @@ import torch
 from scipy.optimize import brentq, fsolve
 from torch import Tensor
 
-from torchdiffeq_lmm import implicit
-from torchdiffeq_lmm.implicit import MAX_ITERATIONS, ImplicitSolver
+from torchdiffeq_lmm.forward import implicit
+from torchdiffeq_lmm.forward.implicit import MAX_ITERATIONS, ImplicitSolver
 
 Slope = Callable[[Tensor], Tensor]
 

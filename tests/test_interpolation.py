@@ -6,7 +6,7 @@ import torch
 from scipy.interpolate import CubicHermiteSpline
 from torch import Tensor
 
-from torchdiffeq_lmm.interpolation import check_interpolation, cubic_hermite, linear, slide
+from torchdiffeq_lmm.forward.interpolation import check_interpolation, cubic_hermite, linear, slide
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 FRACTIONS = [1e-9, 0.1, 0.37, 0.5, 0.9, 1 - 1e-9]

@@ -16,9 +16,10 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
-from torchdiffeq_lmm import CostateFilter, Reversible, method_info, solver
-from torchdiffeq_lmm.jumps import jumps_of
-from torchdiffeq_lmm.methods import METHODS
+from torchdiffeq_lmm import CostateFilter, Reversible, method_info
+from torchdiffeq_lmm.forward.jumps import jumps_of
+from torchdiffeq_lmm.hosts import solver
+from torchdiffeq_lmm.schemes.methods import METHODS
 
 NAMES = [method.name for method in METHODS]
 ORDER = {method.name: method.order for method in METHODS}

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm import linear
-from torchdiffeq_lmm.linear import (
+from torchdiffeq_lmm.forward import linear
+from torchdiffeq_lmm.forward.linear import (
     DENSE_LIMIT,
     FALLBACK_LIMIT,
     Factors,

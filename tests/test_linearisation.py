@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from torchdiffeq_lmm.evaluation import Evaluation
-from torchdiffeq_lmm.linearisation import Linearisation, ParameterGradients, hooks_suspended
-from torchdiffeq_lmm.recollection import Kept
+from torchdiffeq_lmm.autodiff.evaluation import Evaluation
+from torchdiffeq_lmm.autodiff.stored_evaluations import Kept
+from torchdiffeq_lmm.autodiff.vjp import Linearisation, ParameterGradients, hooks_suspended
 
 DIM = 3
 

@@ -9,7 +9,7 @@ import torch
 from numpy.polynomial import Polynomial
 from textbook import TEXTBOOK, nodes_of, random_steps
 
-from torchdiffeq_lmm.methods import (
+from torchdiffeq_lmm.schemes.methods import (
     LEAPFROG,
     METHODS,
     Formula,

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [
     path
     for folder in ("torchdiffeq_lmm", "examples", "tests/benchmarks")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 WAYS = {
     "filter": ("leapfrog", {"grad_filter": "auto"}),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_lmm import CostateFilter, GridParameter, odeint, oscillation
-from torchdiffeq_lmm.methods import METHODS
+from torchdiffeq_lmm.schemes.methods import METHODS
 
 N = 41
 TIMES = torch.linspace(0, 1, N, dtype=torch.float64)

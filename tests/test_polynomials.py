@@ -8,7 +8,7 @@ import torch
 from numpy.polynomial import Polynomial
 from textbook import nodes_of, random_steps
 
-from torchdiffeq_lmm.polynomials import (
+from torchdiffeq_lmm.schemes.polynomials import (
     derivative,
     differentiation_weights,
     evaluate,

@@ -12,8 +12,8 @@ import torch
 from textbook import TEXTBOOK, naive_solution, nodes_of, random_steps
 from torch import Tensor
 
-from torchdiffeq_lmm.combination import Weight
-from torchdiffeq_lmm.methods import (
+from torchdiffeq_lmm.forward.stepping import History, march
+from torchdiffeq_lmm.schemes.methods import (
     METHODS,
     Formula,
     MultistepMethod,
@@ -23,8 +23,8 @@ from torchdiffeq_lmm.methods import (
     bdf_formula,
     constant_formula,
 )
-from torchdiffeq_lmm.recurrence import Keeps, Recurrence, Row, start_length, unroll
-from torchdiffeq_lmm.stepping import History, march
+from torchdiffeq_lmm.schemes.recurrence import Keeps, Recurrence, Row, start_length, unroll
+from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 # The steps that the start makes: enough for the formula's memory and for polynomials of the method's order.
 START_LENGTHS = {

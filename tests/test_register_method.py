@@ -13,7 +13,8 @@ from textbook import TEXTBOOK, Textbook, integral
 from torchdiffeq._impl.odeint import SOLVERS
 
 import torchdiffeq_lmm
-from torchdiffeq_lmm import method_info, register_method, registration
+from torchdiffeq_lmm import method_info, register_method
+from torchdiffeq_lmm.hosts import registration
 
 Coefficients = Sequence[float | Fraction]
 

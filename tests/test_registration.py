@@ -9,8 +9,8 @@ import torchdiffeq
 from torchdiffeq._impl.odeint import SOLVERS
 
 import torchdiffeq_lmm
-from torchdiffeq_lmm.host import add_solvers, remove_solvers
-from torchdiffeq_lmm.solver import Leapfrog
+from torchdiffeq_lmm.hosts.solver import Leapfrog
+from torchdiffeq_lmm.hosts.torchdiffeq_host import check_free, remove_solvers
 
 
 class Foreign:
@@ -90,7 +90,7 @@ def test_all_or_none() -> None:
     SOLVERS["taken"] = Foreign
     before = dict(SOLVERS)
     with pytest.raises(RuntimeError, match="'taken'"):
-        add_solvers({"leapfrog": Leapfrog, "taken": Leapfrog})
+        check_free({"leapfrog": Leapfrog, "taken": Leapfrog})
     assert before == SOLVERS
     remove_solvers({"leapfrog": Leapfrog, "taken": Leapfrog, "missing": Leapfrog})
     assert before == SOLVERS
@@ -125,4 +125,4 @@ del solvers["leapfrog"]
 import torchdiffeq_lmm
 print(solvers["leapfrog"].__module__)
 """
-    assert run(code).split("\n")[:2] == ["True True", "torchdiffeq_lmm.solver"]
+    assert run(code).split("\n")[:2] == ["True True", "torchdiffeq_lmm.hosts.solver"]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.checkpoints import Rerun, Snapshots
-from torchdiffeq_lmm.circumstances import Circumstances
-from torchdiffeq_lmm.methods import METHODS
-from torchdiffeq_lmm.recurrence import unroll
-from torchdiffeq_lmm.reversal import DriftError, Reversal, is_reversible, reversed_row
-from torchdiffeq_lmm.stepping import History, march
+from torchdiffeq_lmm.autodiff.checkpoints import Rerun, Snapshots
+from torchdiffeq_lmm.autodiff.reversal import DriftError, Reversal, is_reversible, reversed_row
+from torchdiffeq_lmm.autodiff.rng_state import Circumstances
+from torchdiffeq_lmm.forward.stepping import History, march
+from torchdiffeq_lmm.schemes.methods import METHODS
+from torchdiffeq_lmm.schemes.recurrence import unroll
 
 METHOD = {method.name: method for method in METHODS}
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from torchsde._core import adjoint, methods
 from torchsde.settings import METHODS
 
 import torchdiffeq_lmm
-from torchdiffeq_lmm.registration import SDE_SOLVERS
+from torchdiffeq_lmm.hosts.registration import SDE_SOLVERS
 
 OWN = {
     "euler",

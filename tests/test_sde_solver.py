@@ -13,7 +13,7 @@ from sde_problems import NOISES, FunctionsOnly, Path, Pendulum, initial
 from torch import Tensor
 
 import torchdiffeq_lmm
-from torchdiffeq_lmm.registration import SDE_SOLVERS
+from torchdiffeq_lmm.hosts.registration import SDE_SOLVERS
 
 METHODS = ("leapfrog", "ab2", "ab3", "abm4", "am2", "bdf2", "milne_simpson", "nystrom3")
 TIGHT = {"rtol": 1e-7, "atol": 1e-9}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from textbook import TEXTBOOK, Textbook
 
-from torchdiffeq_lmm.methods import METHODS, Formula, MultistepMethod
-from torchdiffeq_lmm.stability import (
+from torchdiffeq_lmm.schemes.methods import METHODS, Formula, MultistepMethod
+from torchdiffeq_lmm.schemes.stability import (
     Layer,
     coefficients,
     defect,

@@ -13,8 +13,8 @@ from scipy.integrate import solve_ivp
 from textbook import fixed_point, naive_start, nodes_of, random_steps
 
 import torchdiffeq_lmm
-from torchdiffeq_lmm.methods import METHODS
-from torchdiffeq_lmm.start import SweptState, deferred_corrections
+from torchdiffeq_lmm.schemes.methods import METHODS
+from torchdiffeq_lmm.schemes.starting_procedure import SweptState, deferred_corrections
 
 KINDS = {"explicit": (False, True), "implicit": (True, True), "implicit without f at t_0": (True, False)}
 by_kind = pytest.mark.parametrize(("implicit", "first"), KINDS.values(), ids=KINDS)
@@ -144,7 +144,9 @@ X0 = torch.tensor([1.0, 0.5], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("method", EXPLICIT, ids=lambda method: method.name)
-def test_two_evaluations_make_a_single_step_of_second_order(method: torchdiffeq_lmm.methods.MultistepMethod) -> None:
+def test_two_evaluations_make_a_single_step_of_second_order(
+    method: torchdiffeq_lmm.schemes.methods.MultistepMethod,
+) -> None:
     errors = []
     for h in (0.1, 0.05, 0.025):
         field = Field()

@@ -8,9 +8,9 @@ import torch
 from problems import orders
 from torch import Tensor
 
-from torchdiffeq_lmm.combination import Weight
-from torchdiffeq_lmm.recurrence import Keeps, Row
-from torchdiffeq_lmm.stepping import History, march
+from torchdiffeq_lmm.forward.stepping import History, march
+from torchdiffeq_lmm.schemes.recurrence import Keeps, Row
+from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 Method = tuple[tuple[float, ...], tuple[float, ...]]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl.misc import Perturb, _PerturbFunc, _ReverseFunc, _TupleFunc
 
-from torchdiffeq_lmm.host import unwrap
-from torchdiffeq_lmm.vector_field import VectorField
+from torchdiffeq_lmm.forward.vector_field import VectorField
+from torchdiffeq_lmm.hosts.torchdiffeq_host import unwrap
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128]
 SHAPES = [torch.Size(shape) for shape in ((), (2, 3), (0,), (4,))]

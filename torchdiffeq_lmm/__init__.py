@@ -4,15 +4,15 @@ Importing the package registers its methods: ``torchdiffeq.odeint(..., method="a
 `method_info` tells of each.
 """
 
-from .backward import Checkpoint, Reversible
-from .grad_filter import CostateFilter, LeapfrogFilter, SmoothFilter
-from .grid_parameter import GridParameter
-from .interface import odeint
-from .method_info import MethodInfo
-from .oscillation import Oscillation, OscillationReport, oscillation
-from .registration import method_info, register, register_method, unregister
-from .reversal import DriftError
-from .stack_filter import filter_gradient, register_grad_filter
+from .autodiff.backward_modes import Checkpoint, Reversible
+from .autodiff.reversal import DriftError
+from .filters.grad_filter import CostateFilter, LeapfrogFilter, SmoothFilter
+from .filters.stack_filter import filter_gradient, register_grad_filter
+from .hosts.interface import odeint
+from .hosts.registration import method_info, register, register_method, unregister
+from .parameters.grid_parameter import GridParameter
+from .parameters.oscillation import Oscillation, OscillationReport, oscillation
+from .schemes.method_info import MethodInfo
 
 __all__ = [
     "Checkpoint",

@@ -1,0 +1,187 @@
+"""The user's function as the solver sees it: one flat state, one direction of time, every answer checked."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Side = Literal["left", "right", "neither"]
+
+_DIRECTIONS: dict[Side, int] = {"left": -1, "right": 1, "neither": 0}
+
+
+def precision_of(dtype: torch.dtype, device: torch.device) -> float:
+    """The unit in the last place of what is computed in a dtype on a device, under autocast too."""
+    lowered = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+    return max(torch.finfo(lowered).eps, torch.finfo(dtype).eps)
+
+
+def entry_name(name: str, index: int, shape: Sequence[int]) -> str:
+    """What an entry of a flattened tensor is called by its indices."""
+    indices = []
+    for size in reversed(shape):
+        index, rest = divmod(index, size)
+        indices.append(rest)
+    return f"{name}[{', '.join(map(str, reversed(indices)))}]" if indices else name
+
+
+@dataclass(frozen=True)
+class HostedFunction:
+    """The user's function and what torchdiffeq's wrappers around it do.
+
+    Attributes:
+        call: the user's ``func(t, y)``, in the user's time and with the user's structure of the state.
+        reversed: whether the solver's time, always increasing, is the negative of the user's.
+        shapes: the shapes of the components where the user's state is a tuple, else None.
+        callback_step: ``callback_step(t, y, dt)`` in the solver's time and state, or None where the user has none.
+        in_adjoint: whether it is `torchdiffeq.odeint_adjoint` that solves, and will find the gradient by itself.
+        is_adjoint: whether `call` is the backward dynamics that odeint_adjoint made, whose components may have
+            different dtypes.
+        options_reversed: whether times in options that torchdiffeq negates, of which there are tensors alone, are the
+            negative of the solver's even so: odeint_adjoint does not negate those of its backward solve where the
+            user's time is decreasing.
+    """
+
+    call: Callable[[Tensor, Any], Any]
+    reversed: bool
+    shapes: tuple[torch.Size, ...] | None
+    callback_step: Callable[[Tensor, Tensor, Tensor], object] | None
+    in_adjoint: bool
+    is_adjoint: bool
+    options_reversed: bool = False
+
+
+class VectorField:
+    """f(t, x) on the solver's state.
+
+    torchdiffeq hands a solver its user's function in wrappers that flatten a tuple state, turn the time round and
+    perturb it. This class does the same, for all nodes at once where it can, and adds the checks.
+
+    Args:
+        hosted: the user's function.
+        y0: the solver's initial state; every state has its shape, dtype and device.
+        perturb: as torchdiffeq's option: evaluate a hair to the right (left) of a node that a step begins (ends) at.
+        copies: whether the value is wanted for longer than to the next evaluation. func may return the same memory
+            again and again. The first one always may be: a single step of any method uses both of its slopes.
+
+    Attributes:
+        time_dtype: the real dtype in which func is given its times.
+    """
+
+    def __init__(self, hosted: HostedFunction, y0: Tensor, perturb: bool, copies: bool = False) -> None:
+        self._call: Callable[[Tensor, Any], Any] = hosted.call
+        self._reversed = hosted.reversed
+        self._shapes = hosted.shapes
+        self._offsets = [0, *accumulate(shape.numel() for shape in hosted.shapes or ())][:-1]
+        self._mixes_dtypes = hosted.is_adjoint
+        self._perturb = perturb
+        self._copies = hosted.shapes is None
+        self._goes_on_copying = copies and hosted.shapes is None
+        self._shape = y0.shape
+        self._device = y0.device
+        self.time_dtype = y0.dtype.to_real()
+
+    def user_times(self, times: Tensor, side: Side = "right") -> Tensor:
+        """From the solver's times, of any shape, to what the user's function is given for them.
+
+        That is torchdiffeq's promise: the real dtype and the device of the state, the user's direction of time and,
+        with `perturb`, the neighbouring number on the given side, if any. Differentiable.
+        """
+        return self.beside(times, _DIRECTIONS[side] if self._perturb else 0)
+
+    def beside(self, times: Tensor, directions: int | Sequence[int] = 0) -> Tensor:
+        """The same, for the neighbouring numbers on given sides whatever `perturb` is.
+
+        Args:
+            times: the solver's.
+            directions: 1 for the number after a time, -1 for the one before, 0 for the time itself; of all times, or of
+                each.
+        """
+        times = times.to(self._device, self.time_dtype)
+        if directions if isinstance(directions, int) else any(directions):
+            with torch.no_grad():
+                towards = times.new_tensor(directions)
+                # A time as large as 1 / ε does not change by 1.
+                nudge = torch.nextafter(times, times + towards * (1 + times.abs())) - times
+            times = times + nudge
+        return -times if self._reversed else times
+
+    @property
+    def precision(self) -> float:
+        """The unit in the last place of func's values, under autocast too."""
+        return precision_of(self.time_dtype, self._device)
+
+    def entry(self, index: int) -> str:
+        """What the user calls an entry of the solver's flattened state."""
+        if self._shapes is None:
+            return entry_name("y", index, self._shape)
+        component = bisect_right(self._offsets, index) - 1
+        # Components without entries begin where the next one does.
+        return entry_name(f"y[{component}]", index - self._offsets[component], self._shapes[component])
+
+    def __call__(self, user_time: Tensor, x: Tensor) -> Tensor:
+        """Evaluate the user's function.
+
+        Args:
+            user_time: 0-d, from `user_times`.
+            x: the solver's state.
+
+        Returns:
+            dx/dt in the solver's time, with the shape, dtype and device of `x`.
+
+        Raises:
+            TypeError: func returned something else than a tensor (a tuple of tensors, where the state is a tuple),
+                or, outside autocast, another dtype than that of the state.
+            ValueError: func returned another number of components, shape or device than the state has.
+        """
+        if self._shapes is None:
+            slope = self._checked(self._call(user_time, x), x, x.shape, None)
+        else:
+            state = tuple(
+                x.narrow(0, offset, shape.numel()).view(shape)
+                for offset, shape in zip(self._offsets, self._shapes, strict=True)
+            )
+            slope = torch.cat([part.reshape(-1) for part in self._components(self._call(user_time, state), x)])
+        if self._reversed:
+            return -slope
+        copies, self._copies = self._copies, self._goes_on_copying
+        return slope.clone() if copies else slope
+
+    def _components(self, slopes: Any, x: Tensor) -> tuple[Tensor, ...]:
+        assert self._shapes is not None
+        try:
+            components = tuple(slopes)
+        except TypeError:
+            raise TypeError(
+                f"func returned {type(slopes).__name__}; the state y is a tuple, so it must return a tuple of "
+                f"{len(self._shapes)} tensors"
+            ) from None
+        if len(components) != len(self._shapes):
+            raise ValueError(
+                f"func returned {len(components)} components; the state y is a tuple of {len(self._shapes)} tensors"
+            )
+        return tuple(
+            self._checked(component, x, shape, index)
+            for index, (component, shape) in enumerate(zip(components, self._shapes, strict=True))
+        )
+
+    def _checked(self, slope: Any, x: Tensor, shape: torch.Size, index: int | None) -> Tensor:
+        if isinstance(slope, Tensor) and (slope.dtype, slope.device, slope.shape) == (x.dtype, x.device, shape):
+            return slope
+        returned = "func returned" if index is None else f"func returned, as component {index},"
+        state = "the state y" if index is None else f"the state y[{index}]"
+        if not isinstance(slope, Tensor):
+            raise TypeError(
+                f"{returned} {type(slope).__name__}; it must return a tensor of shape {tuple(shape)}, like {state}"
+            )
+        if slope.shape != shape:
+            raise ValueError(f"{returned} a tensor of shape {tuple(slope.shape)}; {state} has shape {tuple(shape)}")
+        if slope.device != x.device:
+            raise ValueError(f"{returned} a tensor on device {slope.device}; {state} is on device {x.device}")
+        if not (self._mixes_dtypes or torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"{returned} a tensor of dtype {slope.dtype}; {state} has dtype {x.dtype}")
+        return slope.to(dtype=x.dtype)

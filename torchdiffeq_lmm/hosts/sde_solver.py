@@ -1,0 +1,359 @@
+"""A multistep method in the form in which torchsde calls its solvers: from an SDE and times to states."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_lmm.autodiff.autograd_function import Keeper, stack
+from torchdiffeq_lmm.autodiff.compilation import eager
+from torchdiffeq_lmm.autodiff.sde_recorder import KickTape, refuse_gradients
+from torchdiffeq_lmm.filters.filter_plan import step_to_end
+from torchdiffeq_lmm.filters.grad_filter import SmoothFilter, resolve_grad_filter
+from torchdiffeq_lmm.forward.autograd_state import savable
+from torchdiffeq_lmm.forward.grid import (
+    Grid,
+    Placement,
+    check_step_size,
+    check_times,
+    place,
+    place_in,
+    uniform_grid,
+    uniform_pieces,
+)
+from torchdiffeq_lmm.forward.implicit import ImplicitSolver
+from torchdiffeq_lmm.forward.interpolation import linear
+from torchdiffeq_lmm.forward.jumps import jumps_of
+from torchdiffeq_lmm.forward.multistep_state import Past, past_of, resume
+from torchdiffeq_lmm.forward.sde_stepping import kicks_of_rows, march_with_kicks
+from torchdiffeq_lmm.forward.tolerances import resolve_tolerance
+from torchdiffeq_lmm.forward.vector_field import entry_name, precision_of
+from torchdiffeq_lmm.schemes.methods import MultistepMethod
+from torchdiffeq_lmm.schemes.recurrence import start_length
+
+from .torchsde_host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
+
+if TYPE_CHECKING:
+    from torchsde import BaseBrownian, BaseSDE
+
+
+class MultistepSDESolver:
+    """A stochastic linear multistep (Maruyama) method as a fixed-step solver of torchsde.
+
+    torchsde makes one for every call of `sdeint`. Steps of `dt` go from ts[0] on, the last one cut short at ts[-1];
+    outputs in between are linear interpolations, all as for torchsde's own methods. The times of the nodes are
+    ts[0] + n dt in float64.
+
+    Of strong (mean-square) order 1 for additive noise and 1/2 else, of weak order 1. Where the noise is small, of size
+    ε, the mean-square error is O(h^p + ε h + ε² √h), with p the order of the ODE method: that is what the methods are
+    for.
+
+    Args:
+        sde: the SDE, in torchsde's wrapper: Itô, or Stratonovich with additive noise, where both are the same.
+        bm: the Brownian motion, of which increments are asked for.
+        dt: the length of the steps, positive.
+        adaptive: must be False.
+        rtol, atol: for implicit steps, whose equations are solved to 1e-4 (atol + rtol |y|).
+        dt_min: unused.
+        options: ``grad_filter``: None, "auto", "leapfrog" or a `CostateFilter`. ``jump_t``: times at which drift or
+            diffusion jumps, a tensor of shape (m,) or a sequence of numbers, as torchdiffeq's option: see below.
+            Anything else is warned of.
+
+    Each time of `jump_t` between ts[0] and ts[-1] is a node; drift and diffusion are evaluated a hair to its left and
+    to its right, and the method starts anew there, with steps of `dt`. That restores the order in h of the drift's
+    part of the error, which is what the methods are for: O(h^p + ε h + ε² √h) again, instead of O(h). Where noise
+    dominates it changes little. A solve that begins at a jump makes no use of the past that it is given.
+
+    Raises:
+        TypeError: dt, grad_filter, jump_t or y0 is of a wrong type.
+        ValueError: dt, grad_filter or jump_t has a wrong value, jump_t requires a gradient, `adaptive` is set, or the
+            noise is none that the methods are for.
+
+    Source: Buckwar, Winkler, *Multistep methods for SDEs and their application to problems with small noise* (SIAM
+    Journal on Numerical Analysis, 2006).
+    """
+
+    method: ClassVar[MultistepMethod]
+    weak_order = 1.0
+
+    def __init__(
+        self,
+        sde: "BaseSDE",
+        bm: "BaseBrownian",
+        dt: float | Tensor,
+        adaptive: bool,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        dt_min: float | Tensor,  # noqa: ARG002
+        options: dict[str, Any],
+    ) -> None:
+        name = self.method.name
+        if sde.sde_type == "stratonovich" and sde.noise_type != "additive":
+            raise ValueError(
+                f"method {name!r} is for Ito SDEs, and for Stratonovich SDEs with additive noise, where both are the "
+                f"same; got a Stratonovich SDE with {sde.noise_type} noise. Use 'midpoint', 'heun' or "
+                f"'reversible_heun', or write the SDE in the Ito sense"
+            )
+        if adaptive:
+            raise ValueError(
+                f"adaptive must be False for method {name!r}, which makes steps of dt, got {adaptive}; for adaptive "
+                f"steps use a method of torchsde's own"
+            )
+        check_step_size(dt, "dt")
+        options = dict(options)
+        # A smoothed observation would average the noise too.
+        grad_filter = resolve_grad_filter(options.pop("grad_filter", None), name, smooth=False)
+        assert not isinstance(grad_filter, SmoothFilter)
+        self._jumps = jumps_of(options.pop("jump_t", None), is_negated=False, negate=False)
+        if self._jumps is not None and self._jumps.times.requires_grad:
+            raise ValueError(
+                "jump_t must not require a gradient, got a tensor that does: times of an SDE have none; detach it"
+            )
+        if options:
+            warn_of_unused_sde_options(name, options)
+        self.grad_filter = grad_filter
+        self.strong_order = 1.0 if sde.noise_type == "additive" else 0.5
+        self._sde = sde
+        self._bm = bm
+        self._dt = float(dt)
+        self._rtol = rtol
+        self._atol = atol
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of strong order: {self.strong_order}, and weak order: {self.weak_order}"
+
+    def init_extra_solver_state(self, t0: Tensor, y0: Tensor) -> Past:  # noqa: ARG002
+        """The past at the beginning: none. The first steps are then made together, as for ODEs."""
+        return ()
+
+    @eager
+    def integrate(self, y0: Tensor, ts: Tensor, extra0: Past) -> tuple[Tensor, Past]:
+        """Solve from ts[0] to ts[-1].
+
+        Args:
+            y0: the initial state, of shape (batch, d).
+            ts: the output times, of shape (T,), strictly increasing.
+            extra0: empty, or what a solve up to ts[0] has returned: its latest steps, its increments by the drift and
+                its slopes, so that this one goes on as if both were one solve. The steps may have another length.
+
+        Returns:
+            The states at `ts`, of shape (T, batch, d), and the same for a solve that goes on from ts[-1]; empty where
+            the method reaches over more steps than have been made.
+
+        Raises:
+            TypeError, ValueError: y0, ts, dt, extra0, or a tolerance of implicit steps is not as it must be.
+            RuntimeError: an implicit equation was not solved.
+        """
+        if not y0.is_floating_point():
+            raise TypeError(f"y0 must be a floating tensor, got dtype {y0.dtype}; use y0.float()")
+        check_times(ts, "ts")
+        if not ts.is_floating_point():
+            ts = ts.to(y0.dtype)
+        if len(ts) == 1:
+            return torch.stack([y0]), extra0
+        if self._jumps is None:
+            grid = uniform_grid(ts, self._dt, "dt")
+            pieces, placements = [grid], [place(ts, grid)]
+        else:
+            pieces = uniform_pieces(ts, self._dt, self._jumps, "dt")
+            placements = place_in(ts, pieces, self._jumps)
+        if self.method.is_implicit:
+            self._rtol, self._atol = (
+                resolve_tolerance(name, given, y0) for name, given in (("rtol", self._rtol), ("atol", self._atol))
+            )
+        x, outputs, keepers = y0, [], []
+        # What was before a jump is of no use after it.
+        past: Past = () if pieces[0].jumps[0] else extra0
+        step_before: float | None = None
+        for n, (piece, placed) in enumerate(zip(pieces, placements, strict=True)):
+            step_after = float(pieces[n + 1].steps[0]) if n + 1 < len(pieces) else None
+            solved = self._solve(piece, placed, x, ts, past if n == 0 else (), step_before, step_after)
+            x, past, step_before = solved.x, solved.past, solved.step_to_end
+            outputs += solved.outputs
+            keepers.append(solved.keeper)
+        return stack(outputs, keepers), past
+
+    def _solve(
+        self,
+        grid: Grid,
+        placements: Sequence[Placement],
+        y0: Tensor,
+        ts: Tensor,
+        extra0: Past,
+        step_before: float | None,
+        step_after: float | None,
+    ) -> "_Solved":
+        """Solve from one jump to the next; for the steps before and after see `plan_filter`."""
+        method = self.method
+        tape = self._tape(y0, extra0)
+        start = y0 if tape is None else y0.detach()
+        recurrence, history, offset = resume(method, extra0, grid.steps, start)
+        first, kicks = recurrence.nodes[offset], kicks_of_rows(recurrence)
+        field = _Field(self._sde, self._bm, grid, ts, recurrence.positions, offset, method)
+        kicked = field if tape is None else tape.recording(field)
+        implicit = ImplicitSolver(
+            self._rtol,
+            self._atol,
+            precision_of(y0.dtype, y0.device),
+            lambda index: entry_name("y", index, y0.shape),
+            torch.is_grad_enabled(),
+        )
+
+        def solve_implicit(
+            state: int, x: Tensor, known: Tensor | None, weight: Any, guess: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            return implicit.solve(
+                x,
+                known,
+                float(weight),
+                guess,
+                slope=lambda y: field.drift(state, y),
+                iterate=lambda y: kicked.drift(state, y),
+                where=lambda: f"of method {method.name!r} at t = {float(field.time(state)):.6g}",
+            )
+
+        wanted = {len(grid.steps), *(near for placement in placements for near in _neighbours(placement))}
+        states = {0: y0}
+        node = 0
+        rows = recurrence.rows[first:]
+        for state, made in march_with_kicks(history, rows, kicks, kicked, solve_implicit, first):
+            if not recurrence.rows[state - 1].is_node:
+                continue
+            node += 1
+            if node in wanted:
+                states[node] = made
+        past = past_of(method, recurrence, _behind(extra0, grid.steps), history)
+        end, keeper = None, None
+        if tape is not None:
+            lengths: list[float] = grid.steps.tolist()
+            filtered = self.grad_filter, lengths, method, step_before, step_after
+            states, keeper = tape.attach(states, recurrence, offset, kicks, *filtered)
+            past = refuse_gradients(states[node], past)
+            end = None if self.grad_filter is None else step_to_end(recurrence, lengths, method)
+        return _Solved([_output(placement, states) for placement in placements], states[node], past, end, keeper)
+
+    def _tape(self, y0: Tensor, extra0: Past) -> KickTape | None:
+        if not torch.is_grad_enabled() or (self.grad_filter is None and not self.method.is_implicit):
+            return None
+        if extra0 and self.grad_filter is not None:
+            raise ValueError(
+                "extra_solver_state must not be given with grad_filter, which looks at the whole solve at once; solve "
+                "in one piece, or without grad_filter"
+            )
+        if any(tensor.requires_grad for tensor in extra0):
+            raise ValueError(
+                f"extra_solver_state must not require a gradient for method {self.method.name!r}, whose steps are "
+                f"implicit; detach its tensors, use an explicit method, or solve in one piece"
+            )
+        return KickTape(y0)
+
+
+class _Solved(NamedTuple):
+    """One piece of a solve.
+
+    Attributes:
+        outputs: the states asked for.
+        x: the last one.
+        past: what a solve that goes on needs.
+        step_to_end: with a filter, see `filter_plan.step_to_end`.
+        keeper: keeps the solve: see `attachment.stack`.
+    """
+
+    outputs: list[Tensor]
+    x: Tensor
+    past: Past
+    step_to_end: float | None
+    keeper: Keeper | None
+
+
+class _Field:
+    """f and K at the states of one solve.
+
+    Args:
+        sde, bm: see `MultistepSDESolver`.
+        grid: the nodes.
+        ts: for the dtype and the device of times.
+        positions: of the states, see `Recurrence`.
+        offset: the position of the first node.
+        method: the method.
+    """
+
+    def __init__(
+        self,
+        sde: "BaseSDE",
+        bm: "BaseBrownian",
+        grid: Grid,
+        ts: Tensor,
+        positions: list[float],
+        offset: int,
+        method: MultistepMethod,
+    ) -> None:
+        times = grid.nodes.to(ts, copy=True)
+        for node, direction in ((0, 1), (-1, -1)):
+            if grid.jumps[node]:
+                # f and g are seen from inside; no kick begins at the last node.
+                time = times[node]
+                times[node] = torch.nextafter(time, time + direction * (1 + time.abs()))
+        self._times = times.unbind()
+        self._positions = positions
+        self._offset = offset
+        numbers: list[float] = grid.nodes.tolist()
+
+        @lru_cache(max(1, start_length(method)))
+        def increment(n: int) -> Tensor:
+            return savable(bm(numbers[n], numbers[n + 1]))
+
+        self._increment: Callable[[int], Tensor] = increment
+        self._sde: HostedSDE = unwrap_sde(sde, increment(0))
+        # A single step of any method uses both of its slopes.
+        self._copies = method.remembers_slopes or len(grid.nodes) == 2
+
+    def time(self, state: int) -> Tensor:
+        """What the SDE is given for the time of a state."""
+        return self._times[self._node(state)]
+
+    def drift_at(self, time: Tensor, x: Tensor) -> Tensor:
+        """See `Timed`."""
+        return self._kept(self._sde.drift(time, x))
+
+    def drift(self, state: int, x: Tensor) -> Tensor:
+        """See `Kicked`."""
+        return self.drift_at(self.time(state), x)
+
+    def kick(self, state: int, x: Tensor) -> Tensor:
+        """See `Kicked`."""
+        return self._kept(self._sde.kick(self.time(state), x, self._increment(self._node(state))))
+
+    def drift_and_kick(self, state: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Kicked`."""
+        slope, kick = self._sde.drift_and_kick(self.time(state), x, self._increment(self._node(state)))
+        return self._kept(slope), self._kept(kick)
+
+    def _kept(self, value: Tensor) -> Tensor:
+        # The SDE may return the same memory again and again.
+        return value.clone() if self._copies else value
+
+    def _node(self, state: int) -> int:
+        return int(self._positions[state]) - self._offset
+
+
+def _neighbours(placement: Placement) -> tuple[int, ...]:
+    node = placement.node
+    return (node,) if placement.fraction is None else (node, node + 1)
+
+
+def _output(placement: Placement, states: dict[int, Tensor]) -> Tensor:
+    node, fraction, _ = placement
+    return states[node] if fraction is None else linear(fraction, states[node], states[node + 1])
+
+
+def _behind(past: Past, steps: Tensor) -> Tensor:
+    return torch.cat([past[0].to(steps).flip(0), steps]) if past else steps
+
+
+def sde_solver_of(method: MultistepMethod) -> type[MultistepSDESolver]:
+    """The solver class of a method."""
+    summary = f"The method {method.name!r} as a solver of torchsde: see `MultistepSDESolver`."
+    return type(method.name, (MultistepSDESolver,), {"method": method, "__doc__": summary, "__module__": __name__})

@@ -1,0 +1,5 @@
+"""What a user's model needs: parameters on the solver's grid, and whether their gradients oscillate.
+
+Imports: nothing of the package.
+Begin with `grid_parameter`.
+"""
