@@ -4,8 +4,8 @@ Importing the package registers its methods: ``torchdiffeq.odeint(..., method="a
 `method_info` tells of each.
 """
 
-from .autodiff.backward_modes import Checkpoint, Reversible
-from .autodiff.reversal import DriftError
+from .autodiff.checkpoints import Checkpoint
+from .autodiff.reversal import DriftError, Reversible
 from .filters.grad_filter import CostateFilter, LeapfrogFilter, SmoothFilter
 from .filters.stack_filter import filter_gradient, register_grad_filter
 from .hosts.interface import odeint

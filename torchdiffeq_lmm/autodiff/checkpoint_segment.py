@@ -1,4 +1,4 @@
-"""Some steps on end as one graph, through which autograd's engine goes in one call."""
+"""The steps from one checkpoint to the next as one graph, through which autograd's engine goes in one call."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from torchdiffeq_lmm.schemes.recurrence import Row
 from .vjp import vector_jacobian
 
 
-class Stretch(NamedTuple):
+class SegmentGraph(NamedTuple):
     """Some explicit steps on end.
 
     Attributes:
@@ -26,9 +26,9 @@ class Stretch(NamedTuple):
     end: tuple[Tensor, ...]
 
 
-def connect(
+def segment_graph(
     history: History, rows: Iterable[Row], evaluate: Evaluate, solve_implicit: SolveImplicit, first: int
-) -> Stretch:
+) -> SegmentGraph:
     """Make the states of some explicit rows, with their graph.
 
     Args:
@@ -48,16 +48,16 @@ def connect(
     )
     with torch.enable_grad():
         states = dict(march(history, rows, evaluate, solve_implicit, first))
-        return Stretch(begin, states, tuple(_tensors(history)))
+        return SegmentGraph(begin, states, tuple(_tensors(history)))
 
 
-def pull_back(
-    stretch: Stretch, carried: Sequence[Tensor | None], seen: Mapping[int, Tensor], sources: Sequence[Tensor]
+def segment_vjp(
+    segment: SegmentGraph, carried: Sequence[Tensor | None], seen: Mapping[int, Tensor], sources: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """From the cotangents of the states of a stretch to those of what they depend on.
+    """From the cotangents of the states of a segment to those of what they depend on.
 
     Args:
-        stretch: the stretch.
+        segment: the steps.
         carried: the cotangents of its end by all that comes after it.
         seen: the cotangents of states by what E sees of them, by number.
         sources: parameters.
@@ -65,14 +65,14 @@ def pull_back(
     Returns:
         The cotangents of its beginning and the gradients of the sources; None is 0.
     """
-    ends = zip(stretch.end, carried, strict=True)
-    observed = ((x, seen.get(state)) for state, x in stretch.states.items())
+    ends = zip(segment.end, carried, strict=True)
+    observed = ((x, seen.get(state)) for state, x in segment.states.items())
     roots = [(x, g) for x, g in (*ends, *observed) if g is not None and x.requires_grad]
     if not roots:
-        return [None] * len(stretch.begin), [None] * len(sources)
+        return [None] * len(segment.begin), [None] * len(sources)
     outputs, cotangents = zip(*roots, strict=True)
-    grads = vector_jacobian(outputs, cotangents, (*stretch.begin, *sources))
-    return grads[: len(stretch.begin)], grads[len(stretch.begin) :]
+    grads = vector_jacobian(outputs, cotangents, (*segment.begin, *sources))
+    return grads[: len(segment.begin)], grads[len(segment.begin) :]
 
 
 def _tensors(history: History) -> Iterator[Tensor]:
@@ -84,7 +84,7 @@ def _tensors(history: History) -> Iterator[Tensor]:
 
 
 def _increments(history: History) -> list[Tensor]:
-    # One side of a border may have made the increment that the other makes when it needs it.
+    # One side of a checkpoint may have made the increment that the other makes when it needs it.
     if history.previous is None or history.increments:
         return history.increments
     return [history.x - history.previous]

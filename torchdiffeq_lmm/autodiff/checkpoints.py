@@ -1,108 +1,77 @@
-"""Some states of the forward pass are kept; the evaluations between them are made again in the backward pass."""
+"""Checkpoints: some states of the forward pass are kept, and the evaluations between them made again."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.forward.stepping import History, march
-from torchdiffeq_lmm.schemes.recurrence import Layout, Recurrence
+from torchdiffeq_lmm.forward.stepping import march
+from torchdiffeq_lmm.schemes.methods import MultistepMethod
+from torchdiffeq_lmm.schemes.recurrence import Layout
+from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 
-from .checkpoint_segment import Stretch, connect
-from .evaluation import Evaluation, Recorder
-from .rng_state import Circumstances, RandomState
-
-
-class Snapshot(NamedTuple):
-    """What it takes to go on from a node.
-
-    Attributes:
-        state: the number of its state.
-        history: what the next row knows of the past.
-        random: the state of the random generators.
-    """
-
-    state: int
-    history: History
-    random: RandomState
-
-
-class Snapshots:
-    """Takes a snapshot at every so many nodes.
-
-    Args:
-        stride: the number of steps from one to the next.
-        also: a node at which one is taken in any case.
-        device: of the solve.
-    """
-
-    def __init__(self, stride: int, also: int | None, device: torch.device) -> None:
-        self.taken: list[Snapshot] = []
-        self._stride = stride
-        self._also = also
-        self._device = device
-        self._node = 0
-
-    def pass_by(self, state: int, history: History) -> bool:
-        """Take a snapshot at the next node, if one is due; tell whether it was."""
-        due = self._node % self._stride == 0 or self._node == self._also
-        self._node += 1
-        if due:
-            self.taken.append(self.at(state, history))
-        return due
-
-    def at(self, state: int, history: History) -> Snapshot:
-        """A snapshot in any case."""
-        return Snapshot(state, history.copy(), RandomState.now(self._device))
-
-
-class Steps(Protocol):
-    """Evaluates f and solves implicit rows, as `march` needs it."""
-
-    def __call__(self, state: int, x: Tensor) -> Tensor:
-        """F at a state."""
-
-    def solve_implicit(
-        self, state: int, x: Tensor, known: Tensor | None, weight: float | Tensor, guess: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The increment and the slope of an implicit row."""
-
-    def restart(self) -> None:
-        """Forget what implicit rows have learned from those before."""
+from .checkpoint_segment import SegmentGraph, segment_graph
+from .evaluation import Evaluation
+from .rerun import Rerun, Snapshot, Snapshots
+from .stored_evaluations import Record, WithEvaluations
 
 
 @dataclass(frozen=True)
-class Rerun:
-    """What it takes to run a solve again.
+class Checkpoint:
+    """Keep some states of the forward pass, and run the steps from one to the next again in the backward pass.
 
-    Attributes:
-        recurrence: its rows.
-        steps: from what evaluates f at a state, given its number, its time and itself, to what `march` needs.
-        recorder: evaluates f.
-        circumstances: of the forward pass.
-        keeps_values: whether the states and slopes are needed besides the graphs.
+    For every method. The gradient is that of auto-differentiation, for one more forward pass; where func draws from
+    PyTorch's default random generators, as dropout does, it draws the same numbers again. func must otherwise be
+    deterministic: where the steps, run again, end up elsewhere, the backward pass raises a RuntimeError. It must not
+    keep what it computes from parameters, for the forward pass is without a graph.
+
+    Args:
+        count: how many states are kept. By default √N for N steps, which makes the memory least: that of √N states and
+            of √N evaluations of func.
+
+    Raises:
+        TypeError: `count` is not an int.
+        ValueError: `count` is not positive.
+
+    Source: Griewank, *Achieving logarithmic growth of temporal and spatial complexity in reverse automatic
+    differentiation* (1992), with one level.
     """
 
-    recurrence: Recurrence
-    steps: Callable[[Callable[[int, Tensor, Tensor], Tensor]], Steps]
-    recorder: Recorder
-    circumstances: Circumstances
-    keeps_values: bool
+    count: int | None = None
 
-    def snapshots(self, start: Snapshot, stride: int) -> list[Snapshot]:
-        """Run all steps once more, for snapshots alone."""
-        snapshots = Snapshots(stride, None, start.history.x.device)
-        history = start.history.copy()
-        with self.circumstances.restored(start.random), torch.no_grad():
-            snapshots.pass_by(start.state, history)
-            steps = self.steps(lambda _, time, x: self.recorder.evaluate(time, x))
-            rows = self.recurrence.rows
-            for state, _ in march(history, rows, steps, steps.solve_implicit):
-                if rows[state - 1].is_node and snapshots.pass_by(state, history):
-                    steps.restart()
-        return snapshots.taken
+    def __post_init__(self) -> None:
+        if self.count is None:
+            return
+        if not isinstance(self.count, int) or isinstance(self.count, bool):
+            raise TypeError(f"count must be an int or None, got {self.count!r}")
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+    def stride(self, steps: int) -> int:
+        """The number of steps from one kept state to the next."""
+        return math.ceil(steps / (self.count or math.ceil(math.sqrt(steps))))
+
+    @property
+    def evaluates_again(self) -> bool:
+        """See `BackwardMode`."""
+        return True
+
+    def check(self, method: MultistepMethod | TwoStageMethod, given: object) -> None:
+        """See `BackwardMode`."""
+
+    def snapshots(self, steps: int, device: torch.device) -> Snapshots:
+        """See `BackwardMode`."""
+        return Snapshots(self.stride(steps), None, device)
+
+    def evaluations(self, record: Record) -> WithEvaluations:
+        """See `BackwardMode`."""
+        assert record.snapshots is not None
+        rerun, end, x = record.rerun, record.rerun.recurrence.nodes[-1], record.history.x
+        taken = record.snapshots.taken
+        return lambda gradients: gradients(Checkpoints(rerun, between(taken, end, x)))
 
 
 class Segment(NamedTuple):
@@ -150,20 +119,25 @@ class Checkpoints:
         self._states: dict[int, Tensor] = {}
         self._slopes: dict[int, Tensor] = {}
 
-    def stretches(self) -> Iterator[Stretch]:
-        """All steps as graphs, instead of one evaluation after the other, the last ones first."""
+    def segment_graphs(self) -> Iterator[SegmentGraph] | None:
+        """See `StoredEvaluations`."""
+        if any(row.implicit is not None for row in self._rows):
+            return None
+        return self._segment_graphs()
+
+    def _segment_graphs(self) -> Iterator[SegmentGraph]:
         for segment in self._segments:
-            first, _, random = segment.begin
+            first, _, rng = segment.begin
             rows = self._rows[first : segment.end]
-            with self._rerun.circumstances.restored(random):
+            with self._rerun.context.restored(rng):
                 steps = self._rerun.steps(self._rerun.recorder.connect)
-                stretch = connect(segment.begin.history, rows, steps, steps.solve_implicit, first)
-            _check_same(stretch.end[0].detach(), segment.x)
-            self._rerun.recorder.check(stretch.end, stretch.begin)
-            yield stretch
+                graph = segment_graph(segment.begin.history, rows, steps, steps.solve_implicit, first)
+            _check_same(graph.end[0].detach(), segment.x)
+            self._rerun.recorder.check(graph.end, graph.begin)
+            yield graph
 
     def evaluation(self, state: int) -> Evaluation | None:
-        """See `Recollection`.
+        """See `StoredEvaluations`.
 
         Raises:
             RuntimeError: the steps, run again, lead elsewhere than the first time.
@@ -180,7 +154,7 @@ class Checkpoints:
         return self._evaluations[state]
 
     def slope(self, state: int) -> Tensor:
-        """See `Recollection`."""
+        """See `StoredEvaluations`."""
         if state in self._slopes:
             return self._slopes[state]
         assert self._begin is not None
@@ -191,7 +165,7 @@ class Checkpoints:
         return dict(zip(known, history.slopes, strict=True))[state]
 
     def increment(self, node: int) -> Tensor:
-        """See `Recollection`."""
+        """See `StoredEvaluations`."""
         assert self._begin is not None
         first, history, _ = self._begin
         at_node = self._rerun.recurrence.nodes
@@ -205,7 +179,7 @@ class Checkpoints:
     def _run(self, segment: Segment) -> None:
         """Make the evaluations of a segment."""
         self._evaluations = {}
-        first, history, random = segment.begin
+        first, history, rng = segment.begin
         self._states, self._slopes = {first: history.x}, {}
 
         def evaluate(state: int, user_time: Tensor, x: Tensor) -> Tensor:
@@ -216,7 +190,7 @@ class Checkpoints:
             return slope.detach()
 
         history = history.copy()
-        with self._rerun.circumstances.restored(random), torch.no_grad():
+        with self._rerun.context.restored(rng), torch.no_grad():
             steps = self._rerun.steps(evaluate)
             for state, x in march(history, self._rows[first : segment.end], steps, steps.solve_implicit, first):
                 if self._rerun.keeps_values:

@@ -1,21 +1,113 @@
 """Leapfrog run backwards: the states of the forward pass once more, from the last ones."""
 
+import math
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from numbers import Real
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
+from torchdiffeq_lmm.forward.step_evaluator import StepEvaluator
 from torchdiffeq_lmm.forward.stepping import History, march
 from torchdiffeq_lmm.schemes.methods import MultistepMethod
 from torchdiffeq_lmm.schemes.recurrence import Keeps, Row
+from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 
-from .checkpoints import Rerun, Snapshot, Steps, relative_difference
+from .checkpoints import Checkpoint, Checkpoints, between, relative_difference
 from .evaluation import Evaluation
+from .rerun import Rerun, Snapshot, Snapshots
+from .stored_evaluations import Gradients, Record, StoredEvaluations, WithEvaluations
 
 
 class DriftError(RuntimeError):
     """A backward pass with ``backward="reversible"`` came back to other states than the solve had: see `Reversible`."""
+
+
+OnDrift = Literal["raise", "checkpoint"]
+
+
+@dataclass(frozen=True)
+class Reversible:
+    """Run leapfrog backwards: x_{n-1} from x_{n+1} and x_n, with no stored states but for a fixed few.
+
+    The gradient is that of auto-differentiation but for rounding, from memory that does not grow with the number of
+    steps. On the way back rounding errors grow as the parasitic mode of leapfrog does on the way forth: on dissipative
+    problems exponentially. By how much is measured, in every backward pass: at the start and at a few states on the way
+    that are kept, the drift is max |x reached - x known| / |x known| over the entries of the state, those smaller than
+    ε^¼ max |x| counting as so large. From there it goes on with what is known.
+
+    func must be deterministic; a func that draws random numbers, as dropout does, is refused. It must not keep what it
+    computes from parameters, for the forward pass is without a graph.
+
+    Args:
+        tolerance: the largest drift that is accepted. By default √ε, ε being that of the state's dtype: 1.5e-8 for
+            float64, 3.5e-4 for float32. The relative error of the gradient is mostly of the size of the drift, or of
+            that of auto-differentiation's own, which on dissipative problems is more.
+        on_drift: what to do where the drift is larger. ``"raise"``: raise a `DriftError`. ``"checkpoint"``: begin the
+            backward pass again with `Checkpoint()`, at the cost of two more forward passes.
+        report: is given the drift, the largest on the way, by every backward pass; with `jump_t` by that of every
+            piece between jumps.
+        anchors: how many states are kept on the way.
+
+    Raises:
+        TypeError: `tolerance` is not a real number, `report` cannot be called, or `anchors` is not an int.
+        ValueError: `tolerance` or `anchors` is negative, or `on_drift` is unknown.
+
+    Source: Zhuang, Dvornek, Tatikonda, Duncan, *MALI: A memory efficient and reverse accurate integrator for neural
+    ODEs* (ICLR 2021), for another reversible method.
+    """
+
+    tolerance: float | None = None
+    on_drift: OnDrift = "raise"
+    report: Callable[[float], object] | None = None
+    anchors: int = 8
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None:
+            if not isinstance(self.tolerance, Real) or isinstance(self.tolerance, bool):
+                raise TypeError(f"tolerance must be a real number or None, got {self.tolerance!r}")
+            if not self.tolerance >= 0:
+                raise ValueError(f"tolerance must not be negative, got {self.tolerance}")
+        if self.on_drift not in get_args(OnDrift):
+            raise ValueError(f"on_drift must be one of {get_args(OnDrift)}, got {self.on_drift!r}")
+        if self.report is not None and not callable(self.report):
+            raise TypeError(f"report must be a callable that takes a float, or None, got {self.report!r}")
+        if not isinstance(self.anchors, int) or isinstance(self.anchors, bool):
+            raise TypeError(f"anchors must be an int, got {self.anchors!r}")
+        if self.anchors < 0:
+            raise ValueError(f"anchors must not be negative, got {self.anchors}")
+
+    @property
+    def evaluates_again(self) -> bool:
+        """See `BackwardMode`."""
+        return True
+
+    def check(self, method: MultistepMethod | TwoStageMethod, given: object) -> None:
+        """See `BackwardMode`."""
+        if not (isinstance(method, MultistepMethod) and is_reversible(method)):
+            raise ValueError(
+                f"backward {given!r} needs a method that can be run backwards, as 'leapfrog' can, got method "
+                f"{method.name!r}; use backward='checkpoint'"
+            )
+
+    def snapshots(self, steps: int, device: torch.device) -> Snapshots:
+        """See `BackwardMode`."""
+        # Run backwards, the last step may be ill-conditioned: what comes before it is kept.
+        return Snapshots(self.stride(steps), steps - 1, device)
+
+    def evaluations(self, record: Record) -> WithEvaluations:
+        """See `BackwardMode`."""
+        assert record.snapshots is not None
+        last = record.snapshots.at(record.rerun.recurrence.nodes[-1], record.history)
+        return _Backwards(record.rerun, [*record.snapshots.taken, last], self)
+
+    def stride(self, steps: int) -> int:
+        """The number of steps from one kept state to the next."""
+        return math.ceil(steps / (self.anchors + 1))
 
 
 def is_reversible(method: MultistepMethod) -> bool:
@@ -62,7 +154,7 @@ class Reversal:
         self._around: tuple[Tensor, Tensor]
 
     def evaluation(self, state: int) -> Evaluation | None:
-        """See `Recollection`.
+        """See `StoredEvaluations`.
 
         Raises:
             DriftError: the drift is beyond the tolerance.
@@ -72,15 +164,19 @@ class Reversal:
         return self._evaluation if self._state == state < self._anchors[-1].state else None
 
     def slope(self, state: int) -> Tensor:
-        """See `Recollection`."""
+        """See `StoredEvaluations`."""
         assert state == self._state
         return self._slope
 
     def increment(self, node: int) -> Tensor:
-        """See `Recollection`."""
+        """See `StoredEvaluations`."""
         assert node == self._state
         x, before = self._around
         return x - before
+
+    def segment_graphs(self) -> None:
+        """See `StoredEvaluations`."""
+        return
 
     def close(self) -> None:
         """Let go of all that it holds."""
@@ -114,7 +210,7 @@ class Reversal:
 
     def _evaluate(self, state: int, user_time: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
         # Not for longer than that, for others evaluate while this waits.
-        with self._rerun.circumstances.restored():
+        with self._rerun.context.restored():
             slope, self._evaluation = self._rerun.recorder.record(user_time, x)
         self._slope = slope.detach()
         return self._slope
@@ -137,5 +233,51 @@ class Reversal:
             )
 
 
-def _downwards_from(top: int, steps: Steps) -> Callable[[int, Tensor], Tensor]:
+def _downwards_from(top: int, steps: StepEvaluator) -> Callable[[int, Tensor], Tensor]:
     return lambda number, x: steps(top - number, x)
+
+
+class _Backwards:
+    """The evaluations by reversal, or by checkpoints where it drifts.
+
+    Raises:
+        RuntimeError: func draws random numbers.
+    """
+
+    def __init__(self, rerun: Rerun, anchors: Sequence[Snapshot], backward: Reversible) -> None:
+        if not anchors[0].rng.equals(anchors[-1].rng):
+            raise RuntimeError(
+                "backward='reversible' needs a deterministic func, got one that draws random numbers, as dropout does; "
+                "use backward='checkpoint', which draws the same ones again"
+            )
+        self._rerun = rerun
+        self._anchors = anchors
+        self._backward = backward
+
+    def __call__(self, gradients: Callable[[StoredEvaluations], Gradients]) -> Gradients:
+        start = self._anchors[0]
+        if len(self._rerun.recurrence.nodes) == 2:
+            # A single step is not leapfrog's, and has nothing behind it to go back to.
+            end = self._anchors[-1]
+            found = gradients(Checkpoints(self._rerun, between([start], end.state, end.history.x)))
+            if self._backward.report is not None:
+                self._backward.report(0.0)
+            return found
+        tolerance = self._backward.tolerance
+        if tolerance is None:
+            tolerance = torch.finfo(start.history.x.dtype).eps ** 0.5
+        reversal = Reversal(self._rerun, self._anchors, tolerance)
+        try:
+            found = gradients(reversal)
+        except DriftError:
+            if self._backward.on_drift == "raise":
+                raise
+            stride = Checkpoint().stride(len(self._rerun.recurrence.nodes) - 1)
+            snapshots = self._rerun.snapshots(start, stride)
+            end = self._anchors[-1]
+            found = gradients(Checkpoints(self._rerun, between(snapshots, end.state, end.history.x)))
+        finally:
+            reversal.close()
+            if self._backward.report is not None:
+                self._backward.report(reversal.drift)
+        return found

@@ -1,4 +1,4 @@
-"""Under what circumstances func was evaluated, so that it can be evaluated once more under the same."""
+"""The state of the random generators and of autocast, so that func can be evaluated once more as the first time."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 
-class RandomState(NamedTuple):
+class RngState(NamedTuple):
     """The state of PyTorch's default random generators, of the CPU and of the device of the solve.
 
     Attributes:
@@ -19,21 +19,21 @@ class RandomState(NamedTuple):
     device: torch.Tensor | None
 
     @classmethod
-    def now(cls, device: torch.device) -> "RandomState":
+    def now(cls, device: torch.device) -> "RngState":
         """What it is."""
         if device.type == "cpu":
             return cls(torch.get_rng_state(), None)
         return cls(torch.get_rng_state(), torch.get_device_module(device).get_rng_state(device))
 
-    def equals(self, other: "RandomState") -> bool:
+    def equals(self, other: "RngState") -> bool:
         """Whether nothing was drawn between the two."""
         if not torch.equal(self.cpu, other.cpu):
             return False
         return self.device is None or other.device is None or torch.equal(self.device, other.device)
 
 
-class Circumstances:
-    """What evaluations of func depend on besides their arguments: autocast and, where they draw, random numbers.
+class ForwardContext:
+    """What evaluations of func depend on besides their arguments: autocast, and random numbers where they draw any.
 
     Args:
         device: of the solve.
@@ -46,8 +46,8 @@ class Circumstances:
         ]
         self._caches = torch.is_autocast_cache_enabled()
 
-    def restored(self, random: RandomState | None = None) -> AbstractContextManager[None]:
-        """The circumstances once more, for as long as the context lasts; with a random state, where it is given."""
+    def restored(self, random: RngState | None = None) -> AbstractContextManager[None]:
+        """A context in which autocast is as it was, and the random generators too, where their state is given."""
         autocast = [
             (kind, enabled, dtype)
             for kind, enabled, dtype in self._autocast
@@ -56,7 +56,7 @@ class Circumstances:
         return nullcontext() if random is None and not autocast else self._restored(autocast, random)
 
     @contextmanager
-    def _restored(self, autocast: list[tuple[str, bool, torch.dtype]], random: RandomState | None) -> Iterator[None]:
+    def _restored(self, autocast: list[tuple[str, bool, torch.dtype]], random: RngState | None) -> Iterator[None]:
         with ExitStack() as stack:
             for kind, enabled, dtype in autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._caches))

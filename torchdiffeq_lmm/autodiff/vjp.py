@@ -1,4 +1,4 @@
-"""The evaluations of a solve, as what its adjoint needs of them: transposed Jacobians, and gradients of parameters."""
+"""Vector–Jacobian products (vjp) of recorded evaluations, and the gradients of parameters that they add up to."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,11 +10,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge
 
-from torchdiffeq_lmm.forward.linear import LinearSolver, from_real, to_real
-from torchdiffeq_lmm.schemes.discrete_adjoint import Contributions, combine
-
 from .evaluation import Evaluation
-from .stored_evaluations import Recollection
 
 _run_backward = Variable._execution_engine.run_backward
 
@@ -30,7 +26,7 @@ class ParameterGradients:
         self._sums: dict[int, _Sum] = {}
         self._pending: list[tuple[Evaluation, Tensor, float]] = []
 
-    def give(self, evaluation: Evaluation, cotangent: Tensor, weight: float = 1.0) -> None:
+    def collect(self, evaluation: Evaluation, cotangent: Tensor, weight: float = 1.0) -> None:
         """Pass weight × the cotangent of a slope on to the sources, or to the handle."""
         if evaluation.handle is not None:
             given = cotangent if weight == 1.0 else weight * cotangent
@@ -39,9 +35,9 @@ class ParameterGradients:
         elif evaluation.sources:
             self._pending.append((evaluation, cotangent, weight))
             if len(self._pending) == _AT_ONCE:
-                self.settle()
+                self.flush()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Do what has been put off."""
         pending, self._pending = self._pending, []
         if pending:
@@ -95,100 +91,6 @@ class _Sum(NamedTuple):
     total: Tensor
     is_own: bool
     """Whether nobody else sees the memory of the total."""
-
-
-class Linearisation:
-    """The transposed Jacobians along a solve.
-
-    Args:
-        recollection: the evaluations.
-        parameters: where the gradients of parameters are added up.
-        collects: whether what is pulled back is what the parameters get too, as it is without a filter.
-        time_gradients: where to add the gradients with respect to the times of the states; None if they are not needed.
-        precision: the unit in the last place of products with the Jacobians.
-    """
-
-    def __init__(
-        self,
-        recollection: Recollection,
-        parameters: ParameterGradients,
-        collects: bool,
-        time_gradients: Tensor | None,
-        precision: float,
-    ) -> None:
-        self._equations = LinearSolver()
-        self._precision = precision
-        self._recollection = recollection
-        self._parameters = parameters
-        self._collects = collects
-        self._time_gradients = time_gradients
-
-    def product(self, state: int, vector: Tensor) -> Tensor | None:
-        """The product of the transposed Jacobian with a vector; None for 0."""
-        evaluation = self._recollection.evaluation(state)
-        if evaluation is None:
-            return None
-        return vector_jacobian((evaluation.slope,), (vector,), evaluation.arguments[:1])[0]
-
-    def expand(self, state: int, value: Tensor | None, slope: Tensor | None, step: float) -> Tensor | None:
-        """V + Jᵀ S; with a step τ > 0, R (V + R Jᵀ (S - τ V)), R = (1 - τ Jᵀ)⁻¹. None is 0."""
-        if step > 0.0 and value is not None and self._recollection.evaluation(state) is not None:
-            slope = -step * value if slope is None else slope - step * value
-        pulled = None if slope is None else self.product(state, slope)
-        if pulled is None:
-            return value
-        if step == 0.0:
-            return pulled if value is None else value + pulled
-        pulled = self._solve(state, step, pulled)
-        return self._solve(state, step, pulled if value is None else value + pulled)
-
-    def pull_back(self, state: int, cotangent: Contributions) -> Contributions:
-        """Jᵀ times a cotangent of the slope, which has gradients with respect to the time and parameters too."""
-        evaluation = self._recollection.evaluation(state) if cotangent else None
-        if evaluation is None:
-            return []
-        weight, tensor = cotangent[0] if len(cotangent) == 1 else (1.0, combine(cotangent))
-        if self._time_gradients is None and not self._collects:
-            (pulled,) = vector_jacobian((evaluation.slope,), (tensor,), evaluation.arguments)
-            return [] if pulled is None else [(weight, pulled)]
-        pulled = self._pull_back(evaluation, state, weight, tensor, self._collects)
-        return [] if pulled is None else [(weight, pulled)]
-
-    def pull_back_seen(self, evaluation: Evaluation, state: int, cotangent: Tensor) -> Tensor | None:
-        """The same for what E sees of the slope itself, which is for the parameters as it is."""
-        return self._pull_back(evaluation, state, 1.0, cotangent, collects=True)
-
-    def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
-        """The cotangent D of an implicit increment, (1 - b* Jᵀ) D = rhs."""
-        evaluation = self._recollection.evaluation(state)
-        if evaluation is None:
-            return rhs
-        solution = self._solve(state, weight, rhs)
-        if self._collects or self._time_gradients is not None:
-            self._pull_back(evaluation, state, weight, solution, self._collects)
-        return solution
-
-    def _pull_back(
-        self, evaluation: Evaluation, state: int, weight: float, cotangent: Tensor, collects: bool
-    ) -> Tensor | None:
-        arguments = evaluation.arguments if self._time_gradients is not None else evaluation.arguments[:1]
-        sources = evaluation.sources if collects and evaluation.handle is None else ()
-        if collects and evaluation.handle is not None:
-            self._parameters.give(evaluation, cotangent, weight)
-        grads = vector_jacobian((evaluation.slope,), (cotangent,), (*arguments, *sources))
-        if self._time_gradients is not None and grads[1] is not None:
-            self._time_gradients[state] += weight * grads[1]
-        self._parameters.add(sources, grads[len(arguments) :], weight)
-        return grads[0]
-
-    def _solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
-        """The solution z of (1 - b* Jᵀ) z = r, to rounding."""
-
-        def product(vector: Tensor) -> Tensor:
-            pulled = self.product(state, from_real(vector, rhs))
-            return torch.zeros_like(vector) if pulled is None else weight * to_real(pulled)
-
-        return from_real(self._equations.solve(product, to_real(rhs), self._precision, weight), rhs)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def _minus(total: Tensor, mu: Contributions, h: float) -> Tensor:
 class _NoJacobian:
     """The linearisation of x' = 0."""
 
-    def pull_back(self, state: int, cotangent: Contributions) -> Contributions:  # noqa: ARG002
+    def vjp(self, state: int, cotangent: Contributions) -> Contributions:  # noqa: ARG002
         return []
 
     def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:  # noqa: ARG002
@@ -79,7 +79,7 @@ class _FirstOrder:
         self._backwards = backwards
         self.point: AdjointState
 
-    def pull_back(self, state: int, cotangent: Contributions) -> Contributions:  # noqa: ARG002
+    def vjp(self, state: int, cotangent: Contributions) -> Contributions:  # noqa: ARG002
         self.point = next(self._backwards)
         return self.point.later
 

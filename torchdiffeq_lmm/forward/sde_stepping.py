@@ -1,7 +1,7 @@
-"""The stepping loop for stochastic differential equations: the rows of an ODE's recurrence, with kicks between them.
+"""The noise of stochastic differential equations in the stepping loop: its increments between the rows of an ODE.
 
-For dX = f dt + g dW (Itô), with kicks K_n = g(t_n, X_n) (W(t_{n+1}) - W(t_n)), a stochastic linear multistep (Maruyama)
-method is, with γ_j = Σ_{i>j} α_i,
+For dX = f dt + g dW (Itô), with noise increments K_n = g(t_n, X_n) (W(t_{n+1}) - W(t_n)), a stochastic linear
+multistep (Maruyama) method is, with γ_j = Σ_{i>j} α_i,
 
     Σ_j α_j X_{n+j} = h Σ_j β_j f_{n+j} + Σ_{j<k} γ_j K_{n+j}.
 
@@ -11,90 +11,73 @@ D_{n+1} := X_{n+1} - X_n - K_n, obeys the recurrence in increments of the ODE me
     X_{n+1} = X_n + K_n + D_{n+1}.
 
 With g = 0 it is the ODE method. States that are not at the next node, which start a method, are the last node's with
-the kicks of all nodes in between, as far as these are known: each sweep of the start has kicks of its own.
+the noise of all nodes in between, as far as it is known: each sweep of the start has noise increments of its own.
 
 Source: Buckwar, Winkler, *Multistep methods for SDEs and their application to problems with small noise* (SIAM Journal
 on Numerical Analysis, 2006).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from torchdiffeq_lmm.schemes.recurrence import Recurrence, Row
 
-from .stepping import History, SolveImplicit, increment_of
 
-
-class Kicked(Protocol):
+class DriftAndNoise(Protocol):
     """f and K at the states of one solve, by their numbers."""
 
     def drift(self, state: int, x: Tensor) -> Tensor:
         """Return f."""
 
-    def kick(self, state: int, x: Tensor) -> Tensor:
+    def noise(self, state: int, x: Tensor) -> Tensor:
         """Return K."""
 
-    def drift_and_kick(self, state: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def drift_and_noise(self, state: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return f and K."""
 
 
-def kicks_of_rows(recurrence: Recurrence) -> list[tuple[int, ...]]:
-    """For each row, the states whose kicks lead from the last node to the state that it makes."""
-    kicks = []
+def noise_of_rows(recurrence: Recurrence) -> list[tuple[int, ...]]:
+    """For each row, the states whose noise increments lead from the last node to the state that it makes."""
+    of_rows = []
     node, latest = 0, {0: 0}
     for i, row in enumerate(recurrence.rows):
         position = int(recurrence.positions[i + 1])
-        kicks.append(tuple(latest[at] for at in range(node, position)))
+        of_rows.append(tuple(latest[at] for at in range(node, position)))
         latest[position] = i + 1
         if row.is_node:
             node, latest = position, {position: i + 1}
-    return kicks
+    return of_rows
 
 
-def march_with_kicks(
-    history: History,
-    rows: Iterable[Row],
-    kicks: Sequence[tuple[int, ...]],
-    kicked: Kicked,
-    solve_implicit: SolveImplicit,
-    first: int = 0,
-) -> Iterator[tuple[int, Tensor]]:
-    """Make one state after the other: X = x + Σ K + Σ e D + Σ b f + b* f(X), with x the state of the last node.
+class NoiseTerm:
+    """The noise increments of one solve, as the stepping loop adds them.
 
     Args:
-        history: see `stepping.march`; its increments are D.
-        rows: how each state is made.
-        kicks: which K, by the row's number; see `kicks_of_rows`.
-        kicked: f and K.
-        solve_implicit: the solution of an implicit row.
-        first: the number of the state of `history`.
-
-    Yields:
-        The number of each state made, and the state.
+        of_rows: which K, by the row's number; see `noise_of_rows`.
+        field: f and K.
     """
-    latest = history.x
-    made: dict[int, Tensor] = {}
-    for number, row in enumerate(rows, first):
-        # A state's kick is used at once or never.
-        is_kicked = number in kicks[number]
-        if row.evaluates and is_kicked:
-            slope, made[number] = kicked.drift_and_kick(number, latest)
-            history.slopes.insert(0, slope)
-        elif row.evaluates:
-            history.slopes.insert(0, kicked.drift(number, latest))
-        elif is_kicked:
-            made[number] = kicked.kick(number, latest)
-        x = history.x
-        for state in kicks[number]:
-            x = x + made[state]
-        increment = increment_of(row, number + 1, x, history, solve_implicit)
-        latest = x + increment
+
+    def __init__(self, of_rows: Sequence[tuple[int, ...]], field: DriftAndNoise) -> None:
+        self._of_rows = of_rows
+        self._field = field
+        self._made: dict[int, Tensor] = {}
+
+    def evaluate(self, state: int, x: Tensor) -> Tensor:
+        """F at a state; K as well, by the same call, where it leads on from there."""
+        # A state's noise is used at once or never.
+        if state not in self._of_rows[state]:
+            return self._field.drift(state, x)
+        slope, self._made[state] = self._field.drift_and_noise(state, x)
+        return slope
+
+    def added(self, number: int, row: Row, node: Tensor, latest: Tensor) -> Tensor:
+        """See `stepping.Noise`."""
+        if number in self._of_rows[number] and not row.evaluates:
+            self._made[number] = self._field.noise(number, latest)
+        for state in self._of_rows[number]:
+            node = node + self._made[state]
         if row.is_node:
-            history.increments.insert(0, increment)
-            history.x = latest
-            made.clear()
-        if row.keeps is not None:
-            del history.slopes[row.keeps.slopes :], history.increments[row.keeps.increments :]
-        yield number + 1, latest
+            self._made.clear()
+        return node

@@ -90,7 +90,7 @@ class Made:
 
 
 class StepSource(Protocol):
-    """See `FixedSteps` and `EndlessSteps`.
+    """See `FixedSteps` and `UnboundedSteps`.
 
     Attributes:
         requires_grad: whether the times carry a gradient.
@@ -206,7 +206,7 @@ class FixedSteps:
         return Made(recurrence, self.lengths[:node], self.steps[:node], user_times)
 
 
-class EndlessSteps:
+class UnboundedSteps:
     """Equal steps without an end.
 
     Args:

@@ -1,8 +1,8 @@
-"""The stepping loop: runs the rows of a recurrence."""
+"""The stepping loop: runs the rows of a recurrence, with the increments of a noise between them where there is one."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, add
 
@@ -14,6 +14,21 @@ Evaluate = Callable[[int, Tensor], Tensor]
 
 SolveImplicit = Callable[[int, Tensor, Tensor | None, Weight, Tensor | None], tuple[Tensor, Tensor]]
 """From the number of a state, x, Σ e d + Σ b f (None for 0), b* and a guess for the slope to increment and slope."""
+
+
+class Noise(Protocol):
+    """What the noise of a stochastic differential equation adds: see `sde_stepping.NoiseTerm`."""
+
+    def added(self, number: int, row: Row, node: Tensor, latest: Tensor) -> Tensor:
+        """Return the state of the last node with all noise up to the state that a row makes.
+
+        Args:
+            number: the number of the latest state.
+            row: the row that makes the next one.
+            node: the state of the last node.
+            latest: the latest state.
+        """
+
 
 _MAX_RATIO = 16.0
 
@@ -43,9 +58,14 @@ class History:
 
 
 def march(
-    history: History, rows: Iterable[Row], evaluate: Evaluate, solve_implicit: SolveImplicit, first: int = 0
+    history: History,
+    rows: Iterable[Row],
+    evaluate: Evaluate,
+    solve_implicit: SolveImplicit,
+    first: int = 0,
+    noise: Noise | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Make one state after the other: X = x + Σ e d + Σ b f + b* f(X), with x the state of the last node.
+    """Make one state after the other: X = x + Σ K + Σ e d + Σ b f + b* f(X), with x the state of the last node.
 
     Args:
         history: what the rows begin with, x_0 alone where they are all rows. It is kept up to date.
@@ -53,6 +73,8 @@ def march(
         evaluate: f at a state.
         solve_implicit: the solution of an implicit row.
         first: the number of the state of `history`.
+        noise: what makes the noise increments K; None for an ordinary differential equation. With it the increments d
+            are those of the drift alone.
 
     Yields:
         The number of each state made, and the state.
@@ -65,11 +87,13 @@ def march(
             if len(forms) == _FORMS:
                 forms.clear()
             # With the row, for its number is another's once it is gone.
-            forms[id(row)] = row, _form_of(row)
+            forms[id(row)] = row, _form_of(row) if noise is None else _GENERAL
         form = forms[id(row)][1]
         x, previous = history.x, history.previous
         if row.evaluates:
             slopes.insert(0, evaluate(number, latest))
+        if noise is not None:
+            x = noise.added(number, row, x, latest)
         if form.is_two_step and previous is not None:
             # x cancels, and one addition does for three.
             latest = _added(previous, form.terms, slopes)
@@ -79,7 +103,7 @@ def march(
         else:
             if previous is not None and row.increments and not increments:
                 increments.append(x - previous)
-            increment = increment_of(row, number + 1, x, history, solve_implicit)
+            increment = _increment(row, number + 1, x, history, solve_implicit)
             latest = x + increment
             if row.is_node:
                 increments.insert(0, increment)
@@ -90,7 +114,7 @@ def march(
         yield number + 1, latest
 
 
-def increment_of(row: Row, state: int, x: Tensor, history: History, solve_implicit: SolveImplicit) -> Tensor:
+def _increment(row: Row, state: int, x: Tensor, history: History, solve_implicit: SolveImplicit) -> Tensor:
     """What a row adds to x, by the past; the slope at an implicit row's state becomes the latest one.
 
     Args:
@@ -134,18 +158,21 @@ class _Form(NamedTuple):
     lag: int = 0
 
 
+_GENERAL = _Form(())
+
+
 def _form_of(row: Row) -> _Form:
     terms = tuple((lag, weight) for lag, weight in row.slopes if isinstance(weight, float) and weight != 0.0)
     # A tensor carries a gradient even where its value is 0 or -1.
     if row.implicit is not None or not terms or any(isinstance(weight, Tensor) for weight in row.weights):
-        return _Form(())
+        return _GENERAL
     if len(row.increments) == 1:
         return _Form(terms, is_two_step=bool(row.increments[0][1] == -1.0))
     (lag, scale), *others = terms
     # Where the first weight is small, others would overflow in half precision.
     is_small = any(abs(weight) > _MAX_RATIO * abs(scale) for _, weight in others)
     if row.increments or row.keeps is None or row.keeps.increments or is_small:
-        return _Form(())
+        return _GENERAL
     return _Form(tuple((other, weight / scale) for other, weight in others), scale=scale, lag=lag)
 
 

@@ -6,7 +6,9 @@ from typing import Any, Literal, overload
 import torchdiffeq
 from torch import Tensor
 
-from torchdiffeq_lmm.autodiff.backward_modes import Checkpoint, Reversible, resolve_backward
+from torchdiffeq_lmm.autodiff.backward_modes import resolve_backward
+from torchdiffeq_lmm.autodiff.checkpoints import Checkpoint
+from torchdiffeq_lmm.autodiff.reversal import Reversible
 from torchdiffeq_lmm.filters.grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
 from torchdiffeq_lmm.forward.events import checked_event
 from torchdiffeq_lmm.schemes.runge_kutta import TWO_STAGE_METHODS
@@ -165,7 +167,7 @@ def odeint(
             raise ValueError(f"{option} is given twice, here and in options as {options[option]!r}; give it once")
         name = method or "dopri5"
         if method not in SOLVERS:
-            resolve_backward(backward, name, is_reversible=True)
+            resolve_backward(backward)
             raise ValueError(f"{option} is for the methods of torchdiffeq_lmm, got method {name!r}")
         options[option] = value
     return torchdiffeq.odeint(  # type: ignore[no-any-return]

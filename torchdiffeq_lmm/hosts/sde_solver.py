@@ -1,16 +1,19 @@
 """A multistep method in the form in which torchsde calls its solvers: from an SDE and times to states."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.autodiff.autograd_function import Keeper, stack
+from torchdiffeq_lmm.autodiff.backward_modes import AUTOGRAD
 from torchdiffeq_lmm.autodiff.compilation import eager
-from torchdiffeq_lmm.autodiff.sde_recorder import KickTape, refuse_gradients
-from torchdiffeq_lmm.filters.filter_plan import step_to_end
+from torchdiffeq_lmm.autodiff.noise_adjoint import refuse_gradients
+from torchdiffeq_lmm.autodiff.solve_recorder import RecordedField, SolveRecorder
+from torchdiffeq_lmm.filters.filter_plan import FilterPlan, plan_filter, step_to_end
 from torchdiffeq_lmm.filters.grad_filter import SmoothFilter, resolve_grad_filter
 from torchdiffeq_lmm.forward.autograd_state import savable
 from torchdiffeq_lmm.forward.grid import (
@@ -27,11 +30,14 @@ from torchdiffeq_lmm.forward.implicit import ImplicitSolver
 from torchdiffeq_lmm.forward.interpolation import linear
 from torchdiffeq_lmm.forward.jumps import jumps_of
 from torchdiffeq_lmm.forward.multistep_state import Past, past_of, resume
-from torchdiffeq_lmm.forward.sde_stepping import kicks_of_rows, march_with_kicks
+from torchdiffeq_lmm.forward.outputs import Trajectory
+from torchdiffeq_lmm.forward.sde_stepping import DriftAndNoise, NoiseTerm, noise_of_rows
+from torchdiffeq_lmm.forward.step_evaluator import StepEvaluator
+from torchdiffeq_lmm.forward.stepping import march
 from torchdiffeq_lmm.forward.tolerances import resolve_tolerance
 from torchdiffeq_lmm.forward.vector_field import entry_name, precision_of
 from torchdiffeq_lmm.schemes.methods import MultistepMethod
-from torchdiffeq_lmm.schemes.recurrence import start_length
+from torchdiffeq_lmm.schemes.recurrence import Recurrence, start_length
 
 from .torchsde_host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
 
@@ -187,56 +193,57 @@ class MultistepSDESolver:
     ) -> "_Solved":
         """Solve from one jump to the next; for the steps before and after see `plan_filter`."""
         method = self.method
-        tape = self._tape(y0, extra0)
-        start = y0 if tape is None else y0.detach()
+        is_recorded = self._is_recorded(extra0)
+        start = y0.detach() if is_recorded else y0
         recurrence, history, offset = resume(method, extra0, grid.steps, start)
-        first, kicks = recurrence.nodes[offset], kicks_of_rows(recurrence)
-        field = _Field(self._sde, self._bm, grid, ts, recurrence.positions, offset, method)
-        kicked = field if tape is None else tape.recording(field)
-        implicit = ImplicitSolver(
-            self._rtol,
-            self._atol,
-            precision_of(y0.dtype, y0.device),
-            lambda index: entry_name("y", index, y0.shape),
-            torch.is_grad_enabled(),
-        )
-
-        def solve_implicit(
-            state: int, x: Tensor, known: Tensor | None, weight: Any, guess: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
-            return implicit.solve(
-                x,
-                known,
-                float(weight),
-                guess,
-                slope=lambda y: field.drift(state, y),
-                iterate=lambda y: kicked.drift(state, y),
-                where=lambda: f"of method {method.name!r} at t = {float(field.time(state)):.6g}",
-            )
+        first, of_rows = recurrence.nodes[offset], noise_of_rows(recurrence)
+        source = _Field(self._sde, self._bm, grid, ts, recurrence.positions, offset, method)
+        precision = precision_of(y0.dtype, y0.device)
+        field: DriftAndNoise = source
+        recorder: SolveRecorder | None = None
+        if is_recorded:
+            recorder = SolveRecorder(source.drift_at, precision, y0, False, AUTOGRAD, None, len(grid.steps))
+            field = RecordedField(source, source.time, recorder)
+        entry = partial(entry_name, "y", shape=y0.shape)
+        implicit = partial(ImplicitSolver, self._rtol, self._atol, precision, entry, torch.is_grad_enabled())
+        steps_of = partial(StepEvaluator, source.drift_at, implicit, method.name, source.time)
+        steps = steps_of(lambda state, _, x: field.drift(state, x))
+        noise = NoiseTerm(of_rows, field)
 
         wanted = {len(grid.steps), *(near for placement in placements for near in _neighbours(placement))}
-        states = {0: y0}
-        node = 0
+        trajectory = Trajectory({offset: y0})
+        node = offset
         rows = recurrence.rows[first:]
-        for state, made in march_with_kicks(history, rows, kicks, kicked, solve_implicit, first):
+        for state, made in march(history, rows, noise.evaluate, steps.solve_implicit, first, noise):
             if not recurrence.rows[state - 1].is_node:
                 continue
             node += 1
-            if node in wanted:
-                states[node] = made
+            if node - offset in wanted:
+                trajectory.states[node] = made
         past = past_of(method, recurrence, _behind(extra0, grid.steps), history)
         end, keeper = None, None
-        if tape is not None:
+        if recorder is not None:
             lengths: list[float] = grid.steps.tolist()
-            filtered = self.grad_filter, lengths, method, step_before, step_after
-            states, keeper = tape.attach(states, recurrence, offset, kicks, *filtered)
-            past = refuse_gradients(states[node], past)
+            plan = self._plan(recurrence, lengths, step_before, step_after)
+            trajectory, keeper = recorder.attach(trajectory, None, recurrence, plan, history, steps_of, offset, of_rows)
+            past = refuse_gradients(trajectory.states[node], past)
             end = None if self.grad_filter is None else step_to_end(recurrence, lengths, method)
-        return _Solved([_output(placement, states) for placement in placements], states[node], past, end, keeper)
+        states = {of - offset: x for of, x in trajectory.states.items()}
+        outputs = [_output(placement, states) for placement in placements]
+        return _Solved(outputs, states[node - offset], past, end, keeper)
 
-    def _tape(self, y0: Tensor, extra0: Past) -> KickTape | None:
-        if not torch.is_grad_enabled() or (self.grad_filter is None and not self.method.is_implicit):
+    def _plan(
+        self, recurrence: Recurrence, lengths: list[float], step_before: float | None, step_after: float | None
+    ) -> FilterPlan | None:
+        if self.grad_filter is None:
             return None
+        plan = plan_filter(self.grad_filter.weights, recurrence, lengths, self.method, step_before, step_after)
+        # The noise is like observations at every node, in whose layers μ_m / h is not the costate.
+        return replace(plan, raw=[False] * len(plan.raw))
+
+    def _is_recorded(self, extra0: Past) -> bool:
+        if not torch.is_grad_enabled() or (self.grad_filter is None and not self.method.is_implicit):
+            return False
         if extra0 and self.grad_filter is not None:
             raise ValueError(
                 "extra_solver_state must not be given with grad_filter, which looks at the whole solve at once; solve "
@@ -247,7 +254,7 @@ class MultistepSDESolver:
                 f"extra_solver_state must not require a gradient for method {self.method.name!r}, whose steps are "
                 f"implicit; detach its tensors, use an explicit method, or solve in one piece"
             )
-        return KickTape(y0)
+        return True
 
 
 class _Solved(NamedTuple):
@@ -258,7 +265,7 @@ class _Solved(NamedTuple):
         x: the last one.
         past: what a solve that goes on needs.
         step_to_end: with a filter, see `filter_plan.step_to_end`.
-        keeper: keeps the solve: see `attachment.stack`.
+        keeper: keeps the solve: see `autograd_function.stack`.
     """
 
     outputs: list[Tensor]
@@ -293,7 +300,7 @@ class _Field:
         times = grid.nodes.to(ts, copy=True)
         for node, direction in ((0, 1), (-1, -1)):
             if grid.jumps[node]:
-                # f and g are seen from inside; no kick begins at the last node.
+                # f and g are seen from inside; no noise increment begins at the last node.
                 time = times[node]
                 times[node] = torch.nextafter(time, time + direction * (1 + time.abs()))
         self._times = times.unbind()
@@ -315,21 +322,21 @@ class _Field:
         return self._times[self._node(state)]
 
     def drift_at(self, time: Tensor, x: Tensor) -> Tensor:
-        """See `Timed`."""
+        """The drift at a time, as the SDE is given it."""
         return self._kept(self._sde.drift(time, x))
 
     def drift(self, state: int, x: Tensor) -> Tensor:
-        """See `Kicked`."""
+        """See `DriftAndNoise`."""
         return self.drift_at(self.time(state), x)
 
-    def kick(self, state: int, x: Tensor) -> Tensor:
-        """See `Kicked`."""
-        return self._kept(self._sde.kick(self.time(state), x, self._increment(self._node(state))))
+    def noise(self, state: int, x: Tensor) -> Tensor:
+        """See `DriftAndNoise`."""
+        return self._kept(self._sde.noise(self.time(state), x, self._increment(self._node(state))))
 
-    def drift_and_kick(self, state: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Kicked`."""
-        slope, kick = self._sde.drift_and_kick(self.time(state), x, self._increment(self._node(state)))
-        return self._kept(slope), self._kept(kick)
+    def drift_and_noise(self, state: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DriftAndNoise`."""
+        slope, noise = self._sde.drift_and_noise(self.time(state), x, self._increment(self._node(state)))
+        return self._kept(slope), self._kept(noise)
 
     def _kept(self, value: Tensor) -> Tensor:
         # The SDE may return the same memory again and again.

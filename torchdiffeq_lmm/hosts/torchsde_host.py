@@ -32,27 +32,27 @@ def warn_of_unused_sde_options(method: str, options: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class HostedSDE:
-    """The drift f and the kicks g ΔW of an SDE, from whichever of torchsde's functions its author has defined.
+    """The drift f and the noise g ΔW of an SDE, from whichever of torchsde's functions its author has defined.
 
     Attributes:
         drift: ``drift(t, x)``.
-        kick: ``kick(t, x, dw)``.
-        drift_and_kick: both in one call.
+        noise: ``noise(t, x, dw)``.
+        drift_and_noise: both in one call.
     """
 
     drift: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    kick: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    drift_and_kick: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    noise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    drift_and_noise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def unwrap_sde(sde: ForwardSDE, noise: torch.Tensor) -> HostedSDE:
+def unwrap_sde(sde: ForwardSDE, dw: torch.Tensor) -> HostedSDE:
     """Find out what the SDE that `torchsde.sdeint` hands to a solver has.
 
     Args:
         sde: the SDE.
-        noise: any ΔW, for its shape, dtype and device.
+        dw: any ΔW, for its shape, dtype and device.
     """
-    zero = torch.zeros_like(noise)
+    zero = torch.zeros_like(dw)
     has_drift = sde.f != sde.f_default
     has_diffusion = sde.g != sde.g_default or sde.g_prod != sde.g_prod_default
     return HostedSDE(

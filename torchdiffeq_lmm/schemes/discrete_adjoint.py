@@ -15,7 +15,7 @@ Contributions = list[tuple[float, Tensor]]
 class Linearisation(Protocol):
     """The Jacobians J of f at the states, transposed."""
 
-    def pull_back(self, state: int, cotangent: Contributions) -> Contributions:
+    def vjp(self, state: int, cotangent: Contributions) -> Contributions:
         """Return Jᵀ times a cotangent of the slope at a state. Called once for every state, the last one first."""
 
     def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def discrete_adjoint(
     node_cotangents: Sequence[Tensor | None],
     linearisation: Linearisation,
     zero: Tensor,
-    kicked: Callable[[int], Tensor | None] | None = None,
+    noise_vjp: Callable[[int], Tensor | None] | None = None,
 ) -> Iterator[AdjointState]:
     """Run the adjoint of X = x + Σ e d + Σ b f + b* f(X) backwards over the rows.
 
@@ -72,8 +72,8 @@ def discrete_adjoint(
         node_cotangents: g_0, ..., g_N, None for a node that E does not see.
         linearisation: the Jacobians.
         zero: a state of zeros.
-        kicked: what a state receives besides by its kick, where there are any: asked for after the state before it in
-            this order has been yielded. It belongs to P.
+        noise_vjp: what a state receives besides, by the noise increment that is made of it, where there are any: asked
+            for after the state before it in this order has been yielded. It belongs to P.
 
     Yields:
         All states, the last one first. The mappings are those of the moment.
@@ -87,9 +87,9 @@ def discrete_adjoint(
         is_node = row is None or row.is_node
         node = layout.node_before[state] if is_node else None
         later = slopes.pop(state, [])
-        pulled = linearisation.pull_back(state, later)
+        pulled = linearisation.vjp(state, later)
         mu = later
-        by_kick = None if kicked is None else kicked(state)
+        by_noise = None if noise_vjp is None else noise_vjp(state)
         window: Tensor | None
         shift: Tensor | None
         increment: Tensor | None
@@ -97,12 +97,12 @@ def discrete_adjoint(
         if node is not None:
             seen = node_cotangents[node]
             rest = rest if seen is None else rest + seen
-            rest = rest if by_kick is None else rest + by_kick
+            rest = rest if by_noise is None else rest + by_noise
             leading = increments.get(node, [])
             window = shift = plus(rest, pulled)
             increment = plus(window, leading)
         else:
-            received = pulled if by_kick is None else [*pulled, (1.0, by_kick)]
+            received = pulled if by_noise is None else [*pulled, (1.0, by_noise)]
             window = shift = increment = combine(received) if received else None
         if row is not None and row.implicit is not None and increment is not None:
             weight = float(row.implicit)

@@ -1,0 +1,105 @@
+"""The transposed Jacobians along a solve, from its recorded evaluations, as the discrete adjoint asks for them."""
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_lmm.forward.linear import LinearSolver, from_real, to_real
+from torchdiffeq_lmm.schemes.discrete_adjoint import Contributions, combine
+
+from .evaluation import Evaluation
+from .stored_evaluations import StoredEvaluations
+from .vjp import ParameterGradients, vector_jacobian
+
+
+class RecordedJacobians:
+    """The transposed Jacobians along a solve.
+
+    Args:
+        stored: the evaluations.
+        parameters: where the gradients of parameters are added up.
+        collects: whether what is pulled back is what the parameters get too, as it is without a filter.
+        time_gradients: where to add the gradients with respect to the times of the states; None if they are not needed.
+        precision: the unit in the last place of products with the Jacobians.
+    """
+
+    def __init__(
+        self,
+        stored: StoredEvaluations,
+        parameters: ParameterGradients,
+        collects: bool,
+        time_gradients: Tensor | None,
+        precision: float,
+    ) -> None:
+        self._equations = LinearSolver()
+        self._precision = precision
+        self._stored = stored
+        self._parameters = parameters
+        self._collects = collects
+        self._time_gradients = time_gradients
+
+    def product(self, state: int, vector: Tensor) -> Tensor | None:
+        """The product of the transposed Jacobian with a vector; None for 0."""
+        evaluation = self._stored.evaluation(state)
+        if evaluation is None:
+            return None
+        return vector_jacobian((evaluation.slope,), (vector,), evaluation.arguments[:1])[0]
+
+    def expand(self, state: int, value: Tensor | None, slope: Tensor | None, step: float) -> Tensor | None:
+        """V + Jᵀ S; with a step τ > 0, R (V + R Jᵀ (S - τ V)), R = (1 - τ Jᵀ)⁻¹. None is 0."""
+        if step > 0.0 and value is not None and self._stored.evaluation(state) is not None:
+            slope = -step * value if slope is None else slope - step * value
+        pulled = None if slope is None else self.product(state, slope)
+        if pulled is None:
+            return value
+        if step == 0.0:
+            return pulled if value is None else value + pulled
+        pulled = self._solve(state, step, pulled)
+        return self._solve(state, step, pulled if value is None else value + pulled)
+
+    def vjp(self, state: int, cotangent: Contributions) -> Contributions:
+        """Jᵀ times a cotangent of the slope, which has gradients with respect to the time and parameters too."""
+        evaluation = self._stored.evaluation(state) if cotangent else None
+        if evaluation is None:
+            return []
+        weight, tensor = cotangent[0] if len(cotangent) == 1 else (1.0, combine(cotangent))
+        if self._time_gradients is None and not self._collects:
+            (pulled,) = vector_jacobian((evaluation.slope,), (tensor,), evaluation.arguments)
+            return [] if pulled is None else [(weight, pulled)]
+        pulled = self._vjp(evaluation, state, weight, tensor, self._collects)
+        return [] if pulled is None else [(weight, pulled)]
+
+    def vjp_seen(self, evaluation: Evaluation, state: int, cotangent: Tensor) -> Tensor | None:
+        """The same for what E sees of the slope itself, which is for the parameters as it is."""
+        return self._vjp(evaluation, state, 1.0, cotangent, collects=True)
+
+    def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
+        """The cotangent D of an implicit increment, (1 - b* Jᵀ) D = rhs."""
+        evaluation = self._stored.evaluation(state)
+        if evaluation is None:
+            return rhs
+        solution = self._solve(state, weight, rhs)
+        if self._collects or self._time_gradients is not None:
+            self._vjp(evaluation, state, weight, solution, self._collects)
+        return solution
+
+    def _vjp(
+        self, evaluation: Evaluation, state: int, weight: float, cotangent: Tensor, collects: bool
+    ) -> Tensor | None:
+        arguments = evaluation.arguments if self._time_gradients is not None else evaluation.arguments[:1]
+        sources = evaluation.sources if collects and evaluation.handle is None else ()
+        if collects and evaluation.handle is not None:
+            self._parameters.collect(evaluation, cotangent, weight)
+        grads = vector_jacobian((evaluation.slope,), (cotangent,), (*arguments, *sources))
+        if self._time_gradients is not None and grads[1] is not None:
+            self._time_gradients[state] += weight * grads[1]
+        self._parameters.add(sources, grads[len(arguments) :], weight)
+        return grads[0]
+
+    def _solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
+        """The solution z of (1 - b* Jᵀ) z = r, to rounding."""
+
+        def product(vector: Tensor) -> Tensor:
+            pulled = self.product(state, from_real(vector, rhs))
+            return torch.zeros_like(vector) if pulled is None else weight * to_real(pulled)
+
+        return from_real(self._equations.solve(product, to_real(rhs), self._precision, weight), rhs)
