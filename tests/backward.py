@@ -10,23 +10,11 @@ import torchdiffeq_lmm
 from torchdiffeq_lmm.schemes.methods import METHODS
 
 NAMES = [method.name for method in METHODS]
-
-
 EXPLICIT = ["leapfrog", "nystrom3", "ab1", "ab4", "abm3"]
-
-
 DIM = 3
-
-
 STEPS = 19
-
-
 AGAIN = ["checkpoint", "reversible"]
-
-
 OBSERVED = (0.0, 0.4, 0.87, 1.0)
-
-
 TIGHT = {"rtol": 1e-12, "atol": 1e-13}
 
 

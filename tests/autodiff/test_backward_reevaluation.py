@@ -14,8 +14,6 @@ from torchdiffeq_lmm import Checkpoint, Reversible
 
 
 ELSEWHERE = r"func gave other values|ran the solution back"
-
-
 FEW_AND_MANY = [1, 2, 3, 9, 40]
 
 

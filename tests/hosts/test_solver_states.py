@@ -9,8 +9,6 @@ from leapfrog import INTERPS, NODES, Field, decay, loop, on, solve, tensor
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128]
-
-
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
