@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import torchdiffeq_lmm
 from torchdiffeq_lmm import GridParameter, Reversible
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = [
     path
     for folder in ("torchdiffeq_lmm", "examples", "tests/benchmarks")
@@ -98,7 +98,7 @@ def optimised() -> dict[str, list[float]]:
     )
     done = subprocess.run(
         [sys.executable, "-O", "-W", "ignore", "-c", program],
-        cwd=ROOT / "tests",
+        cwd=Path(__file__).parent,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -9,7 +9,7 @@ import pytest
 
 from torchdiffeq_lmm.schemes.methods import METHODS
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_oscillations_shows_that_the_filter_makes_the_gradient_converge(tmp_path):

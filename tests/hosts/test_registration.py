@@ -1,11 +1,9 @@
 """torchdiffeq's method table."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torchdiffeq
+from programs import output_of
 from torchdiffeq._impl.odeint import SOLVERS
 
 import torchdiffeq_lmm
@@ -23,19 +21,6 @@ pytestmark = pytest.mark.usefixtures("_method_tables")
 def solve() -> torch.Tensor:
     t = torch.linspace(0, 1, 3)
     return torchdiffeq.odeint(lambda t, y: -y, torch.ones(2), t, method="leapfrog")
-
-
-def run(code: str) -> str:
-    """The output of `code` in an interpreter of its own."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_import_registers() -> None:
@@ -109,7 +94,7 @@ y = torchdiffeq.odeint(lambda t, y: -y, torch.ones(2), torch.linspace(0, 1, 3), 
 torchdiffeq_lmm.unregister()
 print(first is second, tuple(y.shape), "leapfrog" in SOLVERS)
 """
-    assert run(code).split("\n")[0] == "False (3, 2) False"
+    assert output_of(code).split("\n")[0] == "False (3, 2) False"
 
 
 def test_importing_the_package_where_the_name_is_taken() -> None:
@@ -125,4 +110,4 @@ del solvers["leapfrog"]
 import torchdiffeq_lmm
 print(solvers["leapfrog"].__module__)
 """
-    assert run(code).split("\n")[:2] == ["True True", "torchdiffeq_lmm.hosts.solver"]
+    assert output_of(code).split("\n")[:2] == ["True True", "torchdiffeq_lmm.hosts.solver"]

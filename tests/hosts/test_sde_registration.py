@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torchsde
+from programs import output_of
 from sde_problems import Pendulum, initial
-from test_registration import run
 from torchdiffeq._impl.odeint import SOLVERS
 from torchsde._core import adjoint, methods
 from torchsde.settings import METHODS
@@ -101,7 +101,7 @@ second = methods.select(method="leapfrog", sde_type="ito")
 torchdiffeq_lmm.unregister()
 print(first is second, second.__name__, "leapfrog" in METHODS, hasattr(methods.select, "__wrapped__"))
 """
-    assert run(code).split("\n")[0] == "False leapfrog False False"
+    assert output_of(code).split("\n")[0] == "False leapfrog False False"
 
 
 def test_a_torchsde_that_lacks_what_is_needed() -> None:
@@ -113,4 +113,4 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert run(code).startswith("torchsde 0.2")
+    assert output_of(code).startswith("torchsde 0.2")

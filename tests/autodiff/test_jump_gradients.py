@@ -1,0 +1,106 @@
+"""Gradients of solves with jump_t, against closed forms, differences and torchdiffeq."""
+
+import numpy as np
+import pytest
+import torch
+import torchdiffeq
+from jumping import NAMES, ORDER, SOME, TIGHT, WAYS, f64
+from torch import Tensor
+
+import torchdiffeq_lmm
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_with_respect_to_the_jump(name: str, direction: int) -> None:
+    """y' = a y until J and b y from there: dy(T)/dJ = (a - b) y(T)."""
+    jump = f64(0.5 * direction, requires_grad=True)
+    a, b = -0.7, 0.4
+    y = torchdiffeq.odeint(
+        lambda t, y: direction * torch.where(direction * t < 0.5, a, b) * y,
+        f64(1.0),
+        direction * f64(0.0, 1.0),
+        method=name,
+        options={"step_size": 0.01, "jump_t": jump},
+        **TIGHT,
+    )
+    (gradient,) = torch.autograd.grad(y[-1].sum(), jump)
+    truth = direction * (a - b) * np.exp(0.5 * (a + b))
+    # With respect to the length of a step that is cut short leapfrog's gradient is of first order.
+    tolerance = 0.05 if name == "leapfrog" else {1: 0.02, 2: 5e-3}.get(ORDER[name], 1e-4)
+    assert float(gradient) == pytest.approx(truth, rel=tolerance)
+
+
+@pytest.mark.parametrize("way", WAYS[:3], ids=str)
+@pytest.mark.parametrize("name", [*SOME, "ab3"])
+def test_gradients_are_those_of_the_discrete_solution(name: str, way: dict) -> None:
+    """By finite differences of y0 and the times; the jumps stay. Filters leave these as they are."""
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        slope = torch.stack([y[1] * torch.cos(t), -torch.sin(y[0])])
+        return slope if t < 0.3 else slope * y[0] + 1 if t < 0.6 else -slope * t
+
+    def last(y0: Tensor, t: Tensor) -> Tensor:
+        given = {"adjoint_params": ()} if "backward" in way else {}
+        options = {"step_size": 0.13, "jump_t": [0.3, 0.6]}
+        return torchdiffeq_lmm.odeint(func, y0, t, method=name, options=options, **given, **way, **TIGHT)
+
+    inputs = (f64(1.0, 0.5, requires_grad=True), f64(0.0, 0.42, 0.9, requires_grad=True))
+    torch.autograd.gradcheck(last, inputs, eps=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_gradients_with_respect_to_jumps_that_f_knows(name: str) -> None:
+    """f takes its side from the jump itself, so that finite differences of the whole are possible."""
+
+    def last(jumps: Tensor) -> Tensor:
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            slope = torch.stack([y[1] * torch.cos(t), -torch.sin(y[0])])
+            return slope if t < jumps[0] else slope * y[0] + 1 if t < jumps[1] else -slope * t
+
+        options = {"step_size": 0.13, "jump_t": jumps}
+        return torchdiffeq.odeint(func, f64(1.0, 0.5), f64(0.0, 0.42, 0.9), method=name, options=options, **TIGHT)
+
+    torch.autograd.gradcheck(last, (f64(0.33, 0.67, requires_grad=True),), eps=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["step_size", "times"])
+@pytest.mark.parametrize("name", ["ab4", "abm4", "am4", "bdf4"])
+def test_gradients_are_torchdiffeqs(name: str, is_given: bool) -> None:
+    """With respect to y0, a parameter, outputs (one of them at a jump) and jumps, beside dopri5's."""
+    results = []
+    for method in ("dopri5", name):
+        y0, k = f64(1.0, 0.5, requires_grad=True), f64(0.8, requires_grad=True)
+        jump = f64(0.5, requires_grad=True)
+        marks = f64(0.0, 0.25, 0.5, 0.875, 1.25, requires_grad=True)
+        grid = torch.linspace(0, 1.25, 161, dtype=torch.float64)
+        t = marks
+        if is_given:
+            # Of all nodes the marks alone are differentiated.
+            t = grid.index_copy(0, (marks.detach() * 128).round().long(), marks)
+
+        def func(t: Tensor, y: Tensor, k: Tensor = k, jump: Tensor = jump) -> Tensor:
+            return torch.where(t < jump, -k * y + torch.sin(t), 2 * torch.cos(3 * t) - 0.5 * y * k)
+
+        options = {"jump_t": jump} | ({} if method == "dopri5" or is_given else {"step_size": 1 / 128})
+        y = torchdiffeq.odeint(func, y0, t, method=method, options=options, **TIGHT)
+        y = y[(marks.detach() * 128).round().long()] if is_given else y
+        loss = (y * torch.arange(1, 6)[:, None]).square().sum()
+        results.append(torch.autograd.grad(loss, (y0, k, marks, jump)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["ab2", "ab3", "abm3"])
+def test_second_derivatives(name: str) -> None:
+    """y' = a y, then b y: the second derivative with respect to the jump is (a - b)² y(T)."""
+    jump = f64(0.5, requires_grad=True)
+    y = torchdiffeq.odeint(
+        lambda t, y: torch.where(t < 0.5, -0.7, 0.4) * y,
+        f64(1.0),
+        f64(0.0, 1.0),
+        method=name,
+        options={"step_size": 0.0101, "jump_t": jump},
+    )
+    (first,) = torch.autograd.grad(y[-1].sum(), jump, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), jump)
+    assert float(second) == pytest.approx(1.21 * np.exp(-0.15), rel=0.02)
