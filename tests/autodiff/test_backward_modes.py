@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 
 import torchdiffeq_lmm
 from torchdiffeq_lmm import Checkpoint, Reversible
-from torchdiffeq_lmm.autodiff.backward_modes import BACKWARDS, resolve_backward
+from torchdiffeq_lmm.autodiff.backward_modes import BACKWARD_MODES, resolve_backward
+from torchdiffeq_lmm.autodiff.checkpoints import Checkpoints, between
+from torchdiffeq_lmm.autodiff.rerun import Snapshots
+from torchdiffeq_lmm.autodiff.stored_evaluations import Autograd, Record, WithEvaluations
 
 # ------------------------------------------------------------------------------------------------------- the policies
 
@@ -62,11 +66,45 @@ def test_a_reversible_keeps_no_more_anchors_than_it_says(steps: int, anchors: in
     assert Reversible(anchors=0).stride(steps) == steps
 
 
-def test_names_stand_for_ways() -> None:
-    assert list(BACKWARDS.values()) == [None, Reversible(), Checkpoint()]
-    for name, way in BACKWARDS.items():
-        assert resolve_backward(name, "leapfrog", is_reversible=True) == way
-    assert resolve_backward(Checkpoint(4), "ab3", is_reversible=False) == Checkpoint(4)
+def test_names_stand_for_modes() -> None:
+    assert list(BACKWARD_MODES.values()) == [Autograd(), Reversible(), Checkpoint()]
+    for name, mode in BACKWARD_MODES.items():
+        assert resolve_backward(name) == mode
+    assert resolve_backward(Checkpoint(4)) == Checkpoint(4)
+
+
+@dataclass(frozen=True)
+class FirstState:
+    """A mode of somebody else's: one state is kept, and all steps are made again from it."""
+
+    evaluates_again = True
+
+    def check(self, method: object, given: object) -> None:
+        pass
+
+    def snapshots(self, steps: int, device: torch.device) -> Snapshots:
+        return Snapshots(steps, None, device)
+
+    def evaluations(self, record: Record) -> WithEvaluations:
+        rerun, taken, x = record.rerun, record.snapshots.taken, record.history.x
+        segments = list(between(taken, rerun.recurrence.nodes[-1], x))
+        assert len(segments) == 1
+        return lambda gradients: gradients(Checkpoints(rerun, iter(segments)))
+
+
+@pytest.mark.parametrize("method", ["leapfrog", "abm3", "bdf2"])
+def test_a_new_mode_is_an_entry_in_the_table(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKWARD_MODES, "first_state", FirstState())
+    found = {}
+    for backward in ("autograd", "first_state", FirstState()):
+        func = Plain()
+        y0 = draw(DIM).requires_grad_()
+        solve(func, y0, backward, method=method)[-1].square().sum().backward()
+        found[backward] = [y0.grad, *(parameter.grad for parameter in func.parameters())]
+    for backward in ("first_state", FirstState()):
+        torch.testing.assert_close(found[backward], found["autograd"], rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="'first_state', a Checkpoint, a FirstState or a Reversible"):
+        solve(Plain(), draw(DIM), "second_state", method=method)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +119,6 @@ def test_names_stand_for_ways() -> None:
     ],
 )
 def test_resolve_backward_names_what_is_wrong(backward: object, error: type, message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        resolve_backward(backward, "ab3", is_reversible=False)
     with pytest.raises(error, match=re.escape(message)):
         solve(Plain(), draw(DIM), backward, method="ab3")
 

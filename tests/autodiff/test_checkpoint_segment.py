@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.autodiff.checkpoint_segment import Stretch, connect, pull_back
+from torchdiffeq_lmm.autodiff.checkpoint_segment import SegmentGraph, segment_graph, segment_vjp
 from torchdiffeq_lmm.forward.stepping import History, march
 from torchdiffeq_lmm.schemes.methods import METHODS
 from torchdiffeq_lmm.schemes.recurrence import unroll
@@ -45,13 +45,13 @@ class Problem:
                 loss = loss + (self.seen[state] * x).sum()
         return torch.autograd.grad(loss, (self.x0, self.theta))
 
-    def stretches(self, borders: list[int]) -> list[Stretch]:
+    def stretches(self, borders: list[int]) -> list[SegmentGraph]:
         """From node to node, each going on from what the steps before it have left without a graph."""
         states = [self.recurrence.nodes[node] for node in borders]
         found, history = [], History(self.x0.detach())
         for first, end in pairwise(states):
             rows = self.recurrence.rows[first:end]
-            found.append(connect(history, rows, self.slope, no_implicit, first))
+            found.append(segment_graph(history, rows, self.slope, no_implicit, first))
             with torch.no_grad():
                 for _ in march(history, rows, self.slope, no_implicit, first):
                     pass
@@ -67,7 +67,7 @@ def test_stretch_after_stretch_gives_the_gradient_of_all_steps(method: str, grid
     carried: list[Tensor | None] = [None] * len(stretches[-1].end)
     theta = torch.zeros_like(problem.theta)
     for stretch in reversed(stretches):
-        carried, (grad, unused) = pull_back(stretch, carried, problem.seen, (problem.theta, problem.unused))
+        carried, (grad, unused) = segment_vjp(stretch, carried, problem.seen, (problem.theta, problem.unused))
         theta += grad
         assert unused is None
     wanted = problem.wanted()
@@ -78,14 +78,14 @@ def test_stretch_after_stretch_gives_the_gradient_of_all_steps(method: str, grid
 def test_what_nobody_sees_has_no_gradient() -> None:
     problem = Problem("ab2", "equal")
     (stretch,) = problem.stretches([0, 12])
-    carried, grads = pull_back(stretch, [None] * len(stretch.end), {}, (problem.theta,))
+    carried, grads = segment_vjp(stretch, [None] * len(stretch.end), {}, (problem.theta,))
     assert carried == [None]
     assert grads == [None]
 
 
 def test_a_stretch_is_cut_off_from_what_came_before() -> None:
     problem = Problem("leapfrog", "equal")
-    stretch = connect(History(problem.x0), problem.recurrence.rows[:3], problem.slope, no_implicit, 0)
+    stretch = segment_graph(History(problem.x0), problem.recurrence.rows[:3], problem.slope, no_implicit, 0)
     assert stretch.begin[0].is_leaf
     assert stretch.begin[0] is not problem.x0
     assert list(stretch.states) == [1, 2, 3]

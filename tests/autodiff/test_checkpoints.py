@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.autodiff.checkpoints import Checkpoints, Rerun, Snapshot, Snapshots, between
-from torchdiffeq_lmm.autodiff.rng_state import Circumstances, RandomState
+from torchdiffeq_lmm.autodiff.checkpoints import Checkpoints, between
+from torchdiffeq_lmm.autodiff.rerun import Rerun, Snapshot, Snapshots
+from torchdiffeq_lmm.autodiff.rng_state import ForwardContext, RngState
 from torchdiffeq_lmm.forward.stepping import History, march
 from torchdiffeq_lmm.schemes.methods import METHODS
 from torchdiffeq_lmm.schemes.recurrence import Recurrence, unroll
@@ -97,7 +98,7 @@ class Run:
             self.recurrence,
             lambda evaluate: Steps(evaluate, self.recurrence.positions),
             self.recorder,
-            Circumstances(CPU),
+            ForwardContext(CPU),
             keeps_values,
         )
 
@@ -126,7 +127,7 @@ def test_a_snapshot_does_not_change_with_what_comes_after() -> None:
     assert len(snapshot.history.slopes) == 2
     assert len(snapshot.history.increments) == 1
     assert snapshot.history.x is X0
-    assert not snapshot.random.equals(RandomState.now(CPU))
+    assert not snapshot.rng.equals(RngState.now(CPU))
 
 
 @pytest.mark.parametrize("stride", [1, 3, 5, 100])
@@ -176,7 +177,7 @@ class TestCheckpoints:
         assert [snapshot.state for snapshot in taken][: len(wanted)] == [snapshot.state for snapshot in wanted]
         for got, known in zip(taken, wanted, strict=False):
             assert torch.equal(got.history.x, known.history.x)
-            assert got.random.equals(known.random)
+            assert got.rng.equals(known.rng)
         assert run.recorder.recorded == []
         assert run.snapshots[0].history.slopes == []
 
@@ -202,23 +203,23 @@ def test_a_state_that_is_not_a_number_is_no_other_state() -> None:
     run = Run("ab2", 20, 5)
     lost = SimpleNamespace(**run.snapshots[3]._asdict())
     lost.history = History(torch.full_like(X0, torch.nan))
-    snapshots = [*run.snapshots[:3], Snapshot(lost.state, lost.history, lost.random)]
+    snapshots = [*run.snapshots[:3], Snapshot(lost.state, lost.history, lost.rng)]
     assert Checkpoints(run.rerun(), between(snapshots, len(run.recurrence.rows), run.end)).evaluation(11) is not None
 
 
 def test_a_state_without_entries() -> None:
     recurrence = unroll(METHOD["ab2"], torch.full((6,), 0.1, dtype=torch.float64))
     recorder = SimpleNamespace(record=lambda time, x: (torch.zeros_like(x), "evaluation"))
-    empty, random = torch.zeros(0, dtype=torch.float64), RandomState.now(CPU)
+    empty, random = torch.zeros(0, dtype=torch.float64), RngState.now(CPU)
     walk = Steps(lambda state, time, x: torch.zeros_like(x), recurrence.positions)
     snapshots, history = Snapshots(2, None, CPU), History(empty)
     snapshots.pass_by(0, history)
     for state, _ in march(history, recurrence.rows, walk, walk.solve_implicit):
         if recurrence.rows[state - 1].is_node:
             snapshots.pass_by(state, history)
-    rerun = Rerun(recurrence, lambda e: Steps(e, recurrence.positions), recorder, Circumstances(CPU), False)
+    rerun = Rerun(recurrence, lambda e: Steps(e, recurrence.positions), recorder, ForwardContext(CPU), False)
     before_the_end = [snapshot for snapshot in snapshots.taken if snapshot.state < len(recurrence.rows)]
     again = Checkpoints(rerun, between(before_the_end, len(recurrence.rows), empty))
     for state in range(len(recurrence.rows) - 1, -1, -1):
         assert again.evaluation(state) == "evaluation" or not recurrence.evaluated[state]
-    assert random.equals(RandomState.now(CPU))
+    assert random.equals(RngState.now(CPU))

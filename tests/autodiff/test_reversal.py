@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.autodiff.checkpoints import Rerun, Snapshots
+from torchdiffeq_lmm.autodiff.rerun import Rerun, Snapshots
 from torchdiffeq_lmm.autodiff.reversal import DriftError, Reversal, is_reversible, reversed_row
-from torchdiffeq_lmm.autodiff.rng_state import Circumstances
+from torchdiffeq_lmm.autodiff.rng_state import ForwardContext
 from torchdiffeq_lmm.forward.stepping import History, march
 from torchdiffeq_lmm.schemes.methods import METHODS
 from torchdiffeq_lmm.schemes.recurrence import unroll
@@ -84,7 +84,7 @@ class Run:
             self.recurrence,
             lambda evaluate: Steps(evaluate, self.recurrence.positions),
             self.recorder,
-            Circumstances(CPU),
+            ForwardContext(CPU),
             keeps_values=True,
         )
         self.back = Reversal(self.rerun, self.anchors, tolerance)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from torchdiffeq_lmm.autodiff.rng_state import Circumstances, RandomState
+from torchdiffeq_lmm.autodiff.rng_state import ForwardContext, RngState
 
 CPU = torch.device("cpu")
 
@@ -15,26 +15,26 @@ def autocast() -> tuple[bool, torch.dtype]:
 
 
 def test_a_random_state_tells_whether_numbers_were_drawn() -> None:
-    before = RandomState.now(CPU)
+    before = RngState.now(CPU)
     assert before.device is None
-    assert before.equals(RandomState.now(CPU))
+    assert before.equals(RngState.now(CPU))
     torch.randn(3, generator=torch.Generator().manual_seed(0))
-    assert before.equals(RandomState.now(CPU))
+    assert before.equals(RngState.now(CPU))
     torch.rand(1)
-    assert not before.equals(RandomState.now(CPU))
+    assert not before.equals(RngState.now(CPU))
     torch.set_rng_state(before.cpu)
-    assert before.equals(RandomState.now(CPU))
+    assert before.equals(RngState.now(CPU))
 
 
 def test_a_random_state_tells_whether_numbers_were_drawn_on_the_device() -> None:
     cpu = torch.get_rng_state()
     one, other = (torch.tensor([value], dtype=torch.uint8) for value in (1, 2))
-    assert RandomState(cpu, one).equals(RandomState(cpu, one.clone()))
-    assert not RandomState(cpu, one).equals(RandomState(cpu, other))
+    assert RngState(cpu, one).equals(RngState(cpu, one.clone()))
+    assert not RngState(cpu, one).equals(RngState(cpu, other))
 
 
 def test_random_numbers_are_drawn_again_and_others_are_not_disturbed() -> None:
-    circumstances, random = Circumstances(CPU), RandomState.now(CPU)
+    circumstances, random = ForwardContext(CPU), RngState.now(CPU)
     first = torch.rand(4)
     torch.rand(11)
     before = torch.get_rng_state()
@@ -48,9 +48,9 @@ def test_random_numbers_are_drawn_again_and_others_are_not_disturbed() -> None:
 
 
 def test_a_snapshot_is_not_used_up() -> None:
-    random = RandomState.now(CPU)
+    random = RngState.now(CPU)
     kept = random.cpu.clone()
-    with Circumstances(CPU).restored(random):
+    with ForwardContext(CPU).restored(random):
         torch.rand(1000)
     assert torch.equal(random.cpu, kept)
 
@@ -62,7 +62,7 @@ def test_autocast_is_that_of_the_forward_pass(inside: torch.dtype | None, outsid
         return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     with entered(inside):
-        circumstances, wanted = Circumstances(CPU), autocast()
+        circumstances, wanted = ForwardContext(CPU), autocast()
     with entered(outside):
         around = autocast()
         with circumstances.restored():
@@ -75,9 +75,9 @@ def test_autocast_is_that_of_the_forward_pass(inside: torch.dtype | None, outsid
 
 
 def test_nothing_is_entered_where_nothing_differs() -> None:
-    assert isinstance(Circumstances(CPU).restored(), nullcontext)
+    assert isinstance(ForwardContext(CPU).restored(), nullcontext)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        circumstances = Circumstances(CPU)
+        circumstances = ForwardContext(CPU)
         assert isinstance(circumstances.restored(), nullcontext)
     assert not isinstance(circumstances.restored(), nullcontext)
 
@@ -85,7 +85,7 @@ def test_nothing_is_entered_where_nothing_differs() -> None:
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_cache_of_autocast_is_restored(cached: bool) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cached):
-        circumstances = Circumstances(CPU)
+        circumstances = ForwardContext(CPU)
     with circumstances.restored():
         assert torch.is_autocast_cache_enabled() == cached
 
@@ -93,9 +93,9 @@ def test_the_cache_of_autocast_is_restored(cached: bool) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_random_numbers_of_a_gpu_are_drawn_again() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    circumstances, random = Circumstances(device), RandomState.now(device)
+    circumstances, random = ForwardContext(device), RngState.now(device)
     first = torch.rand(4, device=device)
-    assert not random.equals(RandomState.now(device))
+    assert not random.equals(RngState.now(device))
     before = torch.cuda.get_rng_state(device)
     with circumstances.restored(random):
         assert torch.equal(torch.rand(4, device=device), first)

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from torchdiffeq_lmm.autodiff.evaluation import Evaluation
+from torchdiffeq_lmm.autodiff.recorded_jacobians import RecordedJacobians
 from torchdiffeq_lmm.autodiff.stored_evaluations import Kept
-from torchdiffeq_lmm.autodiff.vjp import Linearisation, ParameterGradients, hooks_suspended
+from torchdiffeq_lmm.autodiff.vjp import ParameterGradients, hooks_suspended
 
 DIM = 3
 
@@ -37,9 +38,11 @@ def kept(*evaluations: Evaluation | None) -> Kept:
 
 def linearisation(
     *evaluations: Evaluation | None, collects: bool = True, times: Tensor | None = None
-) -> tuple[Linearisation, ParameterGradients]:
+) -> tuple[RecordedJacobians, ParameterGradients]:
     parameters = ParameterGradients()
-    return Linearisation(kept(*evaluations), parameters, collects, times, torch.finfo(torch.float64).eps), parameters
+    return RecordedJacobians(
+        kept(*evaluations), parameters, collects, times, torch.finfo(torch.float64).eps
+    ), parameters
 
 
 WEIGHT = draw(DIM, DIM, seed=7)
@@ -54,7 +57,7 @@ def jacobian(seed: int = 0) -> Tensor:
     return 0.5 * (1 - torch.tanh(WEIGHT @ x).square())[:, None] * WEIGHT
 
 
-class TestLinearisation:
+class TestRecordedJacobians:
     def test_a_product_is_with_the_transposed_jacobian(self) -> None:
         maps, _ = linearisation(evaluation(func(WEIGHT)), None)
         vector = draw(DIM, seed=1)
@@ -84,11 +87,11 @@ class TestLinearisation:
         times = torch.zeros(2, dtype=torch.float64)
         maps, parameters = linearisation(None, evaluation(func(weight), [weight]), collects=collects, times=times)
         first, second = draw(DIM, seed=1), draw(DIM, seed=2)
-        assert maps.pull_back(1, []) == []
-        assert maps.pull_back(0, [(1.0, first)]) == []
+        assert maps.vjp(1, []) == []
+        assert maps.vjp(0, [(1.0, first)]) == []
         total = torch.zeros(DIM, dtype=torch.float64)
         for cotangent in ([(2.0, first)], [(1.0, first), (-0.5, second)]):
-            ((factor, pulled),) = maps.pull_back(1, cotangent)
+            ((factor, pulled),) = maps.vjp(1, cotangent)
             summed = sum(w * c for w, c in cotangent)
             torch.testing.assert_close(factor * pulled, jacobian().T @ summed)
             total += summed
@@ -106,7 +109,7 @@ class TestLinearisation:
         weight = WEIGHT.clone().requires_grad_()
         each = evaluation(func(weight), [weight])
         maps, parameters = linearisation(each, collects=False)
-        maps.pull_back_seen(each, 0, draw(DIM, seed=1))
+        maps.vjp_seen(each, 0, draw(DIM, seed=1))
         assert parameters.of(weight) is not None
 
     @pytest.mark.parametrize("collects", [False, True])
@@ -131,11 +134,11 @@ class TestParameterGradients:
             sources = [weight, other] if uses_other else [weight]
             each = evaluation(lambda t, y, both=uses_other: weight @ y + (other if both else 0.0), sources, seed=i)
             cotangent, factor = draw(DIM, seed=100 + i), 1.0 if i % 2 else 0.3
-            parameters.give(each, cotangent, factor)
+            parameters.collect(each, cotangent, factor)
             wanted[0].add_(torch.outer(factor * cotangent, draw(DIM, seed=i)))
             wanted[1].add_(factor * cotangent if uses_other else 0.0)
-        parameters.settle()
-        parameters.settle()
+        parameters.flush()
+        parameters.flush()
         torch.testing.assert_close(parameters.of(weight), wanted[0])
         torch.testing.assert_close(parameters.of(other), wanted[1])
         assert parameters.of(WEIGHT) is None
@@ -145,8 +148,8 @@ class TestParameterGradients:
         before = cotangent.clone()
         parameters = ParameterGradients()
         for _ in range(40):
-            parameters.give(evaluation(lambda t, y: y + weight, [weight]), cotangent)
-        parameters.settle()
+            parameters.collect(evaluation(lambda t, y: y + weight, [weight]), cotangent)
+        parameters.flush()
         assert torch.equal(cotangent, before)
         torch.testing.assert_close(parameters.of(weight), 40 * before)
 
@@ -176,8 +179,8 @@ class TestParameterGradients:
         parameters = ParameterGradients()
         each = evaluation(lambda t, y: y, handle=handle)
         assert parameters.of_handle(handle) is None
-        parameters.give(each, cotangent)
-        parameters.give(each, cotangent, 0.5)
+        parameters.collect(each, cotangent)
+        parameters.collect(each, cotangent, 0.5)
         torch.testing.assert_close(parameters.of_handle(handle), 1.5 * cotangent)
 
 

@@ -113,7 +113,7 @@ class Linear:
 
     # The protocol of `discrete_adjoint`.
 
-    def pull_back(self, state: int, cotangent: Contributions) -> Contributions:
+    def vjp(self, state: int, cotangent: Contributions) -> Contributions:
         return [(weight, self.matrices[state].mH @ tensor) for weight, tensor in cotangent]
 
     def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def test_windows_are_the_running_sum() -> None:
     pulled = {0: [(0.5, ones)], 1: [], 2: [(1.0, 0.25 * ones)], 3: []}
 
     class Given:
-        def pull_back(self, state: int, cotangent: Contributions) -> Contributions:
+        def vjp(self, state: int, cotangent: Contributions) -> Contributions:
             return pulled[state]
 
         def solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
