@@ -23,6 +23,7 @@ class Outputs:
         smooth: whether states at nodes are to be smoothed, which takes the nodes before them and the slopes.
 
     Attributes:
+        slopes, is_reached: see `Goal`.
         nodes: those whose states the outputs are made of, and the last one.
     """
 
@@ -36,10 +37,7 @@ class Outputs:
         self.slopes: Mapping[int, int] | None = {at_node[node]: node for node in wanted.slopes}
         self._wanted = wanted
         self._trajectory = Trajectory()
-
-    def is_reached(self, node: int, x: Tensor) -> bool:  # noqa: ARG002
-        """See `Goal`."""
-        return False
+        self.is_reached = None
 
     def pass_by(self, node: int, state: int, x: Tensor, slopes: Slopes) -> None:
         """See `Goal`."""

@@ -35,8 +35,9 @@ class Goal(Protocol):
 
     slopes: Mapping[int, int] | None
 
-    def is_reached(self, node: int, x: Tensor) -> bool:
-        """Whether the piece ends at a node, before its steps do."""
+    @property
+    def is_reached(self) -> Callable[[int, Tensor], bool] | None:
+        """From a node and its state to whether the piece ends there; None where only its steps end it."""
 
     def pass_by(self, node: int, state: int, x: Tensor, slopes: "Slopes") -> None:
         """Take what is needed of a node, whose state has a number."""
@@ -98,15 +99,16 @@ class PieceSolver:
         slopes = Slopes(self, source, recorder, goal.slopes)
         history = History(y0 if recorder is None else y0.detach())
         rows = source.rows(differentiable=recorder is None)
-        node, is_reached, time = 0, False, source.time_of
+        node, is_reached = 0, False
+        time, is_node, ends_at, pass_by = source.time_of, source.is_node, goal.is_reached, goal.pass_by
         for state, x in chain([(0, history.x)], march(history, rows, slopes, slopes.solve_implicit)):
-            if state and not source.is_node(state):
+            if not is_node(state):
                 continue
-            is_reached = goal.is_reached(node, x)
+            is_reached = ends_at is not None and ends_at(node, x)
             is_last = is_reached or node == source.count
             if recorder is not None and not is_last:
                 recorder.pass_by(state, history, slopes.steps)
-            goal.pass_by(node, state, x, slopes)
+            pass_by(node, state, x, slopes)
             if is_last:
                 break
             if self.callback_step is not None:

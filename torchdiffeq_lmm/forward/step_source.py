@@ -109,8 +109,9 @@ class StepSource(Protocol):
     def rows(self, differentiable: bool) -> Iterator[Row]:
         """All rows; with the graph of their weights, if that is asked for."""
 
-    def is_node(self, state: int) -> bool:
-        """Whether a state is at a node."""
+    @property
+    def is_node(self) -> Callable[[int], bool]:
+        """From a state to whether it is at a node."""
 
     def time_of(self, node: int) -> Tensor:
         """The time of a node."""
@@ -118,8 +119,9 @@ class StepSource(Protocol):
     def step(self, node: int) -> Weight:
         """The step after a node."""
 
-    def user_time(self, state: int) -> Tensor:
-        """What func is given for the time of a state."""
+    @property
+    def user_time(self) -> Callable[[int], Tensor]:
+        """From a state to what func is given for its time."""
 
     def user_time_at_end(self, node: int, state: int) -> Tensor:
         """What func is given for the time of a node outside the recurrence."""
@@ -139,6 +141,7 @@ class FixedSteps:
 
     Attributes:
         time: from a state to its time.
+        is_node, user_time: see `StepSource`.
         user_times: see `Made`; of all states.
     """
 
@@ -149,6 +152,8 @@ class FixedSteps:
         self.count = len(self.lengths)
         self.first_step = self.lengths[0]
         self.recurrence = recurrence
+        # A list's own method, for it is called at every step.
+        self.is_node: Callable[[int], bool] = [True, *(row.is_node for row in recurrence.rows)].__getitem__
         self._sides = sides = replace(sides, jumps=grid.jumps)
         # No tensor that grows with the number of steps is held without need.
         times = recurrence.times(grid.nodes)
@@ -177,10 +182,6 @@ class FixedSteps:
     def rows(self, differentiable: bool) -> Iterator[Row]:
         """See `StepSource`."""
         return iter(self.recurrence.differentiable_rows() if differentiable else self.recurrence.rows)
-
-    def is_node(self, state: int) -> bool:
-        """See `StepSource`."""
-        return self.recurrence.rows[state - 1].is_node
 
     def time_of(self, node: int) -> Tensor:
         """See `StepSource`."""
