@@ -29,6 +29,8 @@ from torchdiffeq_lmm.autodiff.stored_evaluations import Autograd, Record, WithEv
         (lambda: Checkpoint(2.0), TypeError, "count must be an int or None, got 2.0"),
         (lambda: Checkpoint(True), TypeError, "count must be an int or None, got True"),
         (lambda: Checkpoint("3"), TypeError, "count must be an int or None, got '3'"),
+        (lambda: Checkpoint(tolerance="1"), TypeError, "tolerance must be a real number or None, got '1'"),
+        (lambda: Checkpoint(tolerance=-1.0), ValueError, "tolerance must not be negative, got -1.0"),
         (lambda: Reversible(tolerance="1"), TypeError, "tolerance must be a real number or None, got '1'"),
         (lambda: Reversible(tolerance=1j), TypeError, "tolerance must be a real number"),
         (lambda: Reversible(tolerance=True), TypeError, "tolerance must be a real number"),
@@ -228,3 +230,21 @@ def test_forward_mode_and_transforms_are_refused(backward: str) -> None:
         torch.func.grad(lambda y: loss(solve(func, y, backward)))(draw(DIM))
     with pytest.raises(RuntimeError):
         torch.func.vmap(lambda y: loss(solve(func, y, backward)))(draw(2, DIM))
+
+
+@pytest.mark.parametrize("method", ["ab3", "bdf2"])
+def test_a_tolerance_accepts_a_func_that_is_not_quite_the_same_again(method: str) -> None:
+    func = Plain()
+    y0 = draw(DIM).requires_grad_()
+    found = {}
+    for tolerance in (None, 1e-3):
+        x = solve(func, y0, Checkpoint(2, tolerance), method=method)[-1]
+        with torch.no_grad():
+            # In a way that versions do not show, as sums do whose order changes.
+            for parameter in func.parameters():
+                parameter.data.mul_(1 + 1e-6)
+        found[tolerance] = x
+    with pytest.raises(RuntimeError, match=r"differ by up to .* give Checkpoint a larger tolerance"):
+        found[None].sum().backward()
+    found[1e-3].sum().backward()
+    assert y0.grad is not None

@@ -143,6 +143,32 @@ def test_no_event() -> None:
         solve(lambda t, y: 0 * y, tensor(1.0), tensor(0.0, 1.0), lambda t, y: y[0], step_size=0.1)
 
 
+def test_the_steps_to_an_event_may_be_limited() -> None:
+    def first_passage(max_num_steps: int) -> Tensor:
+        options = {"step_size": 0.25, "max_num_steps": max_num_steps}
+        start, times = tensor(0.0), tensor(0.0, 1.0)
+        return solve(lambda t, y: torch.ones_like(y), start, times, lambda t, y: y[0] - 2.1, **options)[0]
+
+    assert first_passage(9).item() == pytest.approx(2.1, abs=1e-8)
+    with pytest.raises(RuntimeError, match=r"event_fn did not change its sign within 8 steps of step_size 0.25"):
+        first_passage(8)
+
+
+@pytest.mark.parametrize(
+    ("max_num_steps", "error", "message"),
+    [
+        (2.0, TypeError, "max_num_steps must be an int or None, got 2.0"),
+        (True, TypeError, "max_num_steps must be an int or None, got True"),
+        (0, ValueError, "max_num_steps must be at least 1, got 0"),
+        (9, ValueError, "max_num_steps 9 is exceeded: the grid has 10 steps"),
+    ],
+)
+def test_max_num_steps(max_num_steps: object, error: type[Exception], message: str) -> None:
+    options = {"step_size": 0.1, "max_num_steps": max_num_steps}
+    with pytest.raises(error, match=message):
+        torchdiffeq.odeint(decay, tensor(1.0), tensor(0.0, 1.0), method="leapfrog", options=options)
+
+
 def test_an_event_needs_a_step_size() -> None:
     with pytest.raises(ValueError, match=r"step_size must be given .*event_fn.*None"):
         solve(decay, tensor(1.0), tensor(0.0, 1.0), lambda t, y: y[0] + 1)

@@ -15,7 +15,7 @@ from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 
 from .checkpoint_segment import SegmentGraph, segment_graph
 from .evaluation import Evaluation
-from .rerun import Rerun, Snapshot, Snapshots
+from .rerun import Rerun, Snapshot, Snapshots, accepted_difference, check_tolerance, relative_difference
 from .stored_evaluations import Record, WithEvaluations
 
 
@@ -31,18 +31,23 @@ class Checkpoint:
     Args:
         count: how many states are kept. By default √N for N steps, which makes the memory least: that of √N states and
             of √N evaluations of func.
+        tolerance: by how much the states may differ that the steps, run again, lead to, relative to their entries. By
+            default √ε, ε being that of the state's dtype: 1.5e-8 for float64, 3.5e-4 for float32. More may be needed
+            where func adds up in an order of its own each time, as some functions do on a GPU.
 
     Raises:
-        TypeError: `count` is not an int.
-        ValueError: `count` is not positive.
+        TypeError: `count` is not an int, or `tolerance` not a real number.
+        ValueError: `count` is not positive, or `tolerance` is negative.
 
     Source: Griewank, *Achieving logarithmic growth of temporal and spatial complexity in reverse automatic
     differentiation* (1992), with one level.
     """
 
     count: int | None = None
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
+        check_tolerance(self.tolerance)
         if self.count is None:
             return
         if not isinstance(self.count, int) or isinstance(self.count, bool):
@@ -71,7 +76,7 @@ class Checkpoint:
         assert record.snapshots is not None
         rerun, end, x = record.rerun, record.rerun.recurrence.nodes[-1], record.history.x
         taken = record.snapshots.taken
-        return lambda gradients: gradients(Checkpoints(rerun, between(taken, end, x)))
+        return lambda gradients: gradients(Checkpoints(rerun, between(taken, end, x), self.tolerance))
 
 
 class Segment(NamedTuple):
@@ -107,10 +112,12 @@ class Checkpoints:
     Args:
         rerun: how.
         segments: all steps, the last ones first.
+        tolerance: see `Checkpoint`.
     """
 
-    def __init__(self, rerun: Rerun, segments: Iterator[Segment]) -> None:
+    def __init__(self, rerun: Rerun, segments: Iterator[Segment], tolerance: float | None = None) -> None:
         self._rerun = rerun
+        self._tolerance = tolerance
         self._rows = rerun.recurrence.rows
         self._layout = Layout(self._rows)
         self._segments = segments
@@ -132,7 +139,7 @@ class Checkpoints:
             with self._rerun.context.restored(rng):
                 steps = self._rerun.steps(self._rerun.recorder.connect)
                 graph = segment_graph(segment.begin.history, rows, steps, steps.solve_implicit, first)
-            _check_same(graph.end[0].detach(), segment.x)
+            self._check_same(graph.end[0].detach(), segment.x)
             self._rerun.recorder.check(graph.end, graph.begin)
             yield graph
 
@@ -195,25 +202,15 @@ class Checkpoints:
             for state, x in march(history, self._rows[first : segment.end], steps, steps.solve_implicit, first):
                 if self._rerun.keeps_values:
                     self._states[state] = x
-        _check_same(history.x, segment.x)
+        self._check_same(history.x, segment.x)
 
-
-def relative_difference(reached: Tensor, known: Tensor) -> float:
-    """The largest difference of two states, relative to the entries; NaN where one is not a number."""
-    if not known.numel():
-        return 0.0
-    sizes, of_dtype = known.abs(), torch.finfo(known.dtype)
-    # An entry may pass through 0, or be so small beside others that their rounding is all that it has.
-    smallest = (of_dtype.eps**0.25 * sizes.max()).clamp_(min=of_dtype.tiny)
-    return float((reached - known).abs().div_(torch.maximum(sizes, smallest)).max())
-
-
-def _check_same(reached: Tensor, known: Tensor) -> None:
-    difference = relative_difference(reached, known)
-    # Where the solution is not a number, the gradient is none either, and says so itself.
-    if difference > torch.finfo(known.dtype).eps ** 0.5:
-        raise RuntimeError(
-            "func gave other values when it was evaluated again for the backward pass: the states differ by up to "
-            f"{difference:.3g}, relative to their entries. With backward='checkpoint' it must be deterministic but for "
-            "PyTorch's default random generators, and nothing that it uses may change in between"
-        )
+    def _check_same(self, reached: Tensor, known: Tensor) -> None:
+        difference = relative_difference(reached, known)
+        # Where the solution is not a number, the gradient is none either, and says so itself.
+        if difference > accepted_difference(self._tolerance, known.dtype):
+            raise RuntimeError(
+                "func gave other values when it was evaluated again for the backward pass: the states differ by up to "
+                f"{difference:.3g}, relative to their entries. With backward='checkpoint' it must be deterministic but "
+                "for PyTorch's default random generators, and nothing that it uses may change in between; where func "
+                "adds up in an order of its own each time, give Checkpoint a larger tolerance"
+            )

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from torchdiffeq_lmm.forward.step_evaluator import EvaluateAt, StepEvaluator
 from torchdiffeq_lmm.forward.stepping import History, march
@@ -87,3 +89,28 @@ class Rerun:
                 if rows[state - 1].is_node and snapshots.pass_by(state, history):
                     steps.restart()
         return snapshots.taken
+
+
+def relative_difference(reached: Tensor, known: Tensor) -> float:
+    """The largest difference of two states, relative to the entries; NaN where one is not a number."""
+    if not known.numel():
+        return 0.0
+    sizes, of_dtype = known.abs(), torch.finfo(known.dtype)
+    # An entry may pass through 0, or be so small beside others that their rounding is all that it has.
+    smallest = (of_dtype.eps**0.25 * sizes.max()).clamp_(min=of_dtype.tiny)
+    return float((reached - known).abs().div_(torch.maximum(sizes, smallest)).max())
+
+
+def accepted_difference(tolerance: float | None, dtype: torch.dtype) -> float:
+    """By how much states that are made again may differ, relative to their entries: √ε of the dtype, if not given."""
+    return torch.finfo(dtype).eps ** 0.5 if tolerance is None else tolerance
+
+
+def check_tolerance(tolerance: Any) -> None:
+    """Raise a TypeError or a ValueError unless `tolerance` is None or a number that is not negative."""
+    if tolerance is None:
+        return
+    if not isinstance(tolerance, Real) or isinstance(tolerance, bool):
+        raise TypeError(f"tolerance must be a real number or None, got {tolerance!r}")
+    if not float(tolerance) >= 0:
+        raise ValueError(f"tolerance must not be negative, got {tolerance}")

@@ -5,7 +5,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -17,9 +16,9 @@ from torchdiffeq_lmm.schemes.methods import MultistepMethod
 from torchdiffeq_lmm.schemes.recurrence import Keeps, Row
 from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 
-from .checkpoints import Checkpoint, Checkpoints, between, relative_difference
+from .checkpoints import Checkpoint, Checkpoints, between
 from .evaluation import Evaluation
-from .rerun import Rerun, Snapshot, Snapshots
+from .rerun import Rerun, Snapshot, Snapshots, accepted_difference, check_tolerance, relative_difference
 from .stored_evaluations import Gradients, Record, StoredEvaluations, WithEvaluations
 
 
@@ -67,11 +66,7 @@ class Reversible:
     anchors: int = 8
 
     def __post_init__(self) -> None:
-        if self.tolerance is not None:
-            if not isinstance(self.tolerance, Real) or isinstance(self.tolerance, bool):
-                raise TypeError(f"tolerance must be a real number or None, got {self.tolerance!r}")
-            if not self.tolerance >= 0:
-                raise ValueError(f"tolerance must not be negative, got {self.tolerance}")
+        check_tolerance(self.tolerance)
         if self.on_drift not in get_args(OnDrift):
             raise ValueError(f"on_drift must be one of {get_args(OnDrift)}, got {self.on_drift!r}")
         if self.report is not None and not callable(self.report):
@@ -263,9 +258,7 @@ class _Backwards:
             if self._backward.report is not None:
                 self._backward.report(0.0)
             return found
-        tolerance = self._backward.tolerance
-        if tolerance is None:
-            tolerance = torch.finfo(start.history.x.dtype).eps ** 0.5
+        tolerance = accepted_difference(self._backward.tolerance, start.history.x.dtype)
         reversal = Reversal(self._rerun, self._anchors, tolerance)
         try:
             found = gradients(reversal)

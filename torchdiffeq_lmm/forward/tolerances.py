@@ -51,3 +51,22 @@ def event_tolerance(atol: object, like: Tensor) -> float:
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
+
+
+def check_max_num_steps(max_num_steps: object) -> None:
+    """Raise a TypeError or a ValueError unless `max_num_steps` is None or a positive int."""
+    if max_num_steps is None:
+        return
+    if not isinstance(max_num_steps, int) or isinstance(max_num_steps, bool):
+        raise TypeError(f"max_num_steps must be an int or None, got {max_num_steps!r}")
+    if max_num_steps < 1:
+        raise ValueError(f"max_num_steps must be at least 1, got {max_num_steps}")
+
+
+def check_steps(count: int, max_num_steps: int | None) -> None:
+    """Raise a ValueError where a grid has more steps than `max_num_steps`, unless that is None."""
+    if max_num_steps is not None and count > max_num_steps:
+        raise ValueError(
+            f"max_num_steps {max_num_steps} is exceeded: the grid has {count} steps; use larger steps, or a larger "
+            f"max_num_steps"
+        )

@@ -38,7 +38,7 @@ from torchdiffeq_lmm.forward.interpolation import Interpolation, check_interpola
 from torchdiffeq_lmm.forward.jumps import jumps_of
 from torchdiffeq_lmm.forward.outputs import OutputRule, Trajectory
 from torchdiffeq_lmm.forward.step_source import FixedSteps, Sides, StepSource, UnboundedSteps
-from torchdiffeq_lmm.forward.tolerances import event_tolerance, resolve_tolerance
+from torchdiffeq_lmm.forward.tolerances import check_max_num_steps, check_steps, event_tolerance, resolve_tolerance
 from torchdiffeq_lmm.forward.vector_field import VectorField
 from torchdiffeq_lmm.schemes.methods import LEAPFROG, MultistepMethod
 from torchdiffeq_lmm.schemes.recurrence import Recurrence, unroll
@@ -63,6 +63,8 @@ class MultistepSolver:
         grid_constructor: ``grid_constructor(func, y0, t)`` returns the nodes, as torchdiffeq's option.
         interp: "linear" or "cubic": how outputs between nodes are made.
         perturb: evaluate func a hair beside the nodes, as torchdiffeq's option.
+        max_num_steps: the most steps that are made, as the option of torchdiffeq's adaptive solvers. By default 20,000
+            in the search for an event, as in torchdiffeq, and else 10 million, more of which are taken for a mistake.
         jump_t: times at which func jumps, a tensor of shape (m,) or a sequence of numbers, in any order: see below.
         grad_filter: None, "auto", "leapfrog", "smooth", a `CostateFilter` or a `SmoothFilter`: see there.
         backward: "autograd", "reversible", "checkpoint", a `Reversible` or a `Checkpoint`: see there.
@@ -80,12 +82,11 @@ class MultistepSolver:
     one-step method is the better choice.
 
     Raises:
-        TypeError: y0, step_size, jump_t, grad_filter, backward or adjoint_params is of a wrong type; or rtol or atol,
-            where steps are implicit.
-        ValueError: step_size, interp, jump_t, grad_filter, backward, or a tolerance that is used, has a wrong value;
-            step_size and grid_constructor are both given; grad_filter or backward is given to
-            `torchdiffeq.odeint_adjoint`;
-            adjoint_params is given where it is not used, or is not where it is needed.
+        TypeError: y0, step_size, jump_t, max_num_steps, grad_filter, backward or adjoint_params is of a wrong type; or
+            rtol or atol, where steps are implicit.
+        ValueError: step_size, interp, jump_t, max_num_steps, grad_filter, backward, or a tolerance that is used, has a
+            wrong value; step_size and grid_constructor are both given; grad_filter or backward is given to
+            `torchdiffeq.odeint_adjoint`; adjoint_params is given where it is not used, or is not where it is needed.
     """
 
     method: ClassVar[MultistepMethod | TwoStageMethod]
@@ -100,6 +101,7 @@ class MultistepSolver:
         interp: Interpolation = "linear",
         perturb: bool = False,
         jump_t: Any = None,
+        max_num_steps: int | None = None,
         grad_filter: object = None,
         backward: object = "autograd",
         adjoint_params: Iterable[Tensor] | None = None,
@@ -118,6 +120,7 @@ class MultistepSolver:
         if grid_constructor is not None and not callable(grid_constructor):
             raise TypeError(f"grid_constructor must be a callable (func, y0, t) -> grid, got {grid_constructor!r}")
         check_interpolation(interp)
+        check_max_num_steps(max_num_steps)
         if self.method.is_implicit:
             self.atol, self.rtol = (
                 resolve_tolerance(name, given, y0) for name, given in (("atol", self.atol), ("rtol", self.rtol))
@@ -129,6 +132,8 @@ class MultistepSolver:
         self.grid_constructor = grid_constructor
         self.interp = interp
         self.perturb = perturb
+        self.max_num_steps = max_num_steps
+        self._max_event_steps = MAX_EVENT_STEPS if max_num_steps is None else max_num_steps
         hosted = unwrap(func)
         self.backward = resolve_backward(backward)
         self.backward.check(self.method, backward)
@@ -175,6 +180,7 @@ class MultistepSolver:
         if len(t) == 1:
             return torch.stack([self.y0])
         pieces, placements = self._grids(t)
+        check_steps(sum(len(piece.steps) for piece in pieces), self.max_num_steps)
         if self._is_smooth:
             for piece in pieces:
                 _check_equal(piece.steps)
@@ -220,7 +226,7 @@ class MultistepSolver:
         # A copy, for the backward pass may need it when the caller has changed it.
         t0 = t0.to(self.y0.device, self._vector_field.time_dtype, copy=True)
         x, made, keepers, solver = self.y0, 0, [], self._pieces()
-        search = Search(event_sign, event_sign.at_beginning(t0, x), tolerance, MAX_EVENT_STEPS, h)
+        search = Search(event_sign, event_sign.at_beginning(t0, x), tolerance, self._max_event_steps, h)
         before: FixedSteps | None = None
         event_time: Tensor | None = None
         for source, after in pairwise(chain(self._sources_until_event(t0, h), [None])):
@@ -260,7 +266,7 @@ class MultistepSolver:
         """Steps from t0 to the first jump of f, from each jump to the next, and without an end."""
         sides, last = self._sides, t0
         if self._jumps is not None:
-            end = float(t0.detach()) + MAX_EVENT_STEPS * h
+            end = float(t0.detach()) + self._max_event_steps * h
             pieces, last_jump, is_jump = pieces_until(t0.reshape(1), end, h, self._jumps)
             for piece in pieces:
                 yield FixedSteps(piece, self._unroll(piece.steps), sides, t0)
@@ -321,7 +327,7 @@ class MultistepSolver:
             costate_filter=self.grad_filter if isinstance(self.grad_filter, CostateFilter) else None,
             implicit=partial(ImplicitSolver, self.rtol, self.atol, field.precision, field.entry, differentiable),
             callback_step=self._callback_step,
-            max_steps=MAX_EVENT_STEPS,
+            max_steps=self._max_event_steps,
         )
 
 
