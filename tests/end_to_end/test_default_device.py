@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import torchdiffeq_lmm
 from torchdiffeq_lmm import Checkpoint, GridParameter, Reversible
-from torchdiffeq_lmm.hosts.registration import SOLVERS
 from torchdiffeq_lmm.parameters.grid_parameter import parameters_of
 
 DEVICES = ["meta", "cuda"] if torch.cuda.is_available() else ["meta"]
@@ -164,7 +163,7 @@ EVENT: dict[str, Any] = {"event_fn": lambda t, y: t - 0.53, "t": (0.0, 1.0)}
 SOME = ["leapfrog", "ab3", "abm3", "am3", "bdf2"]
 CASES: dict[str, Callable[[], Case]] = {
     **{f"{name}, filtered": lambda name=name: case(method=name, options=dict(CUBIC), grad_filter="auto")
-        for name in SOLVERS},
+        for name in ODE_SOLVERS},
     **{name: lambda name=name: case(method=name, options=dict(CUBIC)) for name in (*SOME, "filtered_midpoint")},
     **{f"{name}, again": lambda name=name: case(method=name, options=dict(CUBIC), backward="checkpoint")
         for name in (*SOME, "filtered_heun2")},

@@ -1,6 +1,6 @@
-"""A solve as one node of autograd: evaluations and their vector–Jacobian products, and the backward modes.
+"""A solve as one node of autograd: the driver of a piece, recorded evaluations and their vjps, the backward modes.
 
 Imports: `schemes`, `forward`, `filters`.
-Begin with `solve_recorder`, and `autograd_function`, the node; `stored_evaluations`, `checkpoints`, `reversal` are how
-the backward pass finds the evaluations of func again, `vjp` what it does with them.
+Begin with `piece`, which runs the steps, and `solve_recorder`, which makes them a node of autograd; `solve_adjoint` is
+its backward pass. The modes are in `stored_evaluations`, `checkpoints` and `reversal`; `backward_modes` lists them.
 """

@@ -43,7 +43,7 @@ def segment_graph(
     history = History(
         next(leaves),
         None if history.previous is None else next(leaves),
-        [next(leaves) for _ in _increments(history)],
+        [next(leaves) for _ in _increments_of(history)],
         list(leaves),
     )
     with torch.enable_grad():
@@ -79,11 +79,11 @@ def _tensors(history: History) -> Iterator[Tensor]:
     yield history.x
     if history.previous is not None:
         yield history.previous
-    yield from _increments(history)
+    yield from _increments_of(history)
     yield from history.slopes
 
 
-def _increments(history: History) -> list[Tensor]:
+def _increments_of(history: History) -> list[Tensor]:
     # One side of a checkpoint may have made the increment that the other makes when it needs it.
     if history.previous is None or history.increments:
         return history.increments

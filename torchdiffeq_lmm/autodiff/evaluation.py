@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torchdiffeq_lmm.forward.autograd_state import refuse_tangents
 
-_FEW = 32
+_FEW_PARAMETERS = 32
 """Of so many known parameters it costs less to ask for all gradients than to find out which there are."""
 
 _AS_IT_IS = nullcontext()
@@ -181,7 +181,7 @@ class Recorder:
             # Before torch 2.10 a GradientEdge keeps a node of C++ alive, as the view's is, but not one of Python.
             slope = slope.view_as(slope)
         edge = _edge(slope)
-        if self._known is not None and not self._are_all and len(self._parameters) <= _FEW:
+        if self._known is not None and not self._are_all and len(self._parameters) <= _FEW_PARAMETERS:
             return slope, Evaluation(edge, arguments, self._parameters, None)
         sources, leads_beyond = self._sources(edge, arguments)
         handle = None

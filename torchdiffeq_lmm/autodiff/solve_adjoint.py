@@ -89,8 +89,8 @@ class SolveAdjoint:
         ):
             if evaluation is not None and cotangent is not None:
                 pulled = jacobians.vjp_seen(evaluation, at_node[node], cotangent)
-                by_slopes[node] = _sum(by_slopes[node], pulled)
-        total = [_sum(node, slope) for node, slope in zip(by_node, by_slopes, strict=True)]
+                by_slopes[node] = _plus(by_slopes[node], pulled)
+        total = [_plus(node, slope) for node, slope in zip(by_node, by_slopes, strict=True)]
 
         is_plain = self.plan is None and self.recurrence.weights is None and not times_need_grad
         if is_plain and (graphs := stored.segment_graphs()) is not None:
@@ -142,7 +142,7 @@ class SolveAdjoint:
             carried, grads = segment_vjp(graph, after, seen, self.sources)
             parameters.add(self.sources, grads, 1.0)
         assert carried is not None
-        return _sum(cotangents[0], carried[0])
+        return _plus(cotangents[0], carried[0])
 
 
 class _WeightGradients:
@@ -175,5 +175,5 @@ class _WeightGradients:
         return weight_gradients(self._rows[i], increment, difference, slope)
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b

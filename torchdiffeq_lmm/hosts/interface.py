@@ -13,14 +13,14 @@ from torchdiffeq_lmm.filters.grad_filter import CostateFilter, SmoothFilter, res
 from torchdiffeq_lmm.forward.events import checked_event
 from torchdiffeq_lmm.schemes.runge_kutta import TWO_STAGE_METHODS
 
-from .registration import SOLVERS
+from .registration import ODE_SOLVERS
 
 SUBSTITUTES = {two_stage.substitutes: two_stage.name for two_stage in TWO_STAGE_METHODS}
 """torchdiffeq's methods that this package steps itself where their gradients are to be filtered."""
 
 State = Tensor | tuple[Tensor, ...]
-GradFilter = Literal["auto", "leapfrog", "smooth"] | CostateFilter | SmoothFilter | None
-Backward = Literal["autograd", "reversible", "checkpoint"] | Reversible | Checkpoint
+GradFilterLike = Literal["auto", "leapfrog", "smooth"] | CostateFilter | SmoothFilter | None
+BackwardLike = Literal["autograd", "reversible", "checkpoint"] | Reversible | Checkpoint
 
 
 @overload
@@ -34,8 +34,8 @@ def odeint(
     method: str | None = ...,
     options: dict[str, Any] | None = ...,
     event_fn: None = ...,
-    grad_filter: GradFilter = ...,
-    backward: Backward = ...,
+    grad_filter: GradFilterLike = ...,
+    backward: BackwardLike = ...,
     adjoint_params: Iterable[Tensor] | None = ...,
 ) -> Tensor: ...
 
@@ -51,8 +51,8 @@ def odeint(
     method: str | None = ...,
     options: dict[str, Any] | None = ...,
     event_fn: None = ...,
-    grad_filter: GradFilter = ...,
-    backward: Backward = ...,
+    grad_filter: GradFilterLike = ...,
+    backward: BackwardLike = ...,
     adjoint_params: Iterable[Tensor] | None = ...,
 ) -> tuple[Tensor, ...]: ...
 
@@ -68,8 +68,8 @@ def odeint(
     method: str | None = ...,
     options: dict[str, Any] | None = ...,
     event_fn: Callable[[Tensor, Any], Tensor],
-    grad_filter: GradFilter = ...,
-    backward: Backward = ...,
+    grad_filter: GradFilterLike = ...,
+    backward: BackwardLike = ...,
     adjoint_params: Iterable[Tensor] | None = ...,
 ) -> tuple[Tensor, State]: ...
 
@@ -84,8 +84,8 @@ def odeint(
     method: str | None = None,
     options: dict[str, Any] | None = None,
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
-    grad_filter: GradFilter = None,
-    backward: Backward = "autograd",
+    grad_filter: GradFilterLike = None,
+    backward: BackwardLike = "autograd",
     adjoint_params: Iterable[Tensor] | None = None,
 ) -> State | tuple[Tensor, State]:
     """`torchdiffeq.odeint` with a gradient filter, and with a choice between memory and time.
@@ -150,7 +150,7 @@ def odeint(
     if chosen is not None:
         name = method or "dopri5"
         resolve_grad_filter(chosen, name)
-        if name not in SUBSTITUTES and name not in SOLVERS:
+        if name not in SUBSTITUTES and name not in ODE_SOLVERS:
             raise ValueError(
                 f"grad_filter {chosen!r} is for the methods of torchdiffeq_lmm and for {' and '.join(SUBSTITUTES)}, "
                 f"got method {name!r}"
@@ -166,7 +166,7 @@ def odeint(
         if options.get(option) is not None:
             raise ValueError(f"{option} is given twice, here and in options as {options[option]!r}; give it once")
         name = method or "dopri5"
-        if method not in SOLVERS:
+        if method not in ODE_SOLVERS:
             resolve_backward(backward)
             raise ValueError(f"{option} is for the methods of torchdiffeq_lmm, got method {name!r}")
         options[option] = value

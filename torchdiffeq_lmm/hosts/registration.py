@@ -24,7 +24,7 @@ from .solver import Leapfrog, MultistepSolver, solver_of
 from .torchdiffeq_host import add_solvers, check_free, remove_solvers
 from .torchsde_host import add_sde_solvers, check_free_sde, remove_sde_solvers
 
-SOLVERS: dict[str, type[MultistepSolver]] = {
+ODE_SOLVERS: dict[str, type[MultistepSolver]] = {
     **{method.name: Leapfrog if method is LEAPFROG else solver_of(method) for method in METHODS},
     **{method.name: solver_of(method) for method in TWO_STAGE_METHODS},
 }
@@ -40,7 +40,7 @@ def register() -> None:
     Raises:
         RuntimeError: either has a method of one of the names that is not ours. Nothing is entered then.
     """
-    _enter(SOLVERS, SDE_SOLVERS)
+    _enter(ODE_SOLVERS, SDE_SOLVERS)
 
 
 def unregister() -> None:
@@ -48,7 +48,7 @@ def unregister() -> None:
 
     May be called any number of times. Methods of the same name that are not ours stay.
     """
-    remove_solvers(SOLVERS)
+    remove_solvers(ODE_SOLVERS)
     remove_sde_solvers(SDE_SOLVERS)
 
 
@@ -81,14 +81,14 @@ def register_method(name: str, alpha: Sequence[float | Fraction], beta: Sequence
         raise TypeError(f"name must be a string, got {name!r}")
     if not name:
         raise ValueError("name must not be empty, got ''")
-    exact_alpha, exact_beta = _normalised(_exact("alpha", alpha), _exact("beta", beta))
+    exact_alpha, exact_beta = _normalised(_fractions("alpha", alpha), _fractions("beta", beta))
     p = _check_method(exact_alpha, exact_beta)
     formula = partial(constant_formula, exact_alpha, exact_beta)
     closing = partial(adams_bashforth_formula, p)
     if exact_beta[-1] != 0:
         closing = partial(adams_moulton_formula if any(exact_beta[:-1]) else bdf_formula, p)
     method = MultistepMethod(name, p, len(exact_alpha) - 1, formula, closing=closing)
-    known = SOLVERS.get(name)
+    known = ODE_SOLVERS.get(name)
     if known is not None and (
         not isinstance(known.method, MultistepMethod)
         or known.method.predictor is not None
@@ -98,7 +98,7 @@ def register_method(name: str, alpha: Sequence[float | Fraction], beta: Sequence
     solver = known or solver_of(method)
     sde_solver = SDE_SOLVERS.get(name) or sde_solver_of(method)
     _enter({name: solver}, {name: sde_solver})
-    SOLVERS[name], SDE_SOLVERS[name] = solver, sde_solver
+    ODE_SOLVERS[name], SDE_SOLVERS[name] = solver, sde_solver
     return method_info(name)
 
 
@@ -111,9 +111,9 @@ def method_info(name: str) -> MethodInfo:
     Raises:
         ValueError: there is none of that name.
     """
-    solver = SOLVERS.get(name)
+    solver = ODE_SOLVERS.get(name)
     if solver is None or not isinstance(solver.method, MultistepMethod):
-        names = [known for known, solver in SOLVERS.items() if isinstance(solver.method, MultistepMethod)]
+        names = [known for known, solver in ODE_SOLVERS.items() if isinstance(solver.method, MultistepMethod)]
         raise ValueError(f"name must be one of {', '.join(map(repr, names))}, got {name!r}")
     return info_of(solver.method)
 
@@ -126,7 +126,7 @@ def _enter(solvers: Mapping[str, type], sde_solvers: Mapping[str, type]) -> None
     add_sde_solvers(sde_solvers)
 
 
-def _exact(argument: str, coefficients: Sequence[float | Fraction]) -> list[Fraction]:
+def _fractions(argument: str, coefficients: Sequence[float | Fraction]) -> list[Fraction]:
     exact = []
     if not isinstance(coefficients, Iterable):
         raise TypeError(f"{argument} must be a sequence of real numbers, got {coefficients!r}")
