@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import torchdiffeq_lmm
 from torchdiffeq_lmm import Checkpoint, GridParameter, Reversible
+from torchdiffeq_lmm.hosts.registration import ODE_SOLVERS
 from torchdiffeq_lmm.parameters.grid_parameter import parameters_of
 
 DEVICES = ["meta", "cuda"] if torch.cuda.is_available() else ["meta"]
