@@ -111,6 +111,11 @@ class VectorField:
         return -times if self._reversed else times
 
     @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Of the components of a tuple state, or of the state itself."""
+        return (self._shape,) if self._shapes is None else self._shapes
+
+    @property
     def precision(self) -> float:
         """The unit in the last place of func's values, under autocast too."""
         return precision_of(self.time_dtype, self._device)

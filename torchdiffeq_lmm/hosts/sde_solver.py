@@ -31,6 +31,7 @@ from torchdiffeq_lmm.forward.interpolation import linear
 from torchdiffeq_lmm.forward.jumps import jumps_of
 from torchdiffeq_lmm.forward.multistep_state import Past, past_of, resume
 from torchdiffeq_lmm.forward.outputs import Trajectory
+from torchdiffeq_lmm.forward.samples import samples_of
 from torchdiffeq_lmm.forward.sde_stepping import DriftAndNoise, NoiseTerm, noise_of_rows
 from torchdiffeq_lmm.forward.step_evaluator import StepEvaluator
 from torchdiffeq_lmm.forward.stepping import march
@@ -205,7 +206,15 @@ class MultistepSDESolver:
             recorder = SolveRecorder(source.drift_at, precision, y0, False, AUTOGRAD, None, len(grid.steps))
             field = RecordedField(source, source.time, recorder)
         entry = partial(entry_name, "y", shape=y0.shape)
-        implicit = partial(ImplicitSolver, self._rtol, self._atol, precision, entry, torch.is_grad_enabled())
+        implicit = partial(
+            ImplicitSolver,
+            self._rtol,
+            self._atol,
+            precision,
+            entry,
+            torch.is_grad_enabled(),
+            samples_of((y0.shape,), 1),
+        )
         steps_of = partial(StepEvaluator, source.drift_at, implicit, method.name, source.time)
         steps = steps_of(lambda state, _, x: field.drift(state, x))
         noise = NoiseTerm(of_rows, field)

@@ -33,10 +33,11 @@ from torchdiffeq_lmm.forward.grid import (
     uniform_grid,
     uniform_pieces,
 )
-from torchdiffeq_lmm.forward.implicit import ImplicitSolver
+from torchdiffeq_lmm.forward.implicit import ImplicitSolver, OnFailure
 from torchdiffeq_lmm.forward.interpolation import Interpolation, check_interpolation
 from torchdiffeq_lmm.forward.jumps import jumps_of
 from torchdiffeq_lmm.forward.outputs import OutputRule, Trajectory
+from torchdiffeq_lmm.forward.samples import BatchDims, samples_of
 from torchdiffeq_lmm.forward.step_source import FixedSteps, Sides, StepSource, UnboundedSteps
 from torchdiffeq_lmm.forward.tolerances import check_max_num_steps, check_steps, event_tolerance, resolve_tolerance
 from torchdiffeq_lmm.forward.vector_field import VectorField
@@ -102,6 +103,8 @@ class MultistepSolver:
         perturb: bool = False,
         jump_t: Any = None,
         max_num_steps: int | None = None,
+        batch_dims: BatchDims = "auto",
+        on_failure: OnFailure = "raise",
         grad_filter: object = None,
         backward: object = "autograd",
         adjoint_params: Iterable[Tensor] | None = None,
@@ -143,6 +146,8 @@ class MultistepSolver:
                     f"{option} must be {plain!r} in odeint_adjoint, got {value!r}: its gradient comes from a solve of "
                     f"its own, which no {option} reaches. Use odeint"
                 )
+        self._batch_dims = None if batch_dims == "auto" else batch_dims
+        self._on_failure = on_failure
         self._reverse = hosted.reversed
         self._vector_field = VectorField(hosted, y0, perturb, copies=self.method.remembers_slopes)
         self._sides = Sides(self._vector_field, perturb)
@@ -318,14 +323,23 @@ class MultistepSolver:
         """What solves the pieces of one solve; it does not hold the solver, for the backward pass may hold it."""
         field = self._vector_field
         # Once more, for the backward pass, steps are made without a graph, but by the same iterations.
-        differentiable = torch.is_grad_enabled()
+        differentiable = not torch.is_inference_mode_enabled()
         return PieceSolver(
             vector_field=field,
             method=self.method,
             mode=self.backward,
             parameters=self._parameters,
             costate_filter=self.grad_filter if isinstance(self.grad_filter, CostateFilter) else None,
-            implicit=partial(ImplicitSolver, self.rtol, self.atol, field.precision, field.entry, differentiable),
+            implicit=partial(
+                ImplicitSolver,
+                self.rtol,
+                self.atol,
+                field.precision,
+                field.entry,
+                differentiable,
+                samples_of(field.shapes, self._batch_dims),
+                self._on_failure,
+            ),
             callback_step=self._callback_step,
             max_steps=self._max_event_steps,
         )

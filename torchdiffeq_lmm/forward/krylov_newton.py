@@ -1,0 +1,304 @@
+"""The equation d = c + b* f(x + d) of one large state, by substitution, or by Newton's method in Krylov spaces.
+
+When it is solved is said in `implicit`.
+
+Source: Hairer, Wanner, *Solving Ordinary Differential Equations II*, IV.8, for the Newton iterations; Deuflhard, *Newton
+Methods for Nonlinear Problems*, 3.3, for their damping.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .block_newton import CAUTION, NEAR, PROBE, ROUNDING, SHORTEST, SLOW, least
+from .jacobian import Jacobian, Slope, to_real_sizes
+from .linear import FEW_RESTARTS, Counted, from_real, gmres, is_rounding, noise, to_real
+
+_INEXACT = 1e-3
+"""Newton corrections are solved to this relative residual."""
+
+
+class KrylovNewton:
+    """Solves the implicit steps of one solve, one after the other.
+
+    Args:
+        rtol, atol: torchdiffeq's tolerances, numbers or tensors that broadcast with the state.
+        fraction: to this part of atol + rtol |y| equations are solved.
+        precision: the relative precision of func's values.
+        max_iterations: of substitution, and of Newton's method from one starting point.
+        differentiable: whether func may be given states that require a gradient, for products with its Jacobian.
+
+    Attributes:
+        is_dear: whether a matrix of the Jacobian would have cost less.
+    """
+
+    def __init__(
+        self,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        fraction: float,
+        precision: float,
+        max_iterations: int,
+        differentiable: bool,
+    ) -> None:
+        self._rtol = rtol
+        self._atol = atol
+        self._fraction = fraction
+        self._precision = precision
+        self._max_iterations = max_iterations
+        self._jacobian = Jacobian(differentiable)
+        self._uses_newton = False
+        self._lipschitz = torch.inf
+        self.is_dear = False
+
+    def solve(self, equation: "Equation", starts: list[Tensor]) -> "Solution | Failure":
+        """Solve one equation.
+
+        Args:
+            equation: see there.
+            starts: first iterates d, in the order in which they are tried.
+        """
+        found: Solution | Failure | None = None
+        if not self._uses_newton:
+            found = self._substitute(equation, starts[0])
+            if found is None:
+                # One by the slope before a stiff step is far off, as a rule.
+                starts = sorted(starts, key=equation.level)
+        while not isinstance(found, Solution):
+            self._uses_newton = True
+            for beginning in starts:
+                if not isinstance(found, Solution):
+                    found = self._newton(equation, beginning)
+            if isinstance(found, Failure) and (found.entry is None or self.is_dear or not self._jacobian.is_exact):
+                break
+            # What auto-differentiation does not see of func, differences do.
+            self._jacobian.use_differences()
+        return found
+
+    def _substitute(self, equation: "Equation", d: Tensor) -> "Solution | None":
+        weight = equation.weight
+        previous = torch.inf
+        for _ in range(self._max_iterations):
+            f = equation.iterate(equation.x + d)
+            following = equation.c + weight * f
+            size = self._size(equation, d, following - d)
+            # Small corrections may be rounding, which tells nothing of the rate.
+            if NEAR < previous < torch.inf:
+                self._lipschitz = size / (previous * abs(weight))
+            # What is left of the error is this correction times the rate, seen before if not now.
+            rate = CAUTION * self._lipschitz * abs(weight)
+            is_solved = size == 0 or (size <= 1 and (rate < 1 or previous <= 1))
+            if is_solved or (size <= NEAR and rate * size <= 1):
+                return Solution(following, f)
+            if not size <= max(SLOW * previous, 1):
+                is_near = previous <= NEAR and size <= NEAR and rate <= CAUTION * SLOW
+                if is_near and self._is_rounding(equation, d, f, following - d):
+                    return Solution(following, f)
+                return None
+            d, previous = following, size
+        return None
+
+    def _tolerance(self, equation: "Equation", d: Tensor) -> Tensor:
+        """Of each entry of a correction of d, its own tolerance or its own rounding, whichever is more."""
+        x, change = equation.x, (d - equation.c).abs()
+        # In the precision of a norm, for a small state may underflow in its own.
+        level = torch.maximum(x.abs(), (x + d).abs()).to(torch.promote_types(x.dtype.to_real(), torch.float32))
+        rounding = ROUNDING * (torch.finfo(x.dtype).eps * level + self._precision * change + least(x.dtype))
+        return torch.maximum(self._fraction * (self._atol + self._rtol * level), rounding)
+
+    def _size(self, equation: "Equation", d: Tensor, correction: Tensor) -> float:
+        """The largest entry of a correction of d in terms of its tolerance; infinite where one is not a number."""
+        if correction.numel() == 0:
+            return 0.0
+        return float(_excess(correction, self._tolerance(equation, d)).max())
+
+    def _newton(self, equation: "Equation", d: Tensor) -> "Solution | Failure":
+        x = equation.x
+        # The same for all iterates, unlike the tolerance.
+        scale = self._scale(equation, d)
+
+        def correct(d: Tensor, f: Tensor) -> _Correction:
+            residual = equation.residual(d, f)
+            if not bool(torch.isfinite(residual).all()):
+                return _Correction(residual, residual, torch.inf, torch.inf, False)
+            value, is_sure = self._solve_by_products(equation, d, f, residual, scale)
+            size = self._size(equation, d, value)
+            # By Jacobians of their own corrections cannot be compared.
+            level = float(_excess(residual, scale).max())
+            return _Correction(residual, value, size, level, is_sure and size < torch.inf)
+
+        f = equation.iterate(x + d)
+        now = correct(d, f)
+        if now.size <= 1 and self._size(equation, d, now.residual) <= 1:
+            return equation.solution(d + now.value)
+        damping, is_new = 1.0, True
+        for iteration in range(self._max_iterations + 1):
+            if now.size == torch.inf or damping < SHORTEST or iteration == self._max_iterations:
+                break
+            trial = d + damping * now.value
+            trial_f = equation.iterate(x + trial)
+            after = correct(trial, trial_f)
+            if damping == 1.0 and self._is_solved(equation, trial, trial_f, now.value, after):
+                return equation.solution(trial + after.value)
+            if after.level < now.level:
+                d, f, now = trial, trial_f, after
+                damping, is_new = min(1.0, 2 * damping), True
+            elif is_new and now.is_sure and self._is_rounding(equation, d, f, now.residual):
+                equation.iterate(x + d)
+                return equation.solution(d + now.value)
+            else:
+                damping, is_new = damping / 2, False
+        return self._failure(equation, d, now)
+
+    def _is_solved(self, equation: "Equation", d: Tensor, f: Tensor, before: Tensor, now: "_Correction") -> bool:
+        """Whether a correction leaves nothing to correct, entry by entry; `before` is the full one before it."""
+        if not (now.is_sure and now.size <= NEAR):
+            return False
+        tolerance = self._tolerance(equation, d)
+        # Where nothing was corrected, or little, nothing is known.
+        rate = (now.value.abs() / before.abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        if not bool((_excess(now.value, tolerance) * torch.clamp(CAUTION * rate, max=1.0) <= 1).all()):
+            return False
+        # Some entries may converge while a Jacobian that does not fit others hides what they lack.
+        is_known = (rate <= SLOW) | (_excess(now.residual, tolerance) <= 1)
+        return bool(is_known.all()) or self._is_rounding(equation, d, f, now.residual, is_known)
+
+    def _scale(self, equation: "Equation", d: Tensor) -> Tensor:
+        """Sizes by which corrections are compared, nowhere 0."""
+        x = equation.x
+        level = torch.maximum(x.abs(), (x + d).abs()).to(torch.promote_types(x.dtype.to_real(), torch.float32))
+        rounding = torch.finfo(x.dtype).eps * torch.maximum(level, torch.maximum(d.abs(), equation.c.abs()))
+        if not x.numel():
+            return rounding
+        scale = torch.maximum(self._atol + self._rtol * level, rounding)
+        least = torch.finfo(x.dtype).eps * level.max()
+        return torch.where(scale > 0, scale, torch.where(least > 0, least, 1.0))
+
+    def _solve_by_products(
+        self, equation: "Equation", d: Tensor, f: Tensor, residual: Tensor, scale: Tensor
+    ) -> tuple[Tensor, bool]:
+        """The correction, and whether it is what the Jacobian makes of the residual."""
+        x = equation.x
+        product = self._jacobian.product(equation.slope, x + d, f, equation.sizes(d, f))
+        # In terms of their scale, no large entries hide small ones.
+        sizes = to_real_sizes(scale, x)
+        rhs = to_real(residual) / sizes
+
+        scaled = Counted(lambda v: equation.weight * product(sizes * v) / sizes)
+        found, left = gmres(scaled, rhs, _INEXACT, FEW_RESTARTS)
+        if self._jacobian.is_exact and scaled.is_dear(rhs):
+            self.is_dear = True
+        return from_real(sizes * found, x), bool(left.norm() <= 2 * _INEXACT * rhs.norm())
+
+    def _is_rounding(
+        self, equation: "Equation", d: Tensor, f: Tensor, residual: Tensor, but_for: Tensor | None = None
+    ) -> bool:
+        """Whether a residual is no larger than what rounding of the state, and of all that is added up, makes of it.
+
+        Args:
+            equation: the equation.
+            d, f, residual: an iterate, f there and its residual.
+            but_for: entries that are not looked at.
+        """
+        x, c, weight = equation.x, equation.c, equation.weight
+        y = x + d
+        level = torch.maximum(x.abs(), y.abs())
+        own = torch.finfo(x.dtype).eps * (level + d.abs() + c.abs()) + self._precision * abs(weight) * f.abs()
+        own = own + least(x.dtype)
+        residual = residual.abs() if but_for is None else residual.abs().where(~but_for, 0.0)
+
+        def change(seed: int) -> Tensor:
+            nearby = y + 2 * PROBE * self._precision * level * noise(level, seed)
+            return ROUNDING * abs(weight) / PROBE * (equation.slope(nearby) - f).abs()
+
+        return is_rounding(residual, ROUNDING * own, change)
+
+    def _failure(self, equation: "Equation", d: Tensor, now: "_Correction") -> "Failure":
+        if not bool(torch.isfinite(now.residual).all()):
+            return Failure(None, torch.nan, torch.nan, torch.inf)
+        excess = _excess(now.value, self._tolerance(equation, d)).reshape(-1)
+        worst = int(excess.argmax())
+        value = (equation.x + d).reshape(-1)[worst].item()
+        return Failure(
+            worst, value, float(now.residual.reshape(-1)[worst].abs()), float(excess[worst]), to_real(now.value).numel()
+        )
+
+
+class Solution(NamedTuple):
+    """d and f(x + d)."""
+
+    d: Tensor
+    f: Tensor
+
+
+class Failure(NamedTuple):
+    """Where Newton's method has ended.
+
+    Attributes:
+        entry: which entry of the flattened state is the worst; None where func is not finite.
+        value: of the state there.
+        residual: there.
+        size: of the last correction there, in terms of the tolerance; infinite where the equation is singular.
+        entries: how many real ones there are.
+    """
+
+    entry: int | None
+    value: complex
+    residual: float
+    size: float
+    entries: int = 0
+
+
+class _Correction(NamedTuple):
+    """A Newton correction at an iterate.
+
+    Attributes:
+        residual: that it is for.
+        value: of the correction.
+        size: its largest entry in terms of the tolerance; infinite where one is not finite.
+        level: what it has to lower.
+        is_sure: whether it is what the Jacobian makes of the residual.
+    """
+
+    residual: Tensor
+    value: Tensor
+    size: float
+    level: float
+    is_sure: bool
+
+
+@dataclass(frozen=True)
+class Equation:
+    """d = c + b* f(x + d): see `ImplicitSolver.solve`."""
+
+    x: Tensor
+    c: Tensor
+    weight: float
+    slope: Slope
+    iterate: Slope
+
+    def residual(self, d: Tensor, f: Tensor) -> Tensor:
+        """By how much d misses the equation."""
+        return self.c + self.weight * f - d
+
+    def level(self, d: Tensor) -> float:
+        """The largest entry of the residual; infinite where one is not a number."""
+        residual = self.residual(d, self.slope(self.x + d)).abs()
+        return float(residual.nan_to_num(nan=torch.inf).max()) if residual.numel() else 0.0
+
+    def solution(self, d: Tensor) -> Solution:
+        """d, and the slope by the equation: f itself would amplify what is left of the error by the Jacobian."""
+        return Solution(d, (d - self.c) / self.weight)
+
+    def sizes(self, d: Tensor, f: Tensor) -> Tensor:
+        """What size the entries of a state and its corrections are of."""
+        sizes = torch.maximum((self.x + d).abs(), d.abs())
+        return torch.maximum(torch.maximum(sizes, self.c.abs()), abs(self.weight) * f.abs())
+
+
+def _excess(correction: Tensor, tolerance: Tensor) -> Tensor:
+    """A correction in terms of the tolerance; nothing to correct is no excess, even over a tolerance of 0."""
+    excess = (correction.abs() / tolerance).where(correction != 0, 0.0)
+    return excess.nan_to_num(nan=torch.inf, posinf=torch.inf)
