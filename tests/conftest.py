@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def _method_tables() -> Iterator[None]:
     """Leave torchdiffeq's and torchsde's tables, and the package's own, as every other test expects them."""
-    tables = (SOLVERS, registration.SOLVERS, registration.SDE_SOLVERS)
+    tables = (SOLVERS, registration.ODE_SOLVERS, registration.SDE_SOLVERS)
     before = [dict(table) for table in tables]
     yield
     # torchsde's table has no other way in or out.
