@@ -135,9 +135,9 @@ def test_a_common_factor_does_not_matter(factor: float | Fraction) -> None:
 
 def test_registering_the_same_method_again_changes_nothing() -> None:
     first = register_method("mine", [-1, 0, 1], thirds(1, 4, 1))
-    tables = dict(SOLVERS), dict(registration.SOLVERS)
+    tables = dict(SOLVERS), dict(registration.ODE_SOLVERS)
     assert register_method("mine", [-3.0, 0.0, 3.0], [1, 4, 1]) == first
-    assert (dict(SOLVERS), dict(registration.SOLVERS)) == tables
+    assert (dict(SOLVERS), dict(registration.ODE_SOLVERS)) == tables
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_registering_the_same_method_again_changes_nothing() -> None:
 )
 def test_a_name_is_not_given_twice(name: str, alpha: Coefficients, beta: Coefficients) -> None:
     register_method("mine", [-1, 0, 1], thirds(1, 4, 1))
-    tables = dict(SOLVERS), dict(registration.SOLVERS)
+    tables = dict(SOLVERS), dict(registration.ODE_SOLVERS)
     with pytest.raises(ValueError, match=f"name must be new, got '{name}'"):
         register_method(name, alpha, beta)
-    assert (dict(SOLVERS), dict(registration.SOLVERS)) == tables
+    assert (dict(SOLVERS), dict(registration.ODE_SOLVERS)) == tables
 
 
 def test_a_method_of_the_package_registered_as_ones_own_stays_what_it_is() -> None:
@@ -167,7 +167,7 @@ def test_methods_of_torchdiffeq_are_not_replaced(name: str) -> None:
     with pytest.raises(RuntimeError, match=f"torchdiffeq already has a method '{name}'"):
         register_method(name, [-1, 1], [1, 0])
     assert SOLVERS[name] is before
-    assert name not in registration.SOLVERS
+    assert name not in registration.ODE_SOLVERS
 
 
 def test_they_come_and_go_with_the_others() -> None:
@@ -185,12 +185,12 @@ def test_they_come_and_go_with_the_others() -> None:
 
 
 def refused(alpha: object, beta: object, error: type[Exception], *parts: str, name: object = "mine") -> None:
-    tables = dict(SOLVERS), dict(registration.SOLVERS)
+    tables = dict(SOLVERS), dict(registration.ODE_SOLVERS)
     with pytest.raises(error) as raised:
         register_method(name, alpha, beta)
     for part in parts:
         assert part in str(raised.value)
-    assert (dict(SOLVERS), dict(registration.SOLVERS)) == tables
+    assert (dict(SOLVERS), dict(registration.ODE_SOLVERS)) == tables
 
 
 @pytest.mark.parametrize("name", [None, 3, b"mine", ["mine"]])
