@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchdiffeq_lmm.forward.samples import Samples
 from torchdiffeq_lmm.schemes.discrete_adjoint import AdjointState, Contributions, combine
 
 from .evaluation import Evaluation
@@ -58,7 +59,7 @@ class NoiseAdjoint:
     Args:
         record: of the noise.
         parameters: where the gradients of parameters are added up.
-        precision: see `RecordedJacobians`.
+        precision, samples: see `RecordedJacobians`.
     """
 
     def __init__(
@@ -66,10 +67,13 @@ class NoiseAdjoint:
         record: NoiseRecord,
         parameters: ParameterGradients,
         precision: float,
+        samples: Samples,
     ) -> None:
         self._of_rows = record.of_rows
         self._cotangents: dict[int, Contributions] = {}
-        self._jacobians = RecordedJacobians(Kept(record.evaluations, {}, {}, ()), parameters, True, None, precision)
+        self._jacobians = RecordedJacobians(
+            Kept(record.evaluations, {}, {}, ()), parameters, True, None, precision, samples
+        )
 
     def pass_by(self, point: AdjointState) -> None:
         """Give a state's cotangent to the noise increments that lead to it."""

@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
+from torchdiffeq_lmm.forward.block_jacobian import real_rows, rows_like
+from torchdiffeq_lmm.forward.block_linear import BlockLinearSolver
+from torchdiffeq_lmm.forward.implicit import JACOBIAN_LIMIT
 from torchdiffeq_lmm.forward.linear import LinearSolver, from_real, to_real
+from torchdiffeq_lmm.forward.samples import Samples
 from torchdiffeq_lmm.schemes.discrete_adjoint import Contributions, combine
 
 from .evaluation import Evaluation
@@ -20,6 +24,7 @@ class RecordedJacobians:
         collects: whether what is pulled back is what the parameters get too, as it is without a filter.
         time_gradients: where to add the gradients with respect to the times of the states; None if they are not needed.
         precision: the unit in the last place of products with the Jacobians.
+        samples: how states are made of samples.
     """
 
     def __init__(
@@ -29,8 +34,11 @@ class RecordedJacobians:
         collects: bool,
         time_gradients: Tensor | None,
         precision: float,
+        samples: Samples,
     ) -> None:
         self._equations = LinearSolver()
+        self._by_blocks = BlockLinearSolver()
+        self._samples = samples
         self._precision = precision
         self._stored = stored
         self._parameters = parameters
@@ -97,9 +105,33 @@ class RecordedJacobians:
 
     def _solve(self, state: int, weight: float, rhs: Tensor) -> Tensor:
         """The solution z of (1 - b* Jᵀ) z = r, to rounding."""
+        while self._samples.dims and self._samples.count > 1:
+            found = self._solve_blocks(state, weight, rhs)
+            if found is not None:
+                return found
+            self._samples = self._samples.fewer()
 
         def product(vector: Tensor) -> Tensor:
             pulled = self.product(state, from_real(vector, rhs))
             return torch.zeros_like(vector) if pulled is None else weight * to_real(pulled)
 
         return from_real(self._equations.solve(product, to_real(rhs), self._precision, weight), rhs)
+
+    def _solve_blocks(self, state: int, weight: float, rhs: Tensor) -> Tensor | None:
+        """The same for every sample by itself; None where they are coupled, or blocks too large."""
+        samples = self._samples
+        rows = samples.split(rhs)
+        like = real_rows(rows)
+        if like.shape[1] > JACOBIAN_LIMIT:
+            return None
+
+        def product(of: Tensor) -> Tensor:
+            pulled = self.product(state, samples.join(of))
+            return torch.zeros_like(of) if pulled is None else samples.split(pulled)
+
+        def blocks() -> Tensor:
+            units = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
+            return torch.stack([real_rows(product(rows_like(unit.expand_as(like), rows))) for unit in units], 1)
+
+        found = self._by_blocks.solve(product, blocks, rows, weight, self._precision)
+        return None if found is None else samples.join(found)

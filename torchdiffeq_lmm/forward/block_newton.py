@@ -12,7 +12,6 @@ rates; Deuflhard, *Newton Methods for Nonlinear Problems*, 3.3, for their dampin
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -32,10 +31,13 @@ Flags = NDArray[np.bool_]
 Numbers = NDArray[np.float64]
 
 SLOW = 0.3
-"""Above this rate of convergence substitution gives way to Newton's method, and an old Jacobian to a new one."""
+"""Above this rate of convergence substitution gives way to Newton's method."""
 
-STALE = 0.03
-"""Above this rate of convergence an old Jacobian gives way to a new one."""
+STALE = 0.003
+"""Above this rate of convergence for each entry, and at most the above, an old Jacobian gives way to a new one.
+
+The more entries, the more products it takes.
+"""
 
 NEAR = 30
 """By corrections of more tolerances than that no iteration ends, however fast it converges."""
@@ -56,14 +58,8 @@ PROBES = 8
 """So often, at most, rounding is looked for."""
 
 
-class Way(IntEnum):
-    """What is being done with a sample."""
-
-    SUBSTITUTION = 0
-    FIRST = 1
-    NEWTON = 2
-    SOLVED = 3
-    FAILED = 4
+_SUBSTITUTION, _FIRST, _NEWTON, _SOLVED, _FAILED = range(5)
+"""What is being done with a sample: substitution; Newton's method, at its starting point or on its way; or no more."""
 
 
 class CoupledError(Exception):
@@ -179,15 +175,15 @@ class BlockNewton:
             self._reweigh(equations.weight)
             solving = _Solving(self, equations, starts, skipped)
             solving.run()
-            if len(starts) > 1 and solving.failed.any():
+            if len(starts) > 1 and any_of(solving.failed):
                 solving.begin_again(solving.other, solving.failed)
                 solving.run()
-            if self._jacobian.is_exact and solving.failed.any():
+            if self._jacobian.is_exact and any_of(solving.failed):
                 # What auto-differentiation does not see of func, differences do.
                 unsolved = solving.failed
                 exact, self._jacobian = self._jacobian, self._jacobian.by_differences()
                 for start in (solving.first, solving.other)[: len(starts)]:
-                    if solving.failed.any():
+                    if any_of(solving.failed):
                         solving.begin_again(start, solving.failed)
                         solving.run()
                 if (solving.failed == unsolved).all():
@@ -196,10 +192,10 @@ class BlockNewton:
 
     def correct(self, residual: Rows, newton: Flags) -> Rows:
         """The Newton correction for a residual, of some samples; of the others the residual itself."""
-        if self._inverses is None or not newton.any():
+        if self._inverses is None or not any_of(newton):
             return residual
         solved = rows_like((self._inverses @ real_rows(residual).to(self._inverses.dtype)[..., None])[..., 0], residual)
-        return solved if newton.all() else torch.where(self._mask(newton, residual), solved, residual)
+        return solved if all_of(newton) else torch.where(self._mask(newton, residual), solved, residual)
 
     def refresh(self, equations: Equations, d: Rows, f: Rows, samples: Flags) -> None:
         """Make the Jacobians of some samples anew, at d."""
@@ -208,8 +204,8 @@ class BlockNewton:
         blocks = self._jacobian.blocks(equations.slope, equations.x + d, f, sizes, self._tolerances.precision)
         if blocks is None:
             raise CoupledError
-        inverses = _inverses(blocks, equations.weight)
-        if self._blocks is None or self._inverses is None or samples.all():
+        inverses = inverses_of(blocks, equations.weight)
+        if self._blocks is None or self._inverses is None or all_of(samples):
             self._blocks, self._inverses = blocks, inverses
         else:
             mask = torch.from_numpy(samples).to(blocks.device)[:, None, None]
@@ -228,8 +224,8 @@ class BlockNewton:
 
     def _reweigh(self, weight: float) -> None:
         stale = self._has_block & (self._weights != weight)
-        if self._blocks is not None and stale.any():
-            self._inverses = _inverses(self._blocks, weight)
+        if self._blocks is not None and any_of(stale):
+            self._inverses = inverses_of(self._blocks, weight)
             self._weights[:] = weight
 
     @staticmethod
@@ -252,7 +248,7 @@ class _Solving:
         self.first, self.other = starts[0], starts[-1]
         self._two_starts = len(starts) > 1
         count = len(skipped)
-        self.way = np.where(skipped, Way.SOLVED, np.where(solver._uses_newton, Way.FIRST, Way.SUBSTITUTION))
+        self.way = np.where(skipped, _SOLVED, np.where(solver._uses_newton, _FIRST, _SUBSTITUTION))
         self.at = starts[0]
         self._d, self._f = starts[0], torch.zeros_like(starts[0])
         self._residual = torch.zeros_like(starts[0])
@@ -269,6 +265,7 @@ class _Solving:
         self._is_fresh: Flags = np.zeros(count, bool)
         self._scale = self._tolerances.scale(equations, starts[0])
         self._is_current = True
+        self._stale = min(SLOW, STALE * starts[0].shape[1])
 
     @property
     def _tolerances(self) -> Tolerances:
@@ -277,18 +274,18 @@ class _Solving:
     @property
     def failed(self) -> Flags:
         """Which samples have failed."""
-        return self.way == Way.FAILED
+        return np.asarray(self.way == _FAILED)
 
     def begin_again(self, start: Rows, samples: Flags) -> None:
         """Begin Newton's method for some samples from another point."""
-        self.way[samples] = Way.FIRST
+        self.way[samples] = _FIRST
         self._iterations[samples] = 0
         self.at = self._rows(samples, start, self.at)
         self._scale = self._rows(samples, self._tolerances.scale(self.equations, start), self._scale)
 
     def run(self) -> None:
         """Iterate until every sample is solved or has failed."""
-        while (self.way < Way.SOLVED).any():
+        while any_of(self.way < _SOLVED):
             self._iterate()
 
     def outcome(self) -> Outcome:
@@ -299,14 +296,14 @@ class _Solving:
 
     def _iterate(self) -> None:
         equations, solver = self.equations, self.solver
-        substitutes, first, newton = (self.way == way for way in (Way.SUBSTITUTION, Way.FIRST, Way.NEWTON))
+        substitutes, first, newton = (self.way == way for way in (_SUBSTITUTION, _FIRST, _NEWTON))
         f = equations.iterate(equations.x + self.at)
         self._is_current = True
         residual = equations.c + equations.weight * f - self.at
         missing = first & ~solver.has_block()
-        if missing.any():
+        if any_of(missing):
             finite = torch.isfinite(residual).all(1).cpu().numpy()
-            if (missing & finite).any():
+            if any_of(missing & finite):
                 solver.refresh(equations, self.at, f, missing & finite)
         self._is_fresh[first] = missing[first]
         value = solver.correct(residual, first | newton)
@@ -315,7 +312,7 @@ class _Solving:
         measured = [excess.amax(1), excess_of_residual.amax(1), _excess(value, self._scale).amax(1)]
         measured.append(residual.abs().amax(1).nan_to_num(nan=torch.inf))
         known: Tensor | None = None
-        if newton.any():
+        if any_of(newton):
             # Where nothing was corrected, or little, nothing is known.
             rate = (value.abs() / self._base_value.abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
             small = (excess * torch.clamp(CAUTION * rate, max=1.0) <= 1).all(1)
@@ -328,21 +325,21 @@ class _Solving:
 
         solved = np.zeros(len(size), bool)
         switches = np.zeros(len(size), bool)
-        if substitutes.any():
+        if any_of(substitutes):
             solved_now, switches = self._substituted(substitutes, size, distance, f, residual)
             solved |= solved_now
         solved |= first & (size <= 1) & (residual_size <= 1)
         lost = (first | newton) & (size == np.inf)
-        if newton.any():
+        if any_of(newton):
             assert known is not None
             is_small, is_known = read[4] > 0, read[5] > 0
             near = newton & (self._damping == 1.0) & (size <= NEAR) & is_small
             solved |= near & is_known
             unclear = near & ~is_known
-            if unclear.any():
+            if any_of(unclear):
                 solved |= self._is_rounding(unclear, self.at, f, residual, known)
         self._take(solved, f, value, substitutes)
-        self.way[solved] = Way.SOLVED
+        self.way[solved] = _SOLVED
 
         begins = first & ~solved & ~lost
         accepted = newton & ~solved & ~lost & (level < self._base_level)
@@ -350,53 +347,52 @@ class _Solving:
         worse |= newton & lost
         lost &= first
         refreshed = np.zeros(len(size), bool)
-        if accepted.any():
-            refreshed |= accepted & (level > STALE * self._base_level)
+        if any_of(accepted):
+            refreshed |= accepted & (level > self._stale * self._base_level)
             self._damping[accepted] = np.minimum(1.0, 2 * self._damping[accepted])
         advanced = begins | accepted
-        if advanced.any():
-            rows = self._mask(advanced)
-            self._base, self._base_f = torch.where(rows, self.at, self._base), torch.where(rows, f, self._base_f)
-            self._base_residual = torch.where(rows, residual, self._base_residual)
-            self._base_value = torch.where(rows, value, self._base_value)
+        if any_of(advanced):
+            self._base = self._rows(advanced, self.at, self._base)
+            self._base_f = self._rows(advanced, f, self._base_f)
+            self._base_residual = self._rows(advanced, residual, self._base_residual)
+            self._base_value = self._rows(advanced, value, self._base_value)
             self._base_level[advanced] = level[advanced]
             self._damping[begins], self._is_new[advanced] = 1.0, True
             self._is_fresh[accepted] = False
-            self.way[begins] = Way.NEWTON
-        if worse.any():
+            self.way[begins] = _NEWTON
+        if any_of(worse):
             at_rounding = worse & self._is_new
-            if at_rounding.any():
+            if any_of(at_rounding):
                 at_rounding = self._is_rounding(at_rounding, self._base, self._base_f, self._base_residual, None)
-                if at_rounding.any():
+                if any_of(at_rounding):
                     self.at = self._rows(at_rounding, self._base, self.at)
                     self._is_current = False
                     self._take(at_rounding, self._base_f, self._base_value, np.zeros(len(size), bool))
-                    self.way[at_rounding] = Way.SOLVED
+                    self.way[at_rounding] = _SOLVED
             worse &= ~at_rounding
             shorter = worse & self._is_fresh
             self._damping[shorter] /= 2
             self._is_new[shorter] = False
             refreshed |= worse & ~self._is_fresh
-        if refreshed.any():
+        if any_of(refreshed):
             solver.refresh(equations, self._base, self._base_f, refreshed)
-            rows = self._mask(refreshed)
-            self._base_value = torch.where(rows, solver.correct(self._base_residual, refreshed), self._base_value)
+            self._base_value = self._rows(refreshed, solver.correct(self._base_residual, refreshed), self._base_value)
             levels = _excess(self._base_value, self._scale).amax(1).double().cpu().numpy()
             self._base_level[refreshed] = levels[refreshed]
             self._is_fresh[refreshed] = True
             lost |= refreshed & (levels == np.inf)
-        trying = self.way == Way.NEWTON
+        trying = self.way == _NEWTON
         lost |= trying & ((self._damping < SHORTEST) | (self._iterations > self.solver.max_iterations + 1))
-        if lost.any():
+        if any_of(lost):
             self._lose(lost, residual, excess)
         trying &= ~lost
-        if trying.any():
+        if any_of(trying):
             damped = torch.from_numpy(self._damping).to(self.at.device, self.at.dtype.to_real())[:, None]
             self.at = self._rows(trying, self._base + damped * self._base_value, self.at)
         substitutes &= ~solved & ~switches
-        if substitutes.any():
+        if any_of(substitutes):
             self.at = self._rows(substitutes, self.at + residual, self.at)
-        if switches.any():
+        if any_of(switches):
             self._switch(switches)
 
     def _substituted(
@@ -417,7 +413,7 @@ class _Solving:
         solved &= samples
         slow &= samples & ~solved
         near = slow & (previous <= NEAR) & (size <= NEAR) & (rate <= CAUTION * SLOW)
-        if near.any():
+        if any_of(near):
             at_rounding = self._is_rounding(near, self.at, f, residual, None)
             solved |= at_rounding
             slow &= ~at_rounding
@@ -428,7 +424,7 @@ class _Solving:
         """Begin Newton's method for some samples, from the better of their starting points."""
         equations = self.equations
         self.solver._uses_newton |= samples
-        self.way[samples] = Way.FIRST
+        self.way[samples] = _FIRST
         self._iterations[samples] = 0
         start = self.first
         if self._two_starts:
@@ -447,17 +443,17 @@ class _Solving:
 
     def _take(self, samples: Flags, f: Rows, value: Rows, substitutes: Flags) -> None:
         """Take what samples have come to for their solution."""
-        if not samples.any():
+        if not any_of(samples):
             return
         d = self.at + value
         # By the equation: f itself would amplify what is left of the error by the Jacobian.
         slope = (d - self.equations.c) / self.equations.weight
-        if substitutes.any():
+        if any_of(substitutes):
             slope = self._rows(substitutes, f, slope)
         self._d, self._f = self._rows(samples, d, self._d), self._rows(samples, slope, self._f)
 
     def _lose(self, samples: Flags, residual: Rows, excess: Rows) -> None:
-        self.way[samples] = Way.FAILED
+        self.way[samples] = _FAILED
         self.solver.forget(samples)
         self._d = self._rows(samples, self.at, self._d)
         self._residual = self._rows(samples, residual, self._residual)
@@ -488,7 +484,7 @@ class _Solving:
         pending = samples & (left > 0)
         found = samples & (left == 0)
         for seed in range(PROBES):
-            if not pending.any():
+            if not any_of(pending):
                 break
             nearby = y + 2 * PROBE * precision * level * noise(level[:1], seed)
             changed = ROUNDING * abs(weight) / PROBE * (self.equations.slope(nearby) - f).abs()
@@ -504,9 +500,19 @@ class _Solving:
 
     def _rows(self, samples: Flags, new: Rows, old: Rows) -> Rows:
         """Rows of `new` for some samples, of `old` for the others."""
-        if samples.all():
+        if all_of(samples):
             return new
-        return torch.where(self._mask(samples), new, old) if samples.any() else old
+        return torch.where(self._mask(samples), new, old) if any_of(samples) else old
+
+
+def any_of(flags: Flags) -> bool:
+    """NumPy's own any, in a tenth of its time."""
+    return 1 in flags.tobytes()
+
+
+def all_of(flags: Flags) -> bool:
+    """NumPy's own all, in a tenth of its time."""
+    return 0 not in flags.tobytes()
 
 
 def least(dtype: torch.dtype) -> float:
@@ -520,7 +526,7 @@ def _excess(correction: Tensor, tolerance: Tensor) -> Tensor:
     return excess.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-def _inverses(blocks: Tensor, weight: float) -> Tensor:
+def inverses_of(blocks: Tensor, weight: float) -> Tensor:
     """(1 - b* J)⁻¹ of every block, in double precision where the device has it; not finite where it is singular."""
     dtype = blocks.dtype if blocks.device.type == "mps" else torch.float64
     unit = torch.eye(blocks.shape[-1], dtype=dtype, device=blocks.device)

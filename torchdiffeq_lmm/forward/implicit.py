@@ -15,7 +15,7 @@ entry. All else is an error.
 
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -41,6 +41,12 @@ SAFETY = 1e-4
 
 _NAMED = 5
 """So many of the samples that have failed are named in messages."""
+
+
+def check_on_failure(on_failure: object) -> None:
+    """Raise a ValueError unless `on_failure` says what to do."""
+    if on_failure not in get_args(OnFailure):
+        raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {on_failure!r}")
 
 
 class ImplicitSolver:
@@ -122,7 +128,7 @@ class ImplicitSolver:
                         return self._solve_blocks(samples, x, c, weight, starts, slope, iterate, where)
                     except CoupledError:
                         self._blocks = None
-                samples = samples.fewer()
+                samples = samples.fewer() if samples.dims else None
             return self._solve_krylov(Equation(x, c, weight, slope, iterate), starts, where)
 
     def _solve_blocks(

@@ -44,35 +44,41 @@ class Samples:
         parts = rows.split([shape.numel() // self.count for shape in self.shapes], 1)
         return torch.cat([part.reshape(-1) for part in parts])
 
-    def fewer(self) -> "Samples | None":
-        """The same with a dimension less, where there is one."""
-        return Samples(self.shapes, self.dims - 1) if self.dims else None
+    def fewer(self) -> "Samples":
+        """The same with a dimension less."""
+        return Samples(self.shapes, self.dims - 1)
 
     def index(self, row: int) -> tuple[int, ...]:
         """The index of a sample."""
         return tuple(int(i) for i in torch.unravel_index(torch.tensor(row, device="cpu"), self.shapes[0][: self.dims]))
 
 
-def samples_of(shapes: Sequence[torch.Size], dims: int | None) -> Samples:
+def samples_of(shapes: Sequence[torch.Size], batch_dims: object) -> Samples:
     """The samples of a state.
 
     Args:
         shapes: of its components, one where it is no tuple.
-        dims: how many leading dimensions count them. None: all that the components have in common, but for the last
-            one of a state that is no tuple.
+        batch_dims: how many leading dimensions count them. "auto": all that the components have in common, but for the
+            last one of a state that is no tuple.
 
     Raises:
-        ValueError: the components have not so many dimensions in common.
+        TypeError: `batch_dims` is neither an int nor a string.
+        ValueError: it is another string, or negative; or the components have not so many dimensions in common.
     """
+    known = f"batch_dims must be 'auto' or an int that is not negative, got {batch_dims!r}"
     common = 0
     while all(len(shape) > common and shape[common] == shapes[0][common] for shape in shapes):
         common += 1
-    if dims is not None:
-        if dims > common:
+    if batch_dims != "auto":
+        if not isinstance(batch_dims, int | str) or isinstance(batch_dims, bool):
+            raise TypeError(known)
+        if isinstance(batch_dims, str) or batch_dims < 0:
+            raise ValueError(known)
+        if batch_dims > common:
             raise ValueError(
                 f"batch_dims must be at most {common}, the number of leading dimensions that all components of y0 have "
-                f"in common, got {dims} for shapes {[tuple(shape) for shape in shapes]}"
+                f"in common, got {batch_dims} for shapes {[tuple(shape) for shape in shapes]}"
             )
-        return Samples(tuple(shapes), dims)
+        return Samples(tuple(shapes), batch_dims)
     found = Samples(tuple(shapes), max(0, common - 1) if len(shapes) == 1 else common)
     return Samples(found.shapes, 0) if found.count == 0 else found

@@ -200,10 +200,11 @@ class MultistepSDESolver:
         first, of_rows = recurrence.nodes[offset], noise_of_rows(recurrence)
         source = _Field(self._sde, self._bm, grid, ts, recurrence.positions, offset, method)
         precision = precision_of(y0.dtype, y0.device)
+        samples = samples_of((y0.shape,), "auto")
         field: DriftAndNoise = source
         recorder: SolveRecorder | None = None
         if is_recorded:
-            recorder = SolveRecorder(source.drift_at, precision, y0, False, AUTOGRAD, None, len(grid.steps))
+            recorder = SolveRecorder(source.drift_at, precision, samples, y0, False, AUTOGRAD, None, len(grid.steps))
             field = RecordedField(source, source.time, recorder)
         entry = partial(entry_name, "y", shape=y0.shape)
         implicit = partial(
@@ -213,7 +214,7 @@ class MultistepSDESolver:
             precision,
             entry,
             torch.is_grad_enabled(),
-            samples_of((y0.shape,), 1),
+            samples,
         )
         steps_of = partial(StepEvaluator, source.drift_at, implicit, method.name, source.time)
         steps = steps_of(lambda state, _, x: field.drift(state, x))

@@ -33,7 +33,7 @@ from torchdiffeq_lmm.forward.grid import (
     uniform_grid,
     uniform_pieces,
 )
-from torchdiffeq_lmm.forward.implicit import ImplicitSolver, OnFailure
+from torchdiffeq_lmm.forward.implicit import ImplicitSolver, OnFailure, check_on_failure
 from torchdiffeq_lmm.forward.interpolation import Interpolation, check_interpolation
 from torchdiffeq_lmm.forward.jumps import jumps_of
 from torchdiffeq_lmm.forward.outputs import OutputRule, Trajectory
@@ -64,6 +64,11 @@ class MultistepSolver:
         grid_constructor: ``grid_constructor(func, y0, t)`` returns the nodes, as torchdiffeq's option.
         interp: "linear" or "cubic": how outputs between nodes are made.
         perturb: evaluate func a hair beside the nodes, as torchdiffeq's option.
+        batch_dims: for implicit steps, how many leading dimensions of the state, or of all components of a tuple, count
+            samples that func treats independently. "auto" takes all but the last, and looks whether that is so; samples
+            that are coupled are solved as one system.
+        on_failure: "raise" an error where the equation of an implicit step is not solved; or "nan", to go on with NaN
+            for that sample, after a warning.
         max_num_steps: the most steps that are made, as the option of torchdiffeq's adaptive solvers. By default 20,000
             in the search for an event, as in torchdiffeq, and else 10 million, more of which are taken for a mistake.
         jump_t: times at which func jumps, a tensor of shape (m,) or a sequence of numbers, in any order: see below.
@@ -146,10 +151,11 @@ class MultistepSolver:
                     f"{option} must be {plain!r} in odeint_adjoint, got {value!r}: its gradient comes from a solve of "
                     f"its own, which no {option} reaches. Use odeint"
                 )
-        self._batch_dims = None if batch_dims == "auto" else batch_dims
+        check_on_failure(on_failure)
         self._on_failure = on_failure
         self._reverse = hosted.reversed
         self._vector_field = VectorField(hosted, y0, perturb, copies=self.method.remembers_slopes)
+        self._samples = samples_of(self._vector_field.shapes, batch_dims)
         self._sides = Sides(self._vector_field, perturb)
         self._is_smooth = isinstance(self.grad_filter, SmoothFilter)
         left_slopes = perturb and not self.method.is_implicit
@@ -337,9 +343,10 @@ class MultistepSolver:
                 field.precision,
                 field.entry,
                 differentiable,
-                samples_of(field.shapes, self._batch_dims),
+                self._samples,
                 self._on_failure,
             ),
+            samples=self._samples,
             callback_step=self._callback_step,
             max_steps=self._max_event_steps,
         )
