@@ -1,7 +1,7 @@
 """Linear equations (1 - b* Jᵀ) z = r of many samples at once, by the blocks of J, and verified by a residual.
 
-The residual is worked out from the product with the whole of Jᵀ. So where the blocks do not fit, for samples are coupled
-or a block is ill-conditioned, it is seen, and nothing is returned.
+The residual is worked out from the product with the whole of Jᵀ. So where the blocks do not fit, for samples are
+coupled or a block is ill-conditioned, it is seen, and nothing is returned.
 """
 
 from collections.abc import Callable

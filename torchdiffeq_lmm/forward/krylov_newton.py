@@ -2,8 +2,8 @@
 
 When it is solved is said in `implicit`.
 
-Source: Hairer, Wanner, *Solving Ordinary Differential Equations II*, IV.8, for the Newton iterations; Deuflhard, *Newton
-Methods for Nonlinear Problems*, 3.3, for their damping.
+Source: Hairer, Wanner, *Solving Ordinary Differential Equations II*, IV.8, for the Newton iterations; Deuflhard,
+*Newton Methods for Nonlinear Problems*, 3.3, for their damping.
 """
 
 from dataclasses import dataclass
