@@ -320,7 +320,7 @@ class TestFailures:
         def func(t: Tensor, y: Tensor) -> Tensor:
             return one_fails(t, y) * rate / 50
 
-        with pytest.warns(UserWarning, match=r"not solved for 1 of 5 samples, \[2\], which are NaN from there on"):
+        with pytest.warns(UserWarning, match=r"not solved for 1 of 5 samples, \[2\]: they are NaN from there on"):
             y = solve(func, y0, self.GRID, "bdf1", options={"on_failure": "nan"})
         assert torch.isnan(y[5:, 2]).all()
         assert torch.isfinite(y[:5]).all()
@@ -333,12 +333,25 @@ class TestFailures:
         torch.testing.assert_close(y0.grad[others], torch.full((4, 1), (1 + 50 * h) ** -10, dtype=torch.float64))
         assert y0.grad[2] == 0
 
-    def test_it_warns_once_for_each_that_fails(self) -> None:
-        y0 = torch.ones(5, 1, dtype=torch.float64)
+    @pytest.mark.parametrize("backward", ["autograd", "checkpoint"])
+    def test_it_warns_once_of_all_that_fail(self, backward: str) -> None:
+        times = torch.tensor([0.1, 0.4, 2.0, 0.4, 2.0, 0.8], dtype=torch.float64)[:, None]
+        rate = torch.tensor(50.0, dtype=torch.float64, requires_grad=True)
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return torch.where(t > times, 1e3 * (1 + y * y), -rate * y)
+
+        y0 = torch.ones(6, 1, dtype=torch.float64)
+        ways: dict[str, Any] = {"adjoint_params": (rate,)} if backward == "checkpoint" else {}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            solve(one_fails, y0, self.GRID, "bdf1", options={"on_failure": "nan"})
-        assert len(caught) == 1
+            y = solve(func, y0, self.GRID, "bdf1", options={"on_failure": "nan"}, backward=backward, **ways)
+        assert [str(warning.message)[:91] for warning in caught] == [
+            "the implicit equations of method 'bdf1' were not solved for 4 of 6 samples, [0], [1], [3], "
+        ]
+        assert torch.isnan(y[..., 0]).sum(0).tolist() == [9, 6, 0, 6, 0, 2]
+        y[-1, [2, 4]].sum().backward()
+        torch.testing.assert_close(rate.grad, torch.tensor(-2 * 10 * 0.1 * 6.0**-11, dtype=torch.float64))
 
     def test_on_failure_must_be_known(self) -> None:
         with pytest.raises(ValueError, match="on_failure must be one of \\('raise', 'nan'\\), got 'ignore'"):

@@ -13,7 +13,6 @@ residual counts as 0 if it is no larger than the differences that the last place
 entry. All else is an error.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -22,10 +21,12 @@ import torch
 from torch import Tensor
 
 from .block_jacobian import BlockJacobian
-from .block_newton import BlockNewton, CoupledError, Equations, Flags, Outcome, Tolerances
+from .block_newton import BlockNewton, CoupledError
+from .implicit_equation import Equations, Tolerances, all_of, any_of
 from .jacobian import Slope
 from .krylov_newton import Equation, Failure, KrylovNewton
 from .linear import FALLBACK_LIMIT, to_real
+from .newton_iteration import Outcome
 from .samples import Samples
 
 OnFailure = Literal["raise", "nan"]
@@ -38,9 +39,6 @@ MAX_ITERATIONS = 50
 
 SAFETY = 1e-4
 """The equation is solved to this fraction of atol + rtol |x|."""
-
-_NAMED = 5
-"""So many of the samples that have failed are named in messages."""
 
 
 def check_on_failure(on_failure: object) -> None:
@@ -82,8 +80,6 @@ class ImplicitSolver:
         self._blocks: BlockNewton | None = None
         self._krylov: KrylovNewton | None = None
         self._uses_matrix = False
-        self._lost: Flags | None = None
-        self._last_finite: Tensor | None = None
 
     def solve(
         self,
@@ -149,11 +145,14 @@ class ImplicitSolver:
             )
             tolerances = Tolerances(rtol, atol, SAFETY, self._precision)
             self._blocks = BlockNewton(samples.count, tolerances, BlockJacobian(self._differentiable), MAX_ITERATIONS)
-        lost = np.zeros(samples.count, bool) if self._lost is None else self._lost
-        if lost.any() and self._last_finite is not None:
-            # Where they were lost; f is evaluated there, along with the others.
-            gone = torch.from_numpy(lost).to(x.device)[:, None]
-            rows = [torch.where(gone, self._last_finite, rows[0]), *(of.masked_fill(gone, 0.0) for of in rows[1:])]
+        lost = np.zeros(samples.count, bool)
+        if self._on_failure == "nan":
+            # Those that have failed before; f is evaluated where another sample is, so that no gradient is NaN.
+            finite = torch.isfinite(rows[0]).all(1)
+            lost = (~finite).cpu().numpy()
+            if any_of(lost) and not all_of(lost):
+                gone, other = ~finite[:, None], rows[0][finite][:1]
+                rows = [torch.where(gone, other, rows[0]), *(of.masked_fill(gone, 0.0) for of in rows[1:])]
         equations = Equations(
             rows[0],
             rows[1],
@@ -162,17 +161,10 @@ class ImplicitSolver:
             lambda of: samples.split(iterate(samples.join(of))),
         )
         found = self._blocks.solve(equations, rows[2:], lost)
-        if found.failed.any():
-            if self._on_failure == "raise" or samples.count == 1:
-                raise RuntimeError(self._complaint_of(samples, x, found, where()))
-            warnings.warn(
-                f"the implicit equation {where()} was not solved for {int(found.failed.sum())} of {samples.count} "
-                f"samples, {self._names(samples, found.failed)}, which are NaN from there on: on_failure is 'nan'",
-                stacklevel=2,
-            )
-            lost = self._lost = lost | found.failed
-            self._last_finite = rows[0]
-        if not lost.any():
+        if any_of(found.failed) and (self._on_failure == "raise" or samples.count == 1):
+            raise RuntimeError(self._complaint_of(samples, x, found, where()))
+        lost |= found.failed
+        if not any_of(lost):
             return samples.join(found.d), samples.join(found.f)
         gone = torch.from_numpy(lost).to(x.device)[:, None]
         return samples.join(found.d.masked_fill(gone, torch.nan)), samples.join(found.f.masked_fill(gone, torch.nan))
@@ -197,11 +189,6 @@ class ImplicitSolver:
             )
         raise RuntimeError(self._complaint(found, where()))
 
-    def _names(self, samples: Samples, failed: Flags) -> str:
-        first = np.flatnonzero(failed)[:_NAMED]
-        named = ", ".join(str(list(samples.index(int(row)))) for row in first)
-        return named + (", ..." if failed.sum() > _NAMED else "")
-
     def _complaint_of(self, samples: Samples, x: Tensor, found: Outcome, where: str) -> str:
         worst_row = int(np.flatnonzero(found.failed)[0])
         excess = torch.where(torch.from_numpy(found.failed).to(x.device)[:, None], found.excess, -1.0)
@@ -220,7 +207,7 @@ class ImplicitSolver:
         count = int(found.failed.sum())
         return (
             f"{text} It is one of {count} samples, of {samples.count}, that were not solved: "
-            f"{self._names(samples, found.failed)}. options={{'on_failure': 'nan'}} goes on without them"
+            f"{samples.names(found.failed)}. options={{'on_failure': 'nan'}} goes on without them"
         )
 
     def _complaint(self, failure: "Failure", where: str) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .block_newton import CAUTION, NEAR, PROBE, ROUNDING, SHORTEST, SLOW, least
+from .implicit_equation import CAUTION, NEAR, PROBE, ROUNDING, SHORTEST, SLOW, least
 from .jacobian import Jacobian, Slope, to_real_sizes
 from .linear import FEW_RESTARTS, Counted, from_real, gmres, is_rounding, noise, to_real
 

@@ -1,15 +1,22 @@
 """How a state is made of samples, on which f acts independently of each other."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BatchDims = Literal["auto"] | int
 """How many leading dimensions of a state count its samples."""
+
+
+_NAMED = 5
+"""So many samples are named in messages."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +55,11 @@ class Samples:
         """The same with a dimension less."""
         return Samples(self.shapes, self.dims - 1)
 
-    def index(self, row: int) -> tuple[int, ...]:
-        """The index of a sample."""
-        return tuple(int(i) for i in torch.unravel_index(torch.tensor(row, device="cpu"), self.shapes[0][: self.dims]))
+    def names(self, samples: NDArray[np.bool_]) -> str:
+        """The indices of some samples in words: those of the first few."""
+        first = np.flatnonzero(samples)[:_NAMED]
+        indices = np.stack(np.unravel_index(first, self.shapes[0][: self.dims]), 1)
+        return ", ".join(str(index.tolist()) for index in indices) + (", ..." if samples.sum() > _NAMED else "")
 
 
 def samples_of(shapes: Sequence[torch.Size], batch_dims: object) -> Samples:
@@ -82,3 +91,14 @@ def samples_of(shapes: Sequence[torch.Size], batch_dims: object) -> Samples:
         return Samples(tuple(shapes), batch_dims)
     found = Samples(tuple(shapes), max(0, common - 1) if len(shapes) == 1 else common)
     return Samples(found.shapes, 0) if found.count == 0 else found
+
+
+def warn_of_failures(samples: Samples, x: Tensor, method: str) -> None:
+    """Warn of samples that are not finite at the end of a solve, where those that failed were to be NaN."""
+    failed = (~torch.isfinite(samples.split(x.detach())).all(1)).cpu().numpy()
+    if failed.any():
+        warnings.warn(
+            f"the implicit equations of method {method!r} were not solved for {int(failed.sum())} of {samples.count} "
+            f"samples, {samples.names(failed)}: they are NaN from there on, for on_failure is 'nan'",
+            stacklevel=3,
+        )

@@ -15,7 +15,7 @@ from torchdiffeq_lmm.autodiff.compilation import eager
 from torchdiffeq_lmm.autodiff.goals import Outputs, Search, UntilEvent
 from torchdiffeq_lmm.autodiff.piece import Piece, PieceSolver
 from torchdiffeq_lmm.filters.grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
-from torchdiffeq_lmm.filters.smoothed_observation import observed
+from torchdiffeq_lmm.filters.smoothed_observation import check_equal_steps, observed
 from torchdiffeq_lmm.forward.autograd_state import savable
 from torchdiffeq_lmm.forward.events import EventSign
 from torchdiffeq_lmm.forward.grid import (
@@ -37,7 +37,7 @@ from torchdiffeq_lmm.forward.implicit import ImplicitSolver, OnFailure, check_on
 from torchdiffeq_lmm.forward.interpolation import Interpolation, check_interpolation
 from torchdiffeq_lmm.forward.jumps import jumps_of
 from torchdiffeq_lmm.forward.outputs import OutputRule, Trajectory
-from torchdiffeq_lmm.forward.samples import BatchDims, samples_of
+from torchdiffeq_lmm.forward.samples import BatchDims, samples_of, warn_of_failures
 from torchdiffeq_lmm.forward.step_source import FixedSteps, Sides, StepSource, UnboundedSteps
 from torchdiffeq_lmm.forward.tolerances import check_max_num_steps, check_steps, event_tolerance, resolve_tolerance
 from torchdiffeq_lmm.forward.vector_field import VectorField
@@ -68,7 +68,7 @@ class MultistepSolver:
             samples that func treats independently. "auto" takes all but the last, and looks whether that is so; samples
             that are coupled are solved as one system.
         on_failure: "raise" an error where the equation of an implicit step is not solved; or "nan", to go on with NaN
-            for that sample, after a warning.
+            for that sample, with one warning in the end; a state of a single sample raises in any case.
         max_num_steps: the most steps that are made, as the option of torchdiffeq's adaptive solvers. By default 20,000
             in the search for an event, as in torchdiffeq, and else 10 million, more of which are taken for a mistake.
         jump_t: times at which func jumps, a tensor of shape (m,) or a sequence of numbers, in any order: see below.
@@ -194,7 +194,7 @@ class MultistepSolver:
         check_steps(sum(len(piece.steps) for piece in pieces), self.max_num_steps)
         if self._is_smooth:
             for piece in pieces:
-                _check_equal(piece.steps)
+                check_equal_steps(piece.steps)
         sources = [
             FixedSteps(piece, rows, self._sides, t) for piece, rows in zip(pieces, self._rows(pieces), strict=True)
         ]
@@ -210,6 +210,8 @@ class MultistepSolver:
             x = trajectory.states[source.count]
             outputs += [self._rule.output(placement, made.steps, trajectory) for placement in placed]
             keepers.append(keeper)
+        if self._on_failure == "nan":
+            warn_of_failures(self._samples, x, self.method.name)
         return stack(outputs, keepers)
 
     @eager
@@ -251,6 +253,8 @@ class MultistepSolver:
             assert isinstance(source, FixedSteps)
             made, before = made + source.count, source
         assert event_time is not None
+        if self._on_failure == "nan":
+            warn_of_failures(self._samples, x, self.method.name)
         return event_time, stack([self.y0, x], keepers)
 
     def _end_of(
@@ -384,15 +388,6 @@ def solver_of(method: MultistepMethod | TwoStageMethod) -> type[MultistepSolver]
     summary = f"The method {method.name!r} as a solver of torchdiffeq: see `MultistepSolver`."
     members = {"method": method, "order": method.order, "__doc__": summary, "__module__": __name__}
     return type(method.name, (MultistepSolver,), members)
-
-
-def _check_equal(steps: Tensor) -> None:
-    shortest, longest = float(steps.detach().min()), float(steps.detach().max())
-    if shortest != longest:
-        raise ValueError(
-            f"grad_filter='smooth' is for equal steps, got steps from {shortest!r} to {longest!r}; use "
-            f"grad_filter='leapfrog', which is for any grid, or a step_size of which the interval is a multiple"
-        )
 
 
 def _equal_steps(h: float, count: int) -> Tensor:
