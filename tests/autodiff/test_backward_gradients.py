@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from backward import AGAIN, DIM, EXPLICIT, NAMES, OBSERVED, STEPS, TIGHT, Net, Plain, assert_same, draw, loss, solve
+from backward import AGAIN, DIM, EXPLICIT, OBSERVED, STEPS, TIGHT, Net, Plain, assert_same, draw, loss, solve
+from methods import NAMES
 from torch import Tensor, nn
 
 import torchdiffeq_lmm

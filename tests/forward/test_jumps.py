@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
-from jumping import END, IMPLICIT, JUMPS, NAMES, ORDER, SOME, TIGHT, f64, jumping, rate
+from jumping import END, JUMPS, SOME, TIGHT, f64, jumping, rate
+from methods import IMPLICIT, NAMES, ORDER
 from problems import orders
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
