@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
-from methods import EVERY_METHOD, IMPLICIT, NAMES, ORDER
+from methods import EVERY_METHOD, FAMILIES, IMPLICIT, NAMES, ORDER, in_turn, slow_but
 from problems import GRIDS, LOTKA_VOLTERRA, PENDULUM, Problem, Reference, orders
 from torch import Tensor, nn
 
@@ -31,12 +31,12 @@ class PerNode:
     def __init__(self, problem: Problem, nodes: Tensor) -> None:
         self.problem = problem
         self.nodes = nodes
+        # Evaluated between the nodes f raises a KeyError.
+        self.index = {t: n for n, t in enumerate(nodes.tolist())}
         self.theta = torch.tensor(problem.theta(nodes.numpy()).T.copy()).requires_grad_()
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        index = int((self.nodes - t).abs().argmin())
-        assert self.nodes[index] == t, "f is evaluated between the nodes"
-        return self.problem.torch_f(x, self.theta[index])
+        return self.problem.torch_f(x, self.theta[self.index[float(t)]])
 
     def gradients(self, name: str, observed: list[int], grad_filter: object, weight: float = 1.0) -> Tensor:
         """The gradient of every node's parameter, divided by the step after it, and by the last one at the last."""
@@ -69,6 +69,7 @@ OBSERVATIONS: dict[str, Callable[[int], list[int]]] = {
 }
 
 
+@cache
 def density_errors(
     name: str, grid_filter: object, grid: str, observations: str, problem: Problem, steps: int
 ) -> tuple[Tensor, slice]:
@@ -82,8 +83,7 @@ def density_errors(
 # --------------------------------------------------------------------------------------------------- orders, forward
 
 
-@pytest.mark.parametrize("grid", ["uniform", "truncated", "growing", "random"])
-@pytest.mark.parametrize("name", EVERY_METHOD)
+@pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "truncated", "growing", "random"], few=2))
 def test_order_forward(name: str, grid: str) -> None:
     problem = LOTKA_VOLTERRA
     errors = []
@@ -130,13 +130,15 @@ def test_evaluations_per_step(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "observations"),
-    [
-        *(("uniform", observations) for observations in OBSERVATIONS),
-        *((grid, "four") for grid in GRIDS if grid != "uniform"),
-    ],
+    ("name", "grid", "observations"),
+    in_turn(
+        [
+            *(("uniform", observations) for observations in OBSERVATIONS),
+            *((grid, "four") for grid in GRIDS if grid != "uniform"),
+        ],
+        few=3,
+    ),
 )
-@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_gradient_is_second_order_at_every_node(name: str, grid: str, observations: str) -> None:
     errors = []
     for steps in (80, 160, 320):
@@ -162,7 +164,7 @@ def test_unfiltered_gradient_does_not_converge(name: str) -> None:
         assert abs(np.mean(orders(errors))) < 0.2
 
 
-@pytest.mark.parametrize("name", sorted(STRONGLY_STABLE))
+@pytest.mark.parametrize("name", slow_but(FAMILIES, sorted(STRONGLY_STABLE)))
 def test_far_from_observations_the_methods_own_accuracy_stays(name: str) -> None:
     steps = 320
     filtered, _ = density_errors(name, "auto", "uniform", "at the end", PENDULUM, steps)
@@ -187,25 +189,24 @@ def test_nodes_that_were_added_up_are_equally_spaced(name: str) -> None:
     assert errors[0] <= 1.01 * errors[1]
 
 
-@pytest.mark.parametrize("name", sorted(STRONGLY_STABLE))
+@pytest.mark.parametrize("name", slow_but(FAMILIES, sorted(STRONGLY_STABLE)))
 def test_where_steps_change_the_filter_is_second_order_though_auto_differentiation_is_not(name: str) -> None:
     """Where the steps change abruptly the gradient of auto-differentiation is off far from any observation too."""
-    raw, filtered = [], []
-    for steps in (60, 120, 240):
+
+    def error(steps: int, grad_filter: str | None) -> float:
         around = slice(steps // 2 - 8, steps // 2 + 8)
-        for errors, grad_filter in ((raw, None), (filtered, "auto")):
-            errors.append(
-                float(density_errors(name, grad_filter, "abrupt", "at the end", PENDULUM, steps)[0][around].max())
-            )
+        return float(density_errors(name, grad_filter, "abrupt", "at the end", PENDULUM, steps)[0][around].max())
+
+    filtered = [error(steps, "auto") for steps in (60, 120, 240)]
     assert orders(filtered)[-1] > min(2, ORDER[name]) - 0.2
-    assert filtered[-1] < 0.05 * raw[-1] if ORDER[name] > 1 else True
+    if ORDER[name] > 1:
+        assert filtered[-1] < 0.05 * error(240, None)
 
 
 # ------------------------------------------------------------------------------------------------------------ totals
 
 
-@pytest.mark.parametrize("grid", ["uniform", "growing"])
-@pytest.mark.parametrize("name", EVERY_METHOD)
+@pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "growing"], few=1))
 def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(name: str, grid: str) -> None:
     """θ_1(t) = 1 + φ sin 3t."""
     of = reference(PENDULUM, (PENDULUM.horizon,))
@@ -253,8 +254,7 @@ class Small(nn.Module):
 TIMES = torch.tensor([0.0, 0.1, 0.22, 0.3, 0.45, 0.5, 0.62, 0.7, 0.8, 0.93, 1.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("grid", ["times", "step_size"])
-@pytest.mark.parametrize("name", EVERY_METHOD)
+@pytest.mark.parametrize(("name", "grid"), in_turn(["times", "step_size"], few=1))
 def test_gradcheck_without_filter(name: str, grid: str) -> None:
     field = Small()
     options = {} if grid == "times" else {"step_size": 0.13, "interp": "cubic"}
