@@ -12,7 +12,8 @@ from torchdiffeq_lmm.autodiff.checkpoints import Checkpoints, Rerun, Snapshot, S
 from torchdiffeq_lmm.autodiff.rng_state import Circumstances, RandomState
 from torchdiffeq_lmm.forward.stepping import History, march
 from torchdiffeq_lmm.schemes.methods import METHODS
-from torchdiffeq_lmm.schemes.recurrence import Recurrence, unroll
+from torchdiffeq_lmm.schemes.recurrence import Recurrence
+from torchdiffeq_lmm.schemes.unrolling import unroll
 
 METHOD = {method.name: method for method in METHODS}
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ Contributions = list[tuple[float, Tensor]]
 """A sum of cotangents, as weights and cotangents; nothing is 0."""
 
 
-class Linearisation(Protocol):
+class TransposedJacobians(Protocol):
     """The Jacobians J of f at the states, transposed."""
 
     def pull_back(self, state: int, cotangent: Contributions) -> Contributions:
@@ -54,9 +54,9 @@ class AdjointState(NamedTuple):
 def discrete_adjoint(
     rows: Sequence[Row],
     node_cotangents: Sequence[Tensor | None],
-    linearisation: Linearisation,
+    jacobians: TransposedJacobians,
     zero: Tensor,
-    kicked: Callable[[int], Tensor | None] | None = None,
+    noise_cotangent: Callable[[int], Tensor | None] | None = None,
 ) -> Iterator[AdjointState]:
     """Run the adjoint of X = x + Σ e d + Σ b f + b* f(X) backwards over the rows.
 
@@ -70,10 +70,10 @@ def discrete_adjoint(
     Args:
         rows: the rows, with numbers for weights.
         node_cotangents: g_0, ..., g_N, None for a node that E does not see.
-        linearisation: the Jacobians.
+        jacobians: of f at the states.
         zero: a state of zeros.
-        kicked: what a state receives besides by its kick, where there are any: asked for after the state before it in
-            this order has been yielded. It belongs to P.
+        noise_cotangent: what a state receives besides by its noise increment, where there are any: asked for after
+            the state before it in this order has been yielded. It belongs to P.
 
     Yields:
         All states, the last one first. The mappings are those of the moment.
@@ -87,9 +87,9 @@ def discrete_adjoint(
         is_node = row is None or row.is_node
         node = layout.node_before[state] if is_node else None
         later = slopes.pop(state, [])
-        pulled = linearisation.pull_back(state, later)
+        pulled = jacobians.pull_back(state, later)
         mu = later
-        by_kick = None if kicked is None else kicked(state)
+        by_noise = None if noise_cotangent is None else noise_cotangent(state)
         window: Tensor | None
         shift: Tensor | None
         increment: Tensor | None
@@ -97,16 +97,16 @@ def discrete_adjoint(
         if node is not None:
             seen = node_cotangents[node]
             rest = rest if seen is None else rest + seen
-            rest = rest if by_kick is None else rest + by_kick
+            rest = rest if by_noise is None else rest + by_noise
             leading = increments.get(node, [])
             window = shift = plus(rest, pulled)
             increment = plus(window, leading)
         else:
-            received = pulled if by_kick is None else [*pulled, (1.0, by_kick)]
+            received = pulled if by_noise is None else [*pulled, (1.0, by_noise)]
             window = shift = increment = combine(received) if received else None
         if row is not None and row.implicit is not None and increment is not None:
             weight = float(row.implicit)
-            increment = linearisation.solve(state, weight, increment)
+            increment = jacobians.solve(state, weight, increment)
             mu = [*later, (weight, increment)]
             # D = window + Σ e D, and the solution has all that Jᵀ b* D adds to the window.
             window = plus(increment, [(-e, cotangent) for e, cotangent in leading])
