@@ -31,7 +31,7 @@ from torchdiffeq_lmm.forward.sde_stepping import kicks_of_rows, march_with_kicks
 from torchdiffeq_lmm.forward.tolerances import resolve_tolerance
 from torchdiffeq_lmm.forward.vector_field import entry_name, precision_of
 from torchdiffeq_lmm.schemes.methods import MultistepMethod
-from torchdiffeq_lmm.schemes.recurrence import start_length
+from torchdiffeq_lmm.schemes.unrolling import start_length
 
 from .torchsde_host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
 

@@ -43,8 +43,9 @@ from torchdiffeq_lmm.forward.tolerances import event_tolerance, resolve_toleranc
 from torchdiffeq_lmm.forward.vector_field import VectorField
 from torchdiffeq_lmm.parameters.grid_parameter import parameters_of
 from torchdiffeq_lmm.schemes.methods import LEAPFROG, MultistepMethod
-from torchdiffeq_lmm.schemes.recurrence import Recurrence, unroll
+from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
+from torchdiffeq_lmm.schemes.unrolling import unroll
 from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 from .torchdiffeq_host import MAX_EVENT_STEPS, find_event, unwrap, warn_of_unused_options
