@@ -16,7 +16,7 @@ def check_interpolation(interp: object) -> None:
         raise ValueError(f"interp must be one of {get_args(Interpolation)}, got {interp!r}")
 
 
-def linear(fraction: Weight, x0: Tensor, x1: Tensor) -> Tensor:
+def linear_interpolation(fraction: Weight, x0: Tensor, x1: Tensor) -> Tensor:
     """The straight line from x0 to x1 at `fraction` of the way."""
     return weighted_sum((1 - fraction, fraction), (x0, x1))
 
