@@ -24,7 +24,7 @@ from torchdiffeq_lmm.forward.grid import (
     uniform_pieces,
 )
 from torchdiffeq_lmm.forward.implicit import ImplicitSolver
-from torchdiffeq_lmm.forward.interpolation import linear
+from torchdiffeq_lmm.forward.interpolation import linear_interpolation
 from torchdiffeq_lmm.forward.jumps import jumps_of
 from torchdiffeq_lmm.forward.multistep_state import Past, past_of, resume
 from torchdiffeq_lmm.forward.sde_stepping import kicks_of_rows, march_with_kicks
@@ -346,7 +346,7 @@ def _neighbours(placement: Placement) -> tuple[int, ...]:
 
 def _output(placement: Placement, states: dict[int, Tensor]) -> Tensor:
     node, fraction, _ = placement
-    return states[node] if fraction is None else linear(fraction, states[node], states[node + 1])
+    return states[node] if fraction is None else linear_interpolation(fraction, states[node], states[node + 1])
 
 
 def _behind(past: Past, steps: Tensor) -> Tensor:

@@ -35,7 +35,13 @@ from torchdiffeq_lmm.forward.grid import (
     uniform_pieces,
 )
 from torchdiffeq_lmm.forward.implicit import ImplicitSolver
-from torchdiffeq_lmm.forward.interpolation import Interpolation, check_interpolation, cubic_hermite, linear, slide
+from torchdiffeq_lmm.forward.interpolation import (
+    Interpolation,
+    check_interpolation,
+    cubic_hermite,
+    linear_interpolation,
+    slide,
+)
 from torchdiffeq_lmm.forward.jumps import jumps_of
 from torchdiffeq_lmm.forward.step_source import EndlessSteps, FixedSteps, Sides, StepSource
 from torchdiffeq_lmm.forward.stepping import History, march
@@ -495,13 +501,13 @@ class MultistepSolver:
     def _inside(self, node: int, fraction: Weight, step: Weight, trajectory: Trajectory) -> Tensor:
         x0, x1 = trajectory.states[node], trajectory.states[node + 1]
         if self.interp == "linear":
-            return linear(fraction, x0, x1)
+            return linear_interpolation(fraction, x0, x1)
         f0, f1 = trajectory.start_slope(node), trajectory.end_slope(node + 1)
         if not self._is_smooth:
             return cubic_hermite(fraction, step, x0, f0, x1, f1)
         # Slopes would start one parity alone; as far as the states are concerned a straight line is exact enough.
         value = cubic_hermite(fraction, step, x0.detach(), f0.detach(), x1.detach(), f1.detach())
-        line = linear(fraction.detach() if isinstance(fraction, Tensor) else fraction, x0, x1)
+        line = linear_interpolation(fraction.detach() if isinstance(fraction, Tensor) else fraction, x0, x1)
         return value + (line - line.detach())
 
 
