@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
-from torchdiffeq_lmm.schemes.methods import METHODS
 
-NAMES = [method.name for method in METHODS]
 EXPLICIT = ["leapfrog", "nystrom3", "ab1", "ab4", "abm3"]
 DIM = 3
 STEPS = 19

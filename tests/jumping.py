@@ -3,12 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_lmm import CostateFilter, method_info
-from torchdiffeq_lmm.schemes.methods import METHODS
+from torchdiffeq_lmm import CostateFilter
 
-NAMES = [method.name for method in METHODS]
-ORDER = {method.name: method.order for method in METHODS}
-IMPLICIT = {name for name in NAMES if method_info(name).kind == "implicit"}
 TIGHT = {"rtol": 1e-12, "atol": 1e-13}
 SOME = ["leapfrog", "ab4", "abm3", "am3", "bdf2"]
 

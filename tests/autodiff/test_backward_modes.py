@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
-from backward import AGAIN, DIM, NAMES, Plain, assert_same, draw, loss, solve
+from backward import AGAIN, DIM, Plain, assert_same, draw, loss, solve
+from methods import NAMES
 from torch import Tensor, nn
 
 import torchdiffeq_lmm

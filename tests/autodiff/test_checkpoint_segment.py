@@ -9,7 +9,7 @@ from torch import Tensor
 from torchdiffeq_lmm.autodiff.checkpoint_segment import SegmentGraph, segment_graph, segment_vjp
 from torchdiffeq_lmm.forward.stepping import History, march
 from torchdiffeq_lmm.schemes.methods import METHODS
-from torchdiffeq_lmm.schemes.recurrence import unroll
+from torchdiffeq_lmm.schemes.unrolling import unroll
 
 METHOD = {method.name: method for method in METHODS}
 EQUAL = torch.full((12,), 0.1, dtype=torch.float64)

@@ -13,7 +13,8 @@ from torchdiffeq_lmm.autodiff.rerun import Rerun, Snapshot, Snapshots
 from torchdiffeq_lmm.autodiff.rng_state import ForwardContext, RngState
 from torchdiffeq_lmm.forward.stepping import History, march
 from torchdiffeq_lmm.schemes.methods import METHODS
-from torchdiffeq_lmm.schemes.recurrence import Recurrence, unroll
+from torchdiffeq_lmm.schemes.recurrence import Recurrence
+from torchdiffeq_lmm.schemes.unrolling import unroll
 
 METHOD = {method.name: method for method in METHODS}
 CPU = torch.device("cpu")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
-from jumping import NAMES, ORDER, SOME, TIGHT, WAYS, f64
+from jumping import SOME, TIGHT, WAYS, f64
+from methods import NAMES, ORDER
 from torch import Tensor
 
 import torchdiffeq_lmm

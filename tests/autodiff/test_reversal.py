@@ -13,7 +13,7 @@ from torchdiffeq_lmm.autodiff.reversal import DriftError, Reversal, is_reversibl
 from torchdiffeq_lmm.autodiff.rng_state import ForwardContext
 from torchdiffeq_lmm.forward.stepping import History, march
 from torchdiffeq_lmm.schemes.methods import METHODS
-from torchdiffeq_lmm.schemes.recurrence import unroll
+from torchdiffeq_lmm.schemes.unrolling import unroll
 
 METHOD = {method.name: method for method in METHODS}
 CPU = torch.device("cpu")

@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
+from methods import EVERY_METHOD, FAMILIES, IMPLICIT, NAMES, ORDER, in_turn, slow_but
 from problems import GRIDS, LOTKA_VOLTERRA, PENDULUM, Problem, Reference, orders
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
 from torchdiffeq_lmm import CostateFilter, method_info
-from torchdiffeq_lmm.schemes.methods import METHODS
 
-NAMES = [method.name for method in METHODS]
-ORDER = {method.name: method.order for method in METHODS}
-IMPLICIT = {name for name in NAMES if method_info(name).kind == "implicit"}
 STRONGLY_STABLE = {name for name in NAMES if method_info(name).oscillation != "everywhere"}
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
@@ -34,12 +31,12 @@ class PerNode:
     def __init__(self, problem: Problem, nodes: Tensor) -> None:
         self.problem = problem
         self.nodes = nodes
+        # Evaluated between the nodes f raises a KeyError.
+        self.index = {t: n for n, t in enumerate(nodes.tolist())}
         self.theta = torch.tensor(problem.theta(nodes.numpy()).T.copy()).requires_grad_()
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        index = int((self.nodes - t).abs().argmin())
-        assert self.nodes[index] == t, "f is evaluated between the nodes"
-        return self.problem.torch_f(x, self.theta[index])
+        return self.problem.torch_f(x, self.theta[self.index[float(t)]])
 
     def gradients(self, name: str, observed: list[int], grad_filter: object, weight: float = 1.0) -> Tensor:
         """The gradient of every node's parameter, divided by the step after it, and by the last one at the last."""
@@ -72,6 +69,7 @@ OBSERVATIONS: dict[str, Callable[[int], list[int]]] = {
 }
 
 
+@cache
 def density_errors(
     name: str, grid_filter: object, grid: str, observations: str, problem: Problem, steps: int
 ) -> tuple[Tensor, slice]:
@@ -85,8 +83,7 @@ def density_errors(
 # --------------------------------------------------------------------------------------------------- orders, forward
 
 
-@pytest.mark.parametrize("grid", ["uniform", "truncated", "growing", "random"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "truncated", "growing", "random"], few=2))
 def test_order_forward(name: str, grid: str) -> None:
     problem = LOTKA_VOLTERRA
     errors = []
@@ -107,7 +104,7 @@ def test_order_forward(name: str, grid: str) -> None:
     assert errors[-1] < 0.05
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_evaluations_per_step(name: str) -> None:
     calls = []
 
@@ -133,13 +130,15 @@ def test_evaluations_per_step(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "observations"),
-    [
-        *(("uniform", observations) for observations in OBSERVATIONS),
-        *((grid, "four") for grid in GRIDS if grid != "uniform"),
-    ],
+    ("name", "grid", "observations"),
+    in_turn(
+        [
+            *(("uniform", observations) for observations in OBSERVATIONS),
+            *((grid, "four") for grid in GRIDS if grid != "uniform"),
+        ],
+        few=3,
+    ),
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_second_order_at_every_node(name: str, grid: str, observations: str) -> None:
     errors = []
     for steps in (80, 160, 320):
@@ -151,7 +150,7 @@ def test_gradient_is_second_order_at_every_node(name: str, grid: str, observatio
     assert errors[-1] < (0.02 if expected == 2 else 0.1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_unfiltered_gradient_does_not_converge(name: str) -> None:
     """In the worst node, be it at the observation alone; Euler's methods have weights 1 everywhere."""
     errors = []
@@ -165,7 +164,7 @@ def test_unfiltered_gradient_does_not_converge(name: str) -> None:
         assert abs(np.mean(orders(errors))) < 0.2
 
 
-@pytest.mark.parametrize("name", sorted(STRONGLY_STABLE))
+@pytest.mark.parametrize("name", slow_but(FAMILIES, sorted(STRONGLY_STABLE)))
 def test_far_from_observations_the_methods_own_accuracy_stays(name: str) -> None:
     steps = 320
     filtered, _ = density_errors(name, "auto", "uniform", "at the end", PENDULUM, steps)
@@ -190,25 +189,24 @@ def test_nodes_that_were_added_up_are_equally_spaced(name: str) -> None:
     assert errors[0] <= 1.01 * errors[1]
 
 
-@pytest.mark.parametrize("name", sorted(STRONGLY_STABLE))
+@pytest.mark.parametrize("name", slow_but(FAMILIES, sorted(STRONGLY_STABLE)))
 def test_where_steps_change_the_filter_is_second_order_though_auto_differentiation_is_not(name: str) -> None:
     """Where the steps change abruptly the gradient of auto-differentiation is off far from any observation too."""
-    raw, filtered = [], []
-    for steps in (60, 120, 240):
+
+    def error(steps: int, grad_filter: str | None) -> float:
         around = slice(steps // 2 - 8, steps // 2 + 8)
-        for errors, grad_filter in ((raw, None), (filtered, "auto")):
-            errors.append(
-                float(density_errors(name, grad_filter, "abrupt", "at the end", PENDULUM, steps)[0][around].max())
-            )
+        return float(density_errors(name, grad_filter, "abrupt", "at the end", PENDULUM, steps)[0][around].max())
+
+    filtered = [error(steps, "auto") for steps in (60, 120, 240)]
     assert orders(filtered)[-1] > min(2, ORDER[name]) - 0.2
-    assert filtered[-1] < 0.05 * raw[-1] if ORDER[name] > 1 else True
+    if ORDER[name] > 1:
+        assert filtered[-1] < 0.05 * error(240, None)
 
 
 # ------------------------------------------------------------------------------------------------------------ totals
 
 
-@pytest.mark.parametrize("grid", ["uniform", "growing"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "growing"], few=1))
 def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(name: str, grid: str) -> None:
     """θ_1(t) = 1 + φ sin 3t."""
     of = reference(PENDULUM, (PENDULUM.horizon,))
@@ -256,8 +254,7 @@ class Small(nn.Module):
 TIMES = torch.tensor([0.0, 0.1, 0.22, 0.3, 0.45, 0.5, 0.62, 0.7, 0.8, 0.93, 1.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("grid", ["times", "step_size"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "grid"), in_turn(["times", "step_size"], few=1))
 def test_gradcheck_without_filter(name: str, grid: str) -> None:
     field = Small()
     options = {} if grid == "times" else {"step_size": 0.13, "interp": "cubic"}
@@ -276,7 +273,7 @@ def test_gradcheck_without_filter(name: str, grid: str) -> None:
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
 @pytest.mark.parametrize("grid", ["times", "step_size"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_gradients_of_y0_and_t_stay_exact_with_the_filter(name: str, grid: str, interp: str) -> None:
     field = Small()
     options = {"interp": interp} if grid == "times" else {"step_size": 0.13, "interp": interp}
@@ -292,7 +289,7 @@ def test_gradients_of_y0_and_t_stay_exact_with_the_filter(name: str, grid: str, 
         torch.testing.assert_close(with_filter, without, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_implicit_gradients_do_not_depend_on_how_the_equation_was_solved(name: str) -> None:
     """Loose tolerances need fewer iterations; the gradient changes with the solution and no more."""
     if name not in IMPLICIT:
@@ -311,7 +308,7 @@ def test_implicit_gradients_do_not_depend_on_how_the_equation_was_solved(name: s
 # ---------------------------------------------------------------------------------------------- torchdiffeq's promises
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
 def test_dtypes_tuples_and_directions(name: str, dtype: torch.dtype) -> None:
     """A tuple backwards in time is the same solve as a tensor forwards."""
@@ -339,7 +336,7 @@ def test_dtypes_tuples_and_directions(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_fewer_steps_than_the_method_reaches_over(name: str, steps: int) -> None:
     """A short solve is made by the start alone, whose order is that of its few nodes."""
     t = torch.linspace(0, 0.05 * steps, steps + 1, dtype=torch.float64)
@@ -349,7 +346,7 @@ def test_fewer_steps_than_the_method_reaches_over(name: str, steps: int) -> None
 
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_events(name: str, interp: str) -> None:
     """y = exp(-t), at 0.97 within the start of the longer methods, and at 0.3 well after it."""
     for level in (0.97, 0.3):
@@ -371,7 +368,7 @@ def test_events(name: str, interp: str) -> None:
         assert float(gradient[0]) == pytest.approx(1.0, abs=10 * accuracy)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_callbacks_come_before_every_step(name: str) -> None:
     class Field(nn.Module):
         def __init__(self) -> None:
@@ -390,7 +387,7 @@ def test_callbacks_come_before_every_step(name: str) -> None:
     np.testing.assert_allclose(field.seen, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_odeint_adjoint(name: str) -> None:
     gradients = []
     for odeint in (torchdiffeq.odeint, torchdiffeq.odeint_adjoint):
@@ -404,7 +401,7 @@ def test_odeint_adjoint(name: str) -> None:
 
 @pytest.mark.parametrize("options", [None, {"step_size": 0.07, "interp": "cubic", "perturb": True}], ids=["", "cubic"])
 @pytest.mark.parametrize("grad_filter", [None, "auto"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_func_may_return_the_same_memory_again(name: str, grad_filter: str | None, options: dict | None) -> None:
     buffer = torch.empty(2, dtype=torch.float64)
     rate = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -423,7 +420,7 @@ def test_func_may_return_the_same_memory_again(name: str, grad_filter: str | Non
     assert torch.equal(results[2], results[3])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_a_gradient_to_t_changes_nothing_else(name: str) -> None:
     """Equal steps are equal steps also where they carry a gradient."""
     results = []
@@ -438,7 +435,7 @@ def test_a_gradient_to_t_changes_nothing_else(name: str) -> None:
 
 
 @pytest.mark.parametrize("weights", ["step", "trapezoid"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_an_event_within_the_start_can_be_filtered(name: str, weights: str) -> None:
     """The event is at a fixed time, so that the gradient of the state there is that of exp(-k t)."""
     k = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
@@ -458,7 +455,7 @@ def test_an_event_within_the_start_can_be_filtered(name: str, weights: str) -> N
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), ()])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_states_of_any_number_of_elements(name: str, shape: tuple[int, ...]) -> None:
     y0 = torch.ones(shape, dtype=torch.float64, requires_grad=True)
     states = torchdiffeq_lmm.odeint(lambda t, y: -y, y0, TIMES, method=name, grad_filter="auto")
@@ -488,7 +485,7 @@ def test_stiff_float32_states_may_start_at_zero(name: str) -> None:
     torch.testing.assert_close(states[5:, 0], torch.cos(t[5:]), rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_autocast(name: str) -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
     y0 = torch.ones(3, 4)

@@ -1,23 +1,10 @@
 """The examples that ask whether the right gradient trains better, in their quick modes."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def run(name: str, output: Path) -> tuple[dict, str]:
-    command = [sys.executable, EXAMPLES / f"{name}.py", "--quick", "--output", output]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((output / f"{name}.json").read_text(encoding="utf-8")), done.stdout
+from programs import figures_of
 
 
 def test_optimal_control_is_found_with_a_filter_and_missed_without(tmp_path):
-    found, printed = run("optimal_control", tmp_path)
+    found, printed = figures_of("optimal_control", tmp_path)
     problem = found["linear–quadratic"]
     best, learned = problem["optimal cost"], problem["learned"]
     errors = {name: [learned[n][name]["L-BFGS"]["error"] for n in ("10", "20")] for name in learned["10"]}
@@ -36,7 +23,7 @@ def test_optimal_control_is_found_with_a_filter_and_missed_without(tmp_path):
 
 
 def test_digits_trained_with_a_filter_can_be_run_at_any_depth(tmp_path):
-    found, printed = run("digits", tmp_path)
+    found, printed = figures_of("digits", tmp_path)
     ((_, by_depth),) = found.items()
     runs = by_depth["8"]
     plain, filtered = (runs[f"leapfrog, {name}"][0] for name in ("auto-differentiation", "filtered"))
@@ -49,7 +36,7 @@ def test_digits_trained_with_a_filter_can_be_run_at_any_depth(tmp_path):
 
 
 def test_shared_parameters_need_no_filter(tmp_path):
-    found, _ = run("spiral", tmp_path)
+    found, _ = figures_of("spiral", tmp_path)
     errors = found["gradient errors"]
     for name, order in (("auto-differentiation", 4), ("filter, trapezoid weights", 4), ("filter, step weights", 2)):
         ratio = errors[name][1] / errors[name][2]
@@ -60,14 +47,14 @@ def test_shared_parameters_need_no_filter(tmp_path):
 
 
 def test_an_example_finds_the_same_again(tmp_path):
-    first, again = (run("spiral", tmp_path / which)[0] for which in ("first", "again"))
+    first, again = (figures_of("spiral", tmp_path / which)[0] for which in ("first", "again"))
     for found in (first, again):
         assert set(found.pop("ms per iteration")) == set(found["test errors"])
     assert first == again
 
 
 def test_a_source_is_fitted_as_by_an_accurate_solver_with_a_filter_and_with_a_zigzag_without(tmp_path):
-    found, printed = run("forcing", tmp_path)
+    found, printed = figures_of("forcing", tmp_path)
     for name in ("twin", "Mauna Loa"):
         for penalty, runs in found[name].items():
             plain, filtered = runs["160"]["auto-differentiation"], runs["160"]["filtered"]

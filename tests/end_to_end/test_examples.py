@@ -1,32 +1,25 @@
-import json
+"""The examples that show what the filter is for, in their quick modes, and the help of all."""
+
 import runpy
-import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
+from programs import EXAMPLES, figures_of
 
 from torchdiffeq_lmm.schemes.methods import METHODS
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_oscillations_shows_that_the_filter_makes_the_gradient_converge(tmp_path):
     output = tmp_path / "made" / "by the example"
-    command = [sys.executable, EXAMPLES / "oscillations.py", "--quick", "--output", output]
-    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
-    assert str(output / "oscillations.png") in run.stdout
-    assert (output / "oscillations.png").read_bytes().startswith(b"\x89PNG")
-
-    figures = json.loads((output / "oscillations.json").read_text(encoding="utf-8"))
+    figures, printed = figures_of("oscillations", output)
+    assert str(output / "oscillations.png") in printed
     assert len(figures["grids"]) == 5
     for grid, gradients in figures["grids"].items():
         plain, filtered = gradients["auto-differentiation"], gradients["filtered"]
         for gradient in (plain, filtered):
             assert len(gradient["errors"]) == len(figures["steps"]), grid
-            assert all(f"{error:.2e}" in run.stdout for error in gradient["errors"]), grid
+            assert all(f"{error:.2e}" in printed for error in gradient["errors"]), grid
         assert abs(plain["order"]) < 0.3, grid
         assert filtered["order"] > 1.7, grid
         assert filtered["errors"] == sorted(filtered["errors"], reverse=True), grid
@@ -34,15 +27,10 @@ def test_oscillations_shows_that_the_filter_makes_the_gradient_converge(tmp_path
 
 
 def test_method_gallery_shows_that_the_filter_makes_every_gradient_converge(tmp_path):
-    command = [sys.executable, EXAMPLES / "method_gallery.py", "--quick", "--output", tmp_path]
-    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
-    assert (tmp_path / "method_gallery.png").read_bytes().startswith(b"\x89PNG")
-
-    figures = json.loads((tmp_path / "method_gallery.json").read_text(encoding="utf-8"))
+    figures, printed = figures_of("method_gallery", tmp_path)
     assert set(figures["methods"]) == {method.name for method in METHODS} | {"midpoint", "heun2"}
     for name, method in figures["methods"].items():
-        assert f"| {name} | {method['order']} | " in run.stdout
+        assert f"| {name} | {method['order']} | " in printed
         assert all(len(errors) == len(figures["cells"]) for errors in method["errors"].values()), name
         orders, error = method["orders"], {what: errors[-1] for what, errors in method["errors"].items()}
         assert abs(orders["forward"] - method["order"]) < 0.4, name
@@ -55,15 +43,11 @@ def test_method_gallery_shows_that_the_filter_makes_every_gradient_converge(tmp_
 
 
 def test_why_draws_weights_and_a_shift_of_the_past_that_are_what_the_text_says(tmp_path):
-    command = [sys.executable, EXAMPLES / "why.py", "--quick", "--output", tmp_path]
-    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
+    figures, printed = figures_of("why", tmp_path, pictures=("why_weights", "why_shift"))
     for picture in ("why_weights.png", "why_shift.png"):
-        assert str(tmp_path / picture) in run.stdout
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+        assert str(tmp_path / picture) in printed
         assert f"({picture})" in (EXAMPLES / "WHY.md").read_text(encoding="utf-8")
 
-    figures = json.loads((tmp_path / "why.json").read_text(encoding="utf-8"))
     assert figures["weights"]["leapfrog"][:4] == [0, 2, 0, 2]
     assert figures["weights"]["milne_simpson"][:4] == [1 / 3, 4 / 3, 2 / 3, 4 / 3]
     assert figures["weights"]["ab4"][4:] == [1, 1, 1, 1]

@@ -1,23 +1,10 @@
 """The examples of stochastic differential equations, in their quick modes."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def run(name: str, output: Path) -> dict:
-    command = [sys.executable, EXAMPLES / f"{name}.py", "--quick", "--output", output]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((output / f"{name}.json").read_text(encoding="utf-8"))
+from programs import figures_of
 
 
 def test_where_the_noise_is_small_errors_fall_as_for_an_ode(tmp_path):
-    found = run("small_noise", tmp_path)
+    found, _ = figures_of("small_noise", tmp_path)
     small = found["0.001"]
     for method, factor in (("leapfrog", 4), ("ab2", 4), ("ab3", 8), ("bdf2", 4), ("euler", 2), ("milstein", 2)):
         errors = small[method]["errors"]
@@ -29,7 +16,7 @@ def test_where_the_noise_is_small_errors_fall_as_for_an_ode(tmp_path):
 
 
 def test_a_filtered_gradient_converges_on_the_path_and_without_one_it_does_not(tmp_path):
-    found = run("sde_gradients", tmp_path)
+    found, _ = figures_of("sde_gradients", tmp_path)
     for noise, falls_by in (("additive, 0.3", 2.0), ("multiplicative, 0.003", 4.0)):
         errors = found[noise]["errors"]
         assert min(errors["auto-differentiation"]) > 2, noise
@@ -38,7 +25,7 @@ def test_a_filtered_gradient_converges_on_the_path_and_without_one_it_does_not(t
 
 
 def test_a_latent_sde_is_trained_through_a_multistep_method(tmp_path):
-    found = run("latent_sde", tmp_path)
+    found, _ = figures_of("latent_sde", tmp_path)
     assert set(found) == {"ab2", "euler"}
     for method, (training,) in found.items():
         losses = training["losses"]

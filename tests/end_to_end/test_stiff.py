@@ -94,6 +94,18 @@ def on(nodes: Tensor) -> dict[str, Callable[..., Tensor]]:
     return {"grid_constructor": lambda func, y0, t: nodes}
 
 
+def end_by(name: str, method: str, nodes: Tensor, samples: tuple[int, ...] = ()) -> Tensor:
+    """The state at the end of the problem of that name, for `samples` copies of its initial state."""
+    problem = PROBLEMS[name]
+    y0 = torch.tensor(problem.y0, dtype=nodes.dtype).expand(*samples, -1).clone()
+    return torchdiffeq.odeint(lambda t, y: problem.f(y), y0, nodes[[0, -1]], method=method, options=on(nodes))[-1]
+
+
+def assert_ends_as_radau(name: str, end: Tensor, accuracy: float) -> None:
+    found, exact = end.detach().double().numpy(), reference(name)
+    assert (np.abs(found - exact) <= accuracy * (np.abs(exact) + 1e-6)).all(), found / exact - 1
+
+
 @pytest.mark.parametrize(
     ("name", "method", "parts", "accuracy"),
     [
@@ -112,12 +124,8 @@ def on(nodes: Tensor) -> dict[str, Callable[..., Tensor]]:
     ],
 )
 def test_against_radau(name: str, method: str, parts: int, accuracy: float) -> None:
-    problem, nodes = PROBLEMS[name], refined(coarse_grid(name), parts)
-    y0 = torch.tensor(problem.y0, dtype=torch.float64)
     with torch.no_grad():
-        y = torchdiffeq.odeint(lambda t, y: problem.f(y), y0, nodes[[0, -1]], method=method, options=on(nodes))[-1]
-    exact = reference(name)
-    assert (np.abs(y.numpy() - exact) <= accuracy * (np.abs(exact) + 1e-6)).all(), y.numpy() / exact - 1
+        assert_ends_as_radau(name, end_by(name, method, refined(coarse_grid(name), parts)), accuracy)
 
 
 def test_gradient_of_a_stiff_solve_is_that_of_the_flow() -> None:
@@ -214,13 +222,9 @@ def test_a_function_that_gives_nan_is_an_error() -> None:
 def test_every_sample_of_a_batch_against_radau(
     name: str, method: str, samples: int, accuracy: float, dtype: torch.dtype, grad: bool
 ) -> None:
-    problem = PROBLEMS[name]
     nodes = refined(coarse_grid(name), 4).to(dtype)
-    y0 = torch.tensor(problem.y0, dtype=dtype).expand(samples, -1).clone()
     with torch.set_grad_enabled(grad):
-        y = torchdiffeq.odeint(lambda t, y: problem.f(y), y0, nodes[[0, -1]], method=method, options=on(nodes))[-1]
-    exact = reference(name)
-    assert (np.abs(y.double().numpy() - exact) <= accuracy * (np.abs(exact) + 1e-6)).all(), y[0].numpy() / exact - 1
+        assert_ends_as_radau(name, end_by(name, method, nodes, (samples,)), accuracy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

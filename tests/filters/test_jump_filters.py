@@ -6,7 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from jumping import IMPLICIT, ORDER, TIGHT, f64
+from jumping import TIGHT, f64
+from methods import IMPLICIT, ORDER
 from problems import orders
 from scipy.integrate import solve_ivp
 from torch import Tensor

@@ -6,7 +6,7 @@ import torch
 from scipy.interpolate import CubicHermiteSpline
 from torch import Tensor
 
-from torchdiffeq_lmm.forward.interpolation import check_interpolation, cubic_hermite, linear, slide
+from torchdiffeq_lmm.forward.interpolation import check_interpolation, cubic_hermite, linear_interpolation, slide
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 FRACTIONS = [1e-9, 0.1, 0.37, 0.5, 0.9, 1 - 1e-9]
@@ -21,7 +21,7 @@ def states(count: int, dtype: torch.dtype = torch.float64, shape: tuple[int, ...
 @pytest.mark.parametrize("fraction", FRACTIONS)
 def test_linear_is_the_straight_line(fraction: float, dtype: torch.dtype) -> None:
     x0, x1 = states(2, dtype)
-    out = linear(fraction, x0, x1)
+    out = linear_interpolation(fraction, x0, x1)
     expected = x0.numpy() + fraction * (x1.numpy() - x0.numpy())
     assert out.dtype is dtype
     torch.testing.assert_close(out, torch.as_tensor(expected, dtype=dtype))
@@ -59,7 +59,7 @@ def test_weights_with_a_gradient_keep_the_dtype(shape: tuple[int, ...], dtype: t
     fraction = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     step = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     for out, number in (
-        (linear(fraction, x0, x1), linear(0.3, x0, x1)),
+        (linear_interpolation(fraction, x0, x1), linear_interpolation(0.3, x0, x1)),
         (cubic_hermite(fraction, step, x0, f0, x1, f1), cubic_hermite(0.3, 0.5, x0, f0, x1, f1)),
     ):
         assert out.dtype is dtype
@@ -72,7 +72,7 @@ def test_gradients(dtype: torch.dtype) -> None:
     x0, f0, x1, f1 = (x.requires_grad_() for x in states(4, dtype))
     fraction = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     step = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(linear, (fraction, x0, x1))
+    assert torch.autograd.gradcheck(linear_interpolation, (fraction, x0, x1))
     assert torch.autograd.gradcheck(cubic_hermite, (fraction, step, x0, f0, x1, f1))
     assert torch.autograd.gradgradcheck(cubic_hermite, (fraction, step, x0, f0, x1, f1))
 

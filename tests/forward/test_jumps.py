@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
-from jumping import END, IMPLICIT, JUMPS, NAMES, ORDER, SOME, TIGHT, f64, jumping, rate
+from jumping import END, JUMPS, SOME, TIGHT, f64, jumping, rate
+from methods import IMPLICIT, NAMES, ORDER
 from problems import orders
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
@@ -160,41 +161,38 @@ def test_times_outside_are_ignored(name: str, options: dict) -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+class NotesSteps(nn.Module):
+    """y' = -y, and where its steps began and how long they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: list[float] = []
+        self.lengths: list[float] = []
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return -y
+
+    def callback_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
+        self.nodes.append(float(t))
+        self.lengths.append(float(dt))
+
+
 def test_a_jump_is_the_node_that_it_is_but_for_rounding() -> None:
     """Where nodes, outputs or jumps have been rounded, no step is as short as the rounding."""
-    lengths: list[float] = []
-
-    class Field(nn.Module):
-        def forward(self, t: Tensor, y: Tensor) -> Tensor:
-            return -y
-
-        def callback_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
-            lengths.append(float(dt))
-
     for dtype in (torch.float32, torch.float64):
         t = torch.linspace(0, 1, 11, dtype=dtype)
         for jumps in ([0.3, 0.7], torch.tensor([0.3, 0.7]), [3 * 0.1, 7 * 0.1]):
             for options in ({}, {"step_size": 0.1}, {"grid_constructor": lambda func, y0, t: t}):
-                lengths.clear()
-                torchdiffeq.odeint(Field(), f64(1.0), t, method="ab3", options={**options, "jump_t": jumps})
-                assert len(lengths) == 10
-                assert lengths == pytest.approx([0.1] * 10, rel=1e-5)
+                field = NotesSteps()
+                torchdiffeq.odeint(field, f64(1.0), t, method="ab3", options={**options, "jump_t": jumps})
+                assert len(field.lengths) == 10
+                assert field.lengths == pytest.approx([0.1] * 10, rel=1e-5)
 
 
 def test_steps_go_on_from_the_jump() -> None:
-    nodes: list[float] = []
-
-    class Field(nn.Module):
-        def forward(self, t: Tensor, y: Tensor) -> Tensor:
-            return -y
-
-        def callback_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
-            nodes.append(float(t))
-
-    torchdiffeq.odeint(
-        Field(), f64(1.0), f64(0.0, 1.0), method="ab2", options={"step_size": 0.3, "jump_t": [0.65, 0.31]}
-    )
-    assert nodes == pytest.approx([0.0, 0.3, 0.31, 0.61, 0.65, 0.95])
+    field = NotesSteps()
+    torchdiffeq.odeint(field, f64(1.0), f64(0.0, 1.0), method="ab2", options={"step_size": 0.3, "jump_t": [0.65, 0.31]})
+    assert field.nodes == pytest.approx([0.0, 0.3, 0.31, 0.61, 0.65, 0.95])
 
 
 @pytest.mark.usefixtures("_method_tables")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
-from jumping import END, JUMPS, NAMES, SOME, WAYS, Switched, f64, jumping, start
+from jumping import END, JUMPS, SOME, WAYS, Switched, f64, jumping, start
+from methods import NAMES
 from torch import Tensor, nn
 
 import torchdiffeq_lmm

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
-from jumping import NAMES, ORDER, SOME, TIGHT, WAYS, Switched, f64, start
+from jumping import SOME, TIGHT, WAYS, Switched, f64, start
+from methods import NAMES, ORDER
 from torch import Tensor, nn
 
 import torchdiffeq_lmm

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torchdiffeq
 import torchsde
-from jumping import NAMES, ORDER, SOME, f64
+from jumping import SOME, f64
+from methods import NAMES, ORDER
 from problems import orders
 from torch import Tensor, nn
 

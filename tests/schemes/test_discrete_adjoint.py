@@ -18,7 +18,8 @@ from torchdiffeq_lmm.schemes.discrete_adjoint import (
     weight_gradients,
 )
 from torchdiffeq_lmm.schemes.methods import METHODS, MultistepMethod
-from torchdiffeq_lmm.schemes.recurrence import Row, unroll
+from torchdiffeq_lmm.schemes.recurrence import Row
+from torchdiffeq_lmm.schemes.unrolling import unroll
 from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 

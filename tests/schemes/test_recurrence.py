@@ -23,7 +23,8 @@ from torchdiffeq_lmm.schemes.methods import (
     bdf_formula,
     constant_formula,
 )
-from torchdiffeq_lmm.schemes.recurrence import Keeps, Recurrence, Row, start_length, unroll
+from torchdiffeq_lmm.schemes.recurrence import Keeps, Recurrence, Row
+from torchdiffeq_lmm.schemes.unrolling import start_length, unroll
 from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 # The steps that the start makes: enough for the formula's memory and for polynomials of the method's order.

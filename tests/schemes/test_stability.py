@@ -8,13 +8,13 @@ from textbook import TEXTBOOK, Textbook
 
 from torchdiffeq_lmm.schemes.methods import METHODS, Formula, MultistepMethod
 from torchdiffeq_lmm.schemes.stability import (
-    Layer,
+    BoundaryLayer,
+    boundary_layer_of,
     coefficients,
     defect,
     effective_weights,
     error_constant,
     is_strongly_stable,
-    layer_of,
     order,
     roots,
     unstable_root,
@@ -197,7 +197,7 @@ def test_effective_weights_are_what_an_impulse_leaves_behind(book: Textbook) -> 
 
 @pytest.mark.parametrize("name", sorted(WEAKLY_STABLE))
 def test_weakly_stable_methods_oscillate_without_end(name: str) -> None:
-    assert layer_of(TEXTBOOK[name].alpha, TEXTBOOK[name].beta) is None
+    assert boundary_layer_of(TEXTBOOK[name].alpha, TEXTBOOK[name].beta) is None
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,8 @@ def test_weakly_stable_methods_oscillate_without_end(name: str) -> None:
     [("ab1", 1), ("bdf1", 0), *((f"ab{k}", 2 * k - 1) for k in range(2, 6)), *((f"am{k}", 2 * k - 3) for k in (2, 4))],
 )
 def test_layers_of_adams_methods_end(name: str, length: int) -> None:
-    layer = layer_of(TEXTBOOK[name].alpha, TEXTBOOK[name].beta)
-    assert isinstance(layer, Layer)
+    layer = boundary_layer_of(TEXTBOOK[name].alpha, TEXTBOOK[name].beta)
+    assert isinstance(layer, BoundaryLayer)
     assert layer.length == length
 
 
@@ -223,7 +223,7 @@ def test_the_second_order_of_an_adams_method_settles_near_the_observation(name: 
     w = effective_weights(TEXTBOOK[name].alpha, TEXTBOOK[name].beta, 40)
     rest = [u - Fraction(i * i, 2) for i, u in enumerate(convolved(convolved(w, w), w))]
     assert len(set(rest[20:])) == 1
-    layer = layer_of(TEXTBOOK[name].alpha, TEXTBOOK[name].beta)
+    layer = boundary_layer_of(TEXTBOOK[name].alpha, TEXTBOOK[name].beta)
     assert layer is not None
     assert layer.near == max((i + 1 for i in range(40) if abs(rest[i] - rest[-1]) > Fraction(1, 2)), default=0)
 
@@ -232,8 +232,8 @@ def test_the_second_order_of_an_adams_method_settles_near_the_observation(name: 
 @pytest.mark.parametrize("k", range(2, 7))
 def test_layers_of_bdf_methods_die_out_with_the_largest_parasitic_root(k: int, tolerance: float) -> None:
     book = TEXTBOOK[f"bdf{k}"]
-    layer = layer_of(book.alpha, book.beta, tolerance)
-    assert isinstance(layer, Layer)
+    layer = boundary_layer_of(book.alpha, book.beta, tolerance)
+    assert isinstance(layer, BoundaryLayer)
     modulus = sorted(np.abs(np.roots([float(a) for a in book.alpha[::-1]])))[-2]
     assert layer.length == pytest.approx(np.log(tolerance) / np.log(modulus), rel=0.3, abs=6)
     weights = effective_weights(book.alpha, book.beta, layer.length + 30)

@@ -1,7 +1,7 @@
-"""The layer before an observation: by how much the cotangents of auto-differentiation differ from the costate there.
+"""The boundary layer before an observation: how far auto-differentiation's cotangents are from the costate there.
 
 The same recurrence is run for x' = J x with J frozen, expanded in J, so that the difference is known without any
-Jacobian but for one product at the end: see costate.py.
+Jacobian but for one product at the end: see `costate`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,26 +14,26 @@ from torchdiffeq_lmm.schemes.discrete_adjoint import AdjointState, Contributions
 from .filter_plan import FilterPlan
 
 
-class LayerTerms(NamedTuple):
+class BoundaryLayerTerms(NamedTuple):
     """At one node, Σ_j (1 - w_j) g_j and Σ_j (t_j - t_m - v_j) g_j; None where the method is not of second order."""
 
     value: Tensor
     slope: Tensor | None
 
 
-def layer_terms(
+def boundary_layer_terms(
     plan: FilterPlan, active: Sequence[int], cotangents: Sequence[Tensor | None], zero: Tensor
-) -> dict[int, LayerTerms]:
-    """The terms of the layer at the active nodes, which are in increasing order."""
+) -> dict[int, BoundaryLayerTerms]:
+    """The terms of the boundary layer at the active nodes, which are in increasing order."""
     if not active:
         return {}
     rows = plan.recurrence.rows
-    linearisation = _FirstOrder(discrete_adjoint(rows, cotangents, _NoJacobian(), zero))
-    terms: dict[int, LayerTerms] = {}
+    jacobians = _FirstOrder(discrete_adjoint(rows, cotangents, _NoJacobian(), zero))
+    terms: dict[int, BoundaryLayerTerms] = {}
     # Σ g_j and Σ (t_j - t_m) g_j over the nodes from m on.
     total = moment = zero
     node = len(plan.steps)
-    for point in discrete_adjoint(rows, [None] * len(cotangents), linearisation, zero):
+    for point in discrete_adjoint(rows, [None] * len(cotangents), jacobians, zero):
         if point.node is not None:
             node = point.node
             if node < active[0]:
@@ -42,14 +42,14 @@ def layer_terms(
                 moment = moment + plan.steps[node] * total
             g = cotangents[node]
             total = total if g is None else total + g
-            terms[node] = LayerTerms(total, moment if plan.corrects_slope else None)
+            terms[node] = BoundaryLayerTerms(total, moment if plan.corrects_slope else None)
         elif plan.recurrence.positions[point.state] != node:
             continue
         # All slopes at the node, of predictors too.
         h = plan.equal_step(node)
         value, slope = terms[node]
-        terms[node] = LayerTerms(
-            _minus(value, linearisation.point.mu, h), None if slope is None else _minus(slope, point.mu, h)
+        terms[node] = BoundaryLayerTerms(
+            _minus(value, jacobians.point.mu, h), None if slope is None else _minus(slope, point.mu, h)
         )
     return {node: terms[node] for node in active}
 
@@ -59,7 +59,7 @@ def _minus(total: Tensor, mu: Contributions, h: float) -> Tensor:
 
 
 class _NoJacobian:
-    """The linearisation of x' = 0."""
+    """The Jacobians of x' = 0."""
 
     def vjp(self, state: int, cotangent: Contributions) -> Contributions:  # noqa: ARG002
         return []
@@ -69,7 +69,7 @@ class _NoJacobian:
 
 
 class _FirstOrder:
-    """The linearisation of x' = ε x, the part of first order in ε.
+    """The Jacobians of x' = ε x, the part of first order in ε.
 
     Args:
         backwards: the adjoint for ε = 0; it goes along state by state, and `point` is where it is.

@@ -18,9 +18,10 @@ neighbouring cotangents in Xu, Chen, Li, Wright, *Correcting auto-differentiatio
 2306.02192). For other methods it costs one more product with J_mᵀ.
 
 **Between equal steps, for methods whose other roots are inside the unit circle.** There μ_m / h is p_m to the method's
-own order as soon as the layer before an observation is over, and that is better than second order. Within the layer,
-the first two terms of the difference are known: those of the method for x' = J_m x, expanded in J_m. With w and v the
-cotangents μ_m / h in response to a unit observation at node j, by the method's rows for J = 0 and to first order in J,
+own order as soon as the boundary layer before an observation is over, and that is better than second order. Within the
+layer, the first two terms of the difference are known: those of the method for x' = J_m x, expanded in J_m. With w and
+v the cotangents μ_m / h in response to a unit observation at node j, by the method's rows for J = 0 and to first order
+in J,
 
     p_m = μ_m / h + Σ_{j≥m} ((1 - w_j) g_j + J_mᵀ (t_j - t_m - v_j) g_j) + O(h²),      g_j = ∂E/∂x_j.
 
@@ -38,9 +39,9 @@ from typing import Protocol
 from torch import Tensor
 
 from torchdiffeq_lmm.schemes.discrete_adjoint import AdjointState, Contributions, combine
-from torchdiffeq_lmm.schemes.weighted_sum import linear_combination
+from torchdiffeq_lmm.schemes.weighted_sum import weighted_sum
 
-from .boundary_layer import layer_terms
+from .boundary_layer import boundary_layer_terms
 from .filter_plan import FilterPlan
 
 
@@ -75,8 +76,8 @@ def filtered_cotangents(
     positions = plan.recurrence.positions
     distances = _distances(cotangents)
     raw = [flag and (d is None or d >= plan.near) for flag, d in zip(plan.raw, distances, strict=True)]
-    in_layer = [m for m, d in enumerate(distances) if raw[m] and d is not None and d <= plan.layer]
-    layer = layer_terms(plan, in_layer, cotangents, zero)
+    in_layer = [m for m, d in enumerate(distances) if raw[m] and d is not None and d <= plan.boundary_layer]
+    layer = boundary_layer_terms(plan, in_layer, cotangents, zero)
     stages: list[int] = []
     next_window = last_window = zero
     value: Tensor | None
@@ -108,7 +109,7 @@ def filtered_cotangents(
                 # Of a predictor, or of a sweep.
                 yield stage, plan.widths[stage], last_window
             else:
-                yield stage, plan.widths[stage], linear_combination((1 - fraction, fraction), (after, next_window))
+                yield stage, plan.widths[stage], weighted_sum((1 - fraction, fraction), (after, next_window))
         stages, next_window = [], point.window
         width = plan.widths.get(state, 0.0)
         if width == 0.0:

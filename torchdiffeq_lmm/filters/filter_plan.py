@@ -9,7 +9,7 @@ from typing import Literal
 
 from torchdiffeq_lmm.schemes.methods import MultistepMethod
 from torchdiffeq_lmm.schemes.recurrence import Recurrence
-from torchdiffeq_lmm.schemes.stability import coefficients, layer_of
+from torchdiffeq_lmm.schemes.stability import boundary_layer_of, coefficients
 
 CellWeights = Literal["step", "trapezoid"]
 
@@ -22,8 +22,8 @@ class FilterPlan:
         recurrence: the rows.
         steps: h, of length N.
         widths: ω by state, for the states whose slopes receive a costate.
-        raw: of the nodes, which are between equal steps far enough for μ_m / h to be p_m but for the layer.
-        layer: how many nodes before an observation its layer is over for sure.
+        raw: of the nodes, which are between equal steps far enough for μ_m / h to be p_m but for the boundary layer.
+        boundary_layer: how many nodes before an observation its boundary layer is over for sure.
         near: how many of them are so near that the formula for any node is the more accurate one.
         corrects_slope: whether the method is of second order, so that the term of first order in J is known there.
         is_damped: whether products with Jacobians are damped, for the method is one for stiff problems.
@@ -33,7 +33,7 @@ class FilterPlan:
     steps: list[float]
     widths: dict[int, float]
     raw: list[bool]
-    layer: int
+    boundary_layer: int
     near: int
     corrects_slope: bool
     is_damped: bool
@@ -78,7 +78,7 @@ def plan_filter(
 
     # A formula with no slope but the new one is a BDF, or its like.
     is_damped = method is not None and not method.uses_first_slope
-    layer = None if method is None else layer_of(*coefficients(method.on_equal_steps, method.steps))
+    layer = None if method is None else boundary_layer_of(*coefficients(method.on_equal_steps, method.steps))
     is_uniform = all(_are_equal(length, lengths[0]) for length in lengths[:-1])
     # At second order μ_m / h is no better than the formula for any node, and two formulas are worse than one.
     if method is None or layer is None or (method.order <= 2 and not is_uniform):
@@ -154,9 +154,9 @@ def _are_equal(length: float, other: float) -> bool:
 
 
 def raw_nodes(lengths: Sequence[float], start: int, reach: int, layer: int) -> list[bool]:
-    """At which nodes μ_m / h is the costate but for the layer before an observation.
+    """At which nodes μ_m / h is the costate but for the boundary layer before an observation.
 
-    All rows that use the slope there must be of equal steps, and so must those of a layer of nodes after it; the last
+    All rows that use the slope there must be of equal steps, and so must those of so many nodes after it; the last
     step may be another.
     """
     count = len(lengths)

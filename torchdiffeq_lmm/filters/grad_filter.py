@@ -1,4 +1,4 @@
-"""The gradient filters that users can ask for. What they do is derived in costate.py."""
+"""The gradient filters that users can ask for. What they do is derived in `filters.costate`."""
 
 from dataclasses import dataclass
 from typing import ClassVar, get_args
@@ -38,7 +38,7 @@ class CostateFilter:
         ValueError: `weights` is neither.
 
     Source: Xu, Chen, Li, Wright, *Correcting auto-differentiation in neural-ODE training* (arXiv 2306.02192) for
-    leapfrog, step weights and uniform grids; the derivation for all else heads costate.py.
+    leapfrog, step weights and uniform grids; the derivation for all else heads `filters.costate`.
     """
 
     weights: CellWeights = "step"
@@ -74,7 +74,7 @@ class SmoothFilter:
     It costs one evaluation of f more per solve, no other product with a Jacobian, and leaves all that
     auto-differentiation can do: second derivatives, hooks, side effects of func.
 
-    Source: smoothed_observation.py.
+    Source: `filters.smoothed_observation`.
     """
 
     method: ClassVar[str | None] = "leapfrog"

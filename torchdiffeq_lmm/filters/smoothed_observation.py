@@ -14,7 +14,7 @@ Source: Gragg, *On extrapolation algorithms for ordinary initial value problems*
 
 from torch import Tensor
 
-from torchdiffeq_lmm.schemes.weighted_sum import Weight, linear_combination
+from torchdiffeq_lmm.schemes.weighted_sum import Weight, weighted_sum
 
 
 def observed(x: Tensor, before: Tensor, slope: Tensor, step: Weight) -> Tensor:
@@ -26,7 +26,7 @@ def observed(x: Tensor, before: Tensor, slope: Tensor, step: Weight) -> Tensor:
         step: h.
     """
     half = 0.5 * step
-    smoothed = linear_combination((0.5, 0.5, half), (x, before, slope))
+    smoothed = weighted_sum((0.5, 0.5, half), (x, before, slope))
     # The difference is 0, and the value exactly x.
     return x.detach() + (smoothed - smoothed.detach())
 

@@ -21,7 +21,7 @@ from .jumps import Jumps
 MAX_STEPS = 10_000_000
 """More steps than this are taken for a mistake in `step_size`."""
 
-_ULPS = 4
+_TIME_ULPS = 4
 """Times that agree to so many units in the last place are the same time."""
 
 GridConstructor = Callable[[Any, Tensor, Tensor], Tensor]
@@ -112,7 +112,7 @@ def uniform_grid(t: Tensor, step_size: float, argument: str = "step_size") -> Gr
     Raises:
         ValueError: that makes more than `MAX_STEPS` steps.
     """
-    times = _exact(t)
+    times = _in_float64(t)
     _check_count(times, step_size, argument)
     return _divided(times[:1], times[-1:], step_size, _rounding(t))
 
@@ -152,7 +152,7 @@ def uniform_pieces(t: Tensor, step_size: float, jumps: Jumps, argument: str = "s
     Returns:
         A grid from each jump to the next.
     """
-    times = _exact(t)
+    times = _in_float64(t)
     _check_count(times, step_size, argument)
     inside, at_ends = _jumps_inside(jumps, t)
     bounds = [times[:1], *_each(inside), times[-1:]]
@@ -169,7 +169,7 @@ def pieces_until(t0: Tensor, end: float, step_size: float, jumps: Jumps) -> tupl
     """
     bounds = torch.cat([t0.detach(), t0.detach().new_tensor([end])])
     inside, (at_start, _) = _jumps_inside(jumps, bounds)
-    times = [_exact(t0), *_each(inside)]
+    times = [_in_float64(t0), *_each(inside)]
     rounding = _jump_rounding(jumps, bounds)
     grids = (
         replace(_divided(begin, end, step_size, rounding), jumps=(at_start or n > 0, True))
@@ -207,7 +207,7 @@ def pieces_of(grid: Grid, t: Tensor, jumps: Jumps) -> list[Grid]:
 
 
 def _jump_rounding(jumps: Jumps, t: Tensor) -> float:
-    return max(_rounding(t), _ULPS * jumps.eps * float(t.detach().abs().max()))
+    return max(_rounding(t), _TIME_ULPS * jumps.eps * float(t.detach().abs().max()))
 
 
 def _jumps_inside(jumps: Jumps, t: Tensor) -> tuple[Tensor, tuple[bool, bool]]:
@@ -235,7 +235,7 @@ def _marked(pieces: list[Grid], at_ends: tuple[bool, bool]) -> list[Grid]:
 
 def grid_of_times(t: Tensor) -> Grid:
     """A step from every time of `t` to the next."""
-    return _grid(_exact(t), torch.finfo(t.dtype).eps)
+    return _grid(_in_float64(t), torch.finfo(t.dtype).eps)
 
 
 def constructed_grid(
@@ -269,7 +269,7 @@ def constructed_grid(
         )
     sign = -1 if reverse else 1
     _check_monotonic(made.detach(), sign)
-    inner, times = _exact(made)[1:-1], _exact(t)
+    inner, times = _in_float64(made)[1:-1], _in_float64(t)
     tolerance = max(_rounding(made), _rounding(t))
     for index in (0, -1):
         end, wanted = float(made[index].detach()), float(times[index].detach())
@@ -318,7 +318,7 @@ def place(t: Tensor, grid: Grid, roundings: Tensor | None = None) -> list[Placem
     Returns:
         One placement per output.
     """
-    times = _exact(t)
+    times = _in_float64(t)
     nodes = grid.nodes.detach()
     after = torch.searchsorted(nodes, times.detach().contiguous()).clamp(1, len(nodes) - 1)
     before = after - 1
@@ -352,12 +352,12 @@ def place(t: Tensor, grid: Grid, roundings: Tensor | None = None) -> list[Placem
     ]
 
 
-def _exact(t: Tensor) -> Tensor:
+def _in_float64(t: Tensor) -> Tensor:
     return t.to("cpu", torch.float64)
 
 
 def _rounding(t: Tensor) -> float:
-    return _ULPS * torch.finfo(t.dtype).eps * float(t.detach().abs().max())
+    return _TIME_ULPS * torch.finfo(t.dtype).eps * float(t.detach().abs().max())
 
 
 def _check_monotonic(nodes: Tensor, sign: int) -> None:
@@ -376,7 +376,7 @@ def _grid(nodes: Tensor, eps: float) -> Grid:
     exact = nodes.detach()
     lengths = exact.diff()
     # Equal steps, or equal ones and a last one, whose nodes have been rounded, are equal steps all the same.
-    rounding = _ULPS * eps * float(exact.abs().max())
+    rounding = _TIME_ULPS * eps * float(exact.abs().max())
     for count in (len(lengths), len(lengths) - 1):
         if count > 1:
             equal = float(exact[count] - exact[0]) / count

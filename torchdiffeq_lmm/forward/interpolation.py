@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.schemes.weighted_sum import Weight, linear_combination
+from torchdiffeq_lmm.schemes.weighted_sum import Weight, weighted_sum
 
 Interpolation = Literal["linear", "cubic"]
 
@@ -16,9 +16,9 @@ def check_interpolation(interp: object) -> None:
         raise ValueError(f"interp must be one of {get_args(Interpolation)}, got {interp!r}")
 
 
-def linear(fraction: Weight, x0: Tensor, x1: Tensor) -> Tensor:
+def linear_interpolation(fraction: Weight, x0: Tensor, x1: Tensor) -> Tensor:
     """The straight line from x0 to x1 at `fraction` of the way."""
-    return linear_combination((1 - fraction, fraction), (x0, x1))
+    return weighted_sum((1 - fraction, fraction), (x0, x1))
 
 
 def cubic_hermite(fraction: Weight, step: Weight, x0: Tensor, f0: Tensor, x1: Tensor, f1: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def cubic_hermite(fraction: Weight, step: Weight, x0: Tensor, f0: Tensor, x1: Te
         s * s * (3 - 2 * s),
         -step * s * s * rest,
     )
-    return linear_combination(weights, (x0, f0, x1, f1))
+    return weighted_sum(weights, (x0, f0, x1, f1))
 
 
 def slide(x: Tensor, shift: Tensor, f: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ Slope = Callable[[Tensor], Tensor]
 
 _Made = TypeVar("_Made")
 
-_FEW = 16
+_ROWS_ONE_BY_ONE = 16
 """So few rows of a Jacobian are made one by one, for less than what it takes to set up a batch of them."""
 
-_BATCH = 64
+_ROWS_AT_ONCE = 64
 """So many rows are made at once, as they take the memory of so many gradients."""
 
-_UNKNOWN = 0.25
+_UNKNOWN_SIZE = 0.25
 """An entry of which no size is known is changed as if it were ε to this power of the largest one."""
 
 
@@ -59,7 +59,7 @@ class Jacobian:
             found = self._differentiated(lambda: _matrix(slope, x))
             if found is not None:
                 return found
-        increments = to_real_sizes(_increments(x, sizes), x)
+        increments = to_real_sizes(_difference_increments(x, sizes), x)
         return matrix_of(lambda unit: _difference(slope, x, f, increments * unit), to_real(x)) / increments
 
     def product(self, slope: Slope, x: Tensor, f: Tensor, sizes: Tensor) -> Product:
@@ -68,7 +68,7 @@ class Jacobian:
             found = self._differentiated(lambda: _product(slope, x))
             if found is not None:
                 return found
-        increments = to_real_sizes(_increments(x, sizes), x)
+        increments = to_real_sizes(_difference_increments(x, sizes), x)
 
         def product(v: Tensor) -> Tensor:
             # No entry is changed by more than its own increment.
@@ -109,10 +109,10 @@ def _matrix(slope: Slope, x: Tensor) -> Tensor | None:
         return torch.autograd.grad(f, leaf, cotangent, retain_graph=True, is_grads_batched=is_batched)[0]
 
     cotangents = [from_real(unit, x) for unit in units]
-    if len(like) > _FEW:
+    if len(like) > _ROWS_ONE_BY_ONE:
         # An operation in func may have no rule for batches.
         with suppress(RuntimeError):
-            batches = [torch.stack(cotangents[i : i + _BATCH]) for i in range(0, len(cotangents), _BATCH)]
+            batches = [torch.stack(cotangents[i : i + _ROWS_AT_ONCE]) for i in range(0, len(cotangents), _ROWS_AT_ONCE)]
             return torch.stack([to_real(row) for batch in batches for row in pulled(batch, is_batched=True)])
     return torch.stack([to_real(pulled(cotangent)) for cotangent in cotangents])
 
@@ -137,10 +137,11 @@ def _product(slope: Slope, x: Tensor) -> Product | None:
     return product
 
 
-def _increments(x: Tensor, sizes: Tensor) -> Tensor:
+def _difference_increments(x: Tensor, sizes: Tensor) -> Tensor:
+    """√ε of the sizes, by which the error of a difference, of rounding and curvature, is least."""
     eps = torch.finfo(x.dtype).eps
     largest = sizes.max() if sizes.numel() else sizes.new_zeros(())
-    known = torch.where(sizes > 0, sizes, eps**_UNKNOWN * torch.where(largest > 0, largest, 1.0))
+    known = torch.where(sizes > 0, sizes, eps**_UNKNOWN_SIZE * torch.where(largest > 0, largest, 1.0))
     return (sqrt(eps) * known).clamp(min=torch.finfo(x.dtype).tiny)
 
 

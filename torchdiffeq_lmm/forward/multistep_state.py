@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.schemes.methods import MultistepMethod
-from torchdiffeq_lmm.schemes.recurrence import Layout, Recurrence, memory, start_length, unroll
+from torchdiffeq_lmm.schemes.recurrence import Layout, Recurrence
+from torchdiffeq_lmm.schemes.unrolling import memory, start_length, unroll
 
 from .stepping import History
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 from .grid import Placement
-from .interpolation import Interpolation, cubic_hermite, linear, slide
+from .interpolation import Interpolation, cubic_hermite, linear_interpolation, slide
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ class OutputRule:
         """The state at a fraction of the way over the step after a node."""
         x0, x1 = trajectory.states[node], trajectory.states[node + 1]
         if self.interp == "linear":
-            return linear(fraction, x0, x1)
+            return linear_interpolation(fraction, x0, x1)
         f0, f1 = trajectory.start_slope(node), trajectory.end_slope(node + 1)
         if not self.has_straight_gradient:
             return cubic_hermite(fraction, step, x0, f0, x1, f1)
         # Slopes would start one parity alone; as far as the states are concerned a straight line is exact enough.
         value = cubic_hermite(fraction, step, x0.detach(), f0.detach(), x1.detach(), f1.detach())
-        line = linear(fraction.detach() if isinstance(fraction, Tensor) else fraction, x0, x1)
+        line = linear_interpolation(fraction.detach() if isinstance(fraction, Tensor) else fraction, x0, x1)
         return value + (line - line.detach())

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.schemes.periodic_recurrence import Endless
+from torchdiffeq_lmm.schemes.periodic_recurrence import PeriodicRecurrence
 from torchdiffeq_lmm.schemes.recurrence import Recurrence, Row
 from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
@@ -222,7 +222,7 @@ class UnboundedSteps:
         self.count = None
         self.first_step = h
         self.recurrence = beginning
-        self._endless = Endless(beginning)
+        self._endless = PeriodicRecurrence(beginning)
         self._t0 = t0
         self._h = h
         self._sides = sides

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, add
 
 from torchdiffeq_lmm.schemes.recurrence import Row, Terms
-from torchdiffeq_lmm.schemes.weighted_sum import Weight, linear_combination
+from torchdiffeq_lmm.schemes.weighted_sum import Weight, weighted_sum
 
 Evaluate = Callable[[int, Tensor], Tensor]
 """From the number of a state and the state to its slope."""
@@ -130,13 +130,13 @@ def _increment(row: Row, state: int, x: Tensor, history: History, solve_implicit
     # The weights of an implicit row may cancel to 0; an explicit one needs a slope.
     if row.implicit is None or any(_counts(weight) for _, weight in terms):
         tensors = (*_pick(history.increments, row.increments), *_pick(slopes, row.slopes))
-        known = linear_combination((weight for _, weight in terms), tensors)
+        known = weighted_sum((weight for _, weight in terms), tensors)
     if row.implicit is None:
         assert known is not None
         return known
     guess = None
     if row.guess:
-        guess = linear_combination((weight for _, weight in row.guess), _pick(slopes, row.guess))
+        guess = weighted_sum((weight for _, weight in row.guess), _pick(slopes, row.guess))
     increment, slope = solve_implicit(state, x, known, row.implicit, guess)
     slopes.insert(0, slope)
     return increment

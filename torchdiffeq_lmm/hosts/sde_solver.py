@@ -27,7 +27,7 @@ from torchdiffeq_lmm.forward.grid import (
     uniform_pieces,
 )
 from torchdiffeq_lmm.forward.implicit import ImplicitSolver
-from torchdiffeq_lmm.forward.interpolation import linear
+from torchdiffeq_lmm.forward.interpolation import linear_interpolation
 from torchdiffeq_lmm.forward.jumps import jumps_of
 from torchdiffeq_lmm.forward.multistep_state import Past, past_of, resume
 from torchdiffeq_lmm.forward.outputs import Trajectory
@@ -38,7 +38,8 @@ from torchdiffeq_lmm.forward.stepping import march
 from torchdiffeq_lmm.forward.tolerances import resolve_tolerance
 from torchdiffeq_lmm.forward.vector_field import entry_name, precision_of
 from torchdiffeq_lmm.schemes.methods import MultistepMethod
-from torchdiffeq_lmm.schemes.recurrence import Recurrence, start_length
+from torchdiffeq_lmm.schemes.recurrence import Recurrence
+from torchdiffeq_lmm.schemes.unrolling import start_length
 
 from .torchsde_host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
 
@@ -363,7 +364,7 @@ def _neighbours(placement: Placement) -> tuple[int, ...]:
 
 def _output(placement: Placement, states: dict[int, Tensor]) -> Tensor:
     node, fraction, _ = placement
-    return states[node] if fraction is None else linear(fraction, states[node], states[node + 1])
+    return states[node] if fraction is None else linear_interpolation(fraction, states[node], states[node + 1])
 
 
 def _behind(past: Past, steps: Tensor) -> Tensor:

@@ -42,8 +42,9 @@ from torchdiffeq_lmm.forward.step_source import FixedSteps, Sides, StepSource, U
 from torchdiffeq_lmm.forward.tolerances import check_max_num_steps, check_steps, event_tolerance, resolve_tolerance
 from torchdiffeq_lmm.forward.vector_field import VectorField
 from torchdiffeq_lmm.schemes.methods import LEAPFROG, MultistepMethod
-from torchdiffeq_lmm.schemes.recurrence import Recurrence, unroll
+from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
+from torchdiffeq_lmm.schemes.unrolling import unroll
 from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 from .adjoint_params import resolve_adjoint_params

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 Kind = Literal["step", "linear"]
-Interpolation = Literal["linear", "constant"]
+RegridInterpolation = Literal["linear", "constant"]
 
 _EARLY = 0.01
 """A step is taken to begin by this part of it earlier, or by the rounding of times, for a rounded time to find it."""
@@ -220,7 +220,7 @@ class GridParameter(nn.Module):
         return self.values.detach()[n]
 
     @torch.no_grad()
-    def regrid(self, nodes: Tensor | Sequence[float], interpolation: Interpolation = "linear") -> "GridParameter":
+    def regrid(self, nodes: Tensor | Sequence[float], interpolation: RegridInterpolation = "linear") -> "GridParameter":
         """The same θ(t) on another grid, as a new module with a parameter of its own, frozen if this one is.
 
         Args:
@@ -239,8 +239,8 @@ class GridParameter(nn.Module):
                 f"nodes must lead from {float(self._nodes[0])} to {float(self._nodes[-1])} as the old ones do, got "
                 f"from {float(new[0])} to {float(new[-1])}"
             )
-        if interpolation not in get_args(Interpolation):
-            raise ValueError(f"interpolation must be one of {get_args(Interpolation)}, got {interpolation!r}")
+        if interpolation not in get_args(RegridInterpolation):
+            raise ValueError(f"interpolation must be one of {get_args(RegridInterpolation)}, got {interpolation!r}")
         if interpolation == "constant" and self.kind == "linear":
             raise ValueError("interpolation must be 'linear' for kind 'linear', got 'constant'")
         old, exact = (
@@ -260,14 +260,14 @@ class GridParameter(nn.Module):
         made = GridParameter(found.to(self.values), new, self.kind)
         return made.requires_grad_(self.values.requires_grad)
 
-    def refine(self, factor: int = 2, interpolation: Interpolation = "linear") -> "GridParameter":
+    def refine(self, factor: int = 2, interpolation: RegridInterpolation = "linear") -> "GridParameter":
         """Divide every step into `factor` equal ones: see `regrid`."""
         factor = _checked_factor(factor)
         parts = torch.arange(factor, dtype=torch.float64, device="cpu") / factor
         inner = (self._nodes[:-1, None] + self._nodes.diff()[:, None] * parts).reshape(-1)
         return self.regrid(torch.cat([inner, self._nodes[-1:]]), interpolation)
 
-    def coarsen(self, factor: int = 2, interpolation: Interpolation = "linear") -> "GridParameter":
+    def coarsen(self, factor: int = 2, interpolation: RegridInterpolation = "linear") -> "GridParameter":
         """Make one step of every `factor`, which must divide their number: see `regrid`."""
         factor = _checked_factor(factor)
         steps = len(self._nodes) - 1

@@ -12,7 +12,7 @@ Contributions = list[tuple[float, Tensor]]
 """A sum of cotangents, as weights and cotangents; nothing is 0."""
 
 
-class Linearisation(Protocol):
+class TransposedJacobians(Protocol):
     """The Jacobians J of f at the states, transposed."""
 
     def vjp(self, state: int, cotangent: Contributions) -> Contributions:
@@ -54,7 +54,7 @@ class AdjointState(NamedTuple):
 def discrete_adjoint(
     rows: Sequence[Row],
     node_cotangents: Sequence[Tensor | None],
-    linearisation: Linearisation,
+    jacobians: TransposedJacobians,
     zero: Tensor,
     noise_vjp: Callable[[int], Tensor | None] | None = None,
 ) -> Iterator[AdjointState]:
@@ -70,7 +70,7 @@ def discrete_adjoint(
     Args:
         rows: the rows, with numbers for weights.
         node_cotangents: g_0, ..., g_N, None for a node that E does not see.
-        linearisation: the Jacobians.
+        jacobians: of f at the states.
         zero: a state of zeros.
         noise_vjp: what a state receives besides, by the noise increment that is made of it, where there are any: asked
             for after the state before it in this order has been yielded. It belongs to P.
@@ -87,7 +87,7 @@ def discrete_adjoint(
         is_node = row is None or row.is_node
         node = layout.node_before[state] if is_node else None
         later = slopes.pop(state, [])
-        pulled = linearisation.vjp(state, later)
+        pulled = jacobians.vjp(state, later)
         mu = later
         by_noise = None if noise_vjp is None else noise_vjp(state)
         window: Tensor | None
@@ -106,7 +106,7 @@ def discrete_adjoint(
             window = shift = increment = combine(received) if received else None
         if row is not None and row.implicit is not None and increment is not None:
             weight = float(row.implicit)
-            increment = linearisation.solve(state, weight, increment)
+            increment = jacobians.solve(state, weight, increment)
             mu = [*later, (weight, increment)]
             # D = window + Σ e D, and the solution has all that Jᵀ b* D adds to the window.
             window = plus(increment, [(-e, cotangent) for e, cotangent in leading])

@@ -8,7 +8,7 @@ from typing import Literal
 from .methods import MultistepMethod
 from .stability import coefficients, effective_weights, error_constant, is_strongly_stable, order, roots
 
-Oscillation = Literal["everywhere", "near observations", "nowhere"]
+OscillationExtent = Literal["everywhere", "near observations", "nowhere"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class MethodInfo:
     beta: tuple[Fraction, ...]
     roots: tuple[complex, ...]
     weights: tuple[Fraction, ...]
-    oscillation: Oscillation
+    oscillation: OscillationExtent
     any_grid: bool
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ def info_of(method: MultistepMethod, count: int = 8) -> MethodInfo:
     """
     alpha, beta = coefficients(method.on_equal_steps, method.steps)
     weights = effective_weights(alpha, beta, max(count, 2 * method.steps + 2))
-    oscillation: Oscillation = "everywhere"
+    oscillation: OscillationExtent = "everywhere"
     if is_strongly_stable(alpha):
         # The node of the observation itself may be left out, as by explicit methods, or counted in full.
         settled = all(weight == 1 for weight in weights[1:]) and weights[0] in (0, 1)
@@ -99,12 +99,12 @@ def info_of(method: MultistepMethod, count: int = 8) -> MethodInfo:
 
 
 def _equation(alpha: Sequence[Fraction], beta: Sequence[Fraction]) -> str:
-    states = _sum(alpha, "x")
-    slopes = _sum(beta, "f")
+    states = _weighted_terms(alpha, "x")
+    slopes = _weighted_terms(beta, "f")
     return f"{states} = h ({slopes})"
 
 
-def _sum(weights: Sequence[Fraction], name: str) -> str:
+def _weighted_terms(weights: Sequence[Fraction], name: str) -> str:
     text = ""
     for j in range(len(weights) - 1, -1, -1):
         weight = weights[j]

@@ -5,7 +5,7 @@ Every consistent method can be written in increments ``d_{n+1} := x_{n+1} - x_n`
     d_{n+1} = Σ_i e_i d_{n-i} + Σ_i b_i f_{n-i} + b* f_{n+1},      x_{n+1} = x_n + d_{n+1},      i = 0, 1, ...
 
 This form is used throughout. It keeps its accuracy where a tiny step precedes a large one, and its adjoint carries the
-running sum P that the gradient filters need (see filters/costate.py) as the cotangent of x_n.
+running sum P that the gradient filters need (see `filters.costate`) as the cotangent of x_n.
 """
 
 from collections.abc import Callable, Sequence

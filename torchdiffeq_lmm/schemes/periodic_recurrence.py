@@ -1,4 +1,4 @@
-"""A recurrence on equal steps that goes on until an event ends it."""
+"""A recurrence on equal steps whose last rows are repeated for ever, as until an event ends it."""
 
 from collections.abc import Iterator
 from itertools import chain, cycle, islice
@@ -6,8 +6,8 @@ from itertools import chain, cycle, islice
 from .recurrence import Recurrence, Row
 
 
-class Endless:
-    """The rows of a solve without an end, in equal steps.
+class PeriodicRecurrence:
+    """The rows of a solve without an end, in equal steps: those of its beginning, then the last step's again and again.
 
     Args:
         beginning: the rows of so many steps that the last ones are as all after them.

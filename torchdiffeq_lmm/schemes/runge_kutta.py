@@ -31,7 +31,7 @@ class TwoStageMethod:
     remembers_slopes: ClassVar[bool] = True
 
     def unroll(self, steps: Tensor) -> Recurrence:
-        """The rows on a grid: see `recurrence.unroll`."""
+        """The rows on a grid: see `unrolling.unroll`."""
         second = 1 / (2 * self.stage)
         weights = steps[:, None] * steps.new_tensor([self.stage, second, 1 - second])
         rows, shared = [], {}

@@ -17,10 +17,10 @@ from .methods import Formula
 
 Coefficients = tuple[Fraction, ...]
 
-ROUNDING = 1e-7
+ON_UNIT_CIRCLE = 1e-7
 """Roots that differ from the unit circle by less are on it."""
 
-DOUBLE = 1e-4
+DOUBLE_ROOT = 1e-4
 """Roots that differ from each other by less are one: rounding parts a multiple root so far."""
 
 
@@ -73,8 +73,8 @@ def unstable_root(alpha: Coefficients) -> tuple[complex, int] | None:
     """A root of ρ, and its multiplicity, that violates the root condition: outside the unit circle, or double on it."""
     found = roots(alpha)
     for root in found:
-        near = [other for other in found if abs(other - root) < DOUBLE]
-        if abs(root) > 1 + (DOUBLE if len(near) > 1 else ROUNDING) or (len(near) > 1 and abs(root) > 1 - DOUBLE):
+        near = [other for other in found if abs(other - root) < DOUBLE_ROOT]
+        if abs(root) > (1 + ON_UNIT_CIRCLE if len(near) == 1 else 1 - DOUBLE_ROOT):
             return sum(near) / len(near), len(near)
     return None
 
@@ -82,7 +82,7 @@ def unstable_root(alpha: Coefficients) -> tuple[complex, int] | None:
 @cache
 def is_strongly_stable(alpha: Coefficients) -> bool:
     """Whether all roots of ρ but 1 are inside the unit circle, so that what oscillates dies out."""
-    return sum(abs(root) > 1 - ROUNDING for root in roots(alpha)) == 1
+    return sum(abs(root) > 1 - ON_UNIT_CIRCLE for root in roots(alpha)) == 1
 
 
 def effective_weights(alpha: Coefficients, beta: Coefficients, count: int) -> list[Fraction]:
@@ -97,11 +97,11 @@ def effective_weights(alpha: Coefficients, beta: Coefficients, count: int) -> li
 
 
 _SLOWEST = 0.99
-"""A layer in which the largest root does not decay faster is taken for one without an end."""
+"""A boundary layer in which the largest root does not decay faster is taken for one without an end."""
 
 
 @dataclass(frozen=True)
-class Layer:
+class BoundaryLayer:
     """Where, before an observation, a strongly stable method's cotangents differ from the costate.
 
     Attributes:
@@ -114,8 +114,8 @@ class Layer:
 
 
 @cache
-def layer_of(alpha: Coefficients, beta: Coefficients, tolerance: float = 1e-13) -> Layer | None:
-    """The layer of a method before an observation; None if it does not end, or not within some thousands of nodes.
+def boundary_layer_of(alpha: Coefficients, beta: Coefficients, tolerance: float = 1e-13) -> BoundaryLayer | None:
+    """The boundary layer of a method before an observation; None if it does not end, or not within thousands of nodes.
 
     For x' = λ x the cotangents i nodes before a unit observation are h (w_i + h λ v_i + h² λ² u_i + ...), with
     v = w * w, u = w * w * w, and the costate is 1 + h λ i + h² λ² i² / 2 + ... up to constants.
@@ -123,20 +123,20 @@ def layer_of(alpha: Coefficients, beta: Coefficients, tolerance: float = 1e-13) 
     modulus = max((abs(root) for root in roots(alpha)[1:]), default=0.0)
     if modulus > _SLOWEST:
         return None
-    count = 4 * len(alpha) + (int(2 * np.log(tolerance) / np.log(modulus)) if modulus > ROUNDING else 0)
+    count = 4 * len(alpha) + (int(2 * np.log(tolerance) / np.log(modulus)) if modulus > ON_UNIT_CIRCLE else 0)
     # w - 1, by cancelling the root 1: as a difference it would drown in rounding where it decays slowly.
     deflated = _without_root_one(alpha[::-1])
     excess = _without_root_one([b - a for b, a in zip(beta[::-1], [*deflated, Fraction(0)], strict=True)])
     r = _series(excess, deflated, count)
     off = np.abs(r) > tolerance
     if order(alpha, beta) == 1:
-        return Layer(_last(off), 0)
+        return BoundaryLayer(_last(off), 0)
     # v_i - i: with r = w - 1 it is 1 + 2 Σ r + r * r, which at order 2 vanishes after the layer.
     off |= np.abs(1 + 2 * r.cumsum() + np.convolve(r, r)[:count]) > tolerance * count
     w = 1 + r
     # u_i - i² / 2, up to the constant that it tends to.
     rest = np.convolve(np.convolve(w, w)[:count], w)[:count] - np.arange(count) ** 2 / 2
-    return Layer(_last(off), _last(np.abs(rest - rest[-1]) > 0.5))
+    return BoundaryLayer(_last(off), _last(np.abs(rest - rest[-1]) > 0.5))
 
 
 def _last(flags: "np.ndarray") -> int:

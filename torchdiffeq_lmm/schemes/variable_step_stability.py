@@ -1,26 +1,50 @@
 """Zero-stability on non-uniform grids: by how much the past of a method can amplify an error.
 
 Where steps grow, the weights of the earlier increments do. A method that uses several of them, as BDF do, then
-amplifies errors from step to step, whatever the problem; on a long stretch of growing steps beyond all bounds.
+amplifies errors from step to step, whatever the problem; over many growing steps beyond all bounds.
 
 Source: Hairer, Nørsett, Wanner, *Solving Ordinary Differential Equations I*, III.5.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 
-from .methods import MultistepMethod
+from .methods import Formula, MultistepMethod
+from .stability import coefficients, is_strongly_stable
 
 MAX_AMPLIFICATION = 1e8
 """More than this is taken for a grid on which the method does not work: results there have no correct digit."""
 
 
-def amplification(increment_weights: Iterable[Sequence[float]]) -> float:
-    """By how much d_{n+1} = Σ_i e[n, i] d_{n-i} amplifies increments over the worst stretch of steps.
+def check_variable_step_stability(
+    method: MultistepMethod, lengths: Sequence[float], formulas: Iterable[Formula]
+) -> None:
+    """Raise a ValueError where the steps grow so that the method is not stable.
 
-    Up to a small factor: a stretch is begun anew wherever the amplification has fallen below 1.
+    Args:
+        method: the method.
+        lengths: of all steps.
+        formulas: of the steps after the start, in any unit.
+    """
+    # The other roots of leapfrog and its like are on the unit circle, and their growth is bounded by that of the steps.
+    if len(set(lengths[:-1])) <= 1 or len(method.on_equal_steps.increments) == 0 or not _damps(method):
+        return
+    amplified = amplification(formula.increments for formula in formulas)
+    if amplified > MAX_AMPLIFICATION:
+        ratio = max(after / before for before, after in pairwise(lengths))
+        raise ValueError(
+            f"method {method.name!r} is not stable on this grid: its steps, which grow by up to {ratio:.3g} from one "
+            f"to the next, amplify errors by {amplified:.1e}. Let them grow by less than "
+            f"{largest_stable_ratio(method):.4g} for long, or use a BDF method of lower order"
+        )
+
+
+def amplification(increment_weights: Iterable[Sequence[float]]) -> float:
+    """By how much d_{n+1} = Σ_i e[n, i] d_{n-i} amplifies increments over the worst run of steps.
+
+    Up to a small factor: a run is begun anew wherever the amplification has fallen below 1.
 
     Args:
         increment_weights: e[n] of one step after the other, all of the same length.
@@ -40,7 +64,7 @@ def amplification(increment_weights: Iterable[Sequence[float]]) -> float:
     return largest
 
 
-def largest_growth(method: MultistepMethod) -> float:
+def largest_stable_ratio(method: MultistepMethod) -> float:
     """The ratio of steps that a method may grow by from each to the next, for any number of steps.
 
     Args:
@@ -58,3 +82,7 @@ def largest_growth(method: MultistepMethod) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if is_stable(middle) else (low, middle)
     return low
+
+
+def _damps(method: MultistepMethod) -> bool:
+    return is_strongly_stable(coefficients(method.on_equal_steps, method.steps)[0])

@@ -7,7 +7,7 @@ from torch import Tensor, add
 Weight = float | Tensor
 
 
-def linear_combination(weights: Iterable[Weight], tensors: Iterable[Tensor]) -> Tensor:
+def weighted_sum(weights: Iterable[Weight], tensors: Iterable[Tensor]) -> Tensor:
     """Return ``Σ w_i v_i``.
 
     Args:

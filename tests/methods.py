@@ -1,0 +1,41 @@
+"""The methods that tests go through, and what marks those as slow that the others of their family stand for."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import pytest
+
+from torchdiffeq_lmm import method_info
+from torchdiffeq_lmm.schemes.methods import METHODS
+
+NAMES = [method.name for method in METHODS]
+ORDER = {method.name: method.order for method in METHODS}
+IMPLICIT = {name for name in NAMES if method_info(name).kind == "implicit"}
+
+FAMILIES = ("leapfrog", "nystrom3", "ab3", "abm2", "am3", "milne_simpson", "bdf2")
+"""One of every family; a two-stage method may stand beside them."""
+
+
+def slow_but(fast: Collection[Any], values: Iterable[Any]) -> list[Any]:
+    """The values of a parameter, all marked slow but those in `fast`."""
+    return [pytest.param(value, marks=[] if value in fast else pytest.mark.slow) for value in values]
+
+
+def in_turn(settings: Sequence[Any], few: int, names: Iterable[str] = NAMES) -> list[Any]:
+    """Methods with settings: one of every family with all of them, every other method with `few`, each in its turn.
+
+    A setting is one parameter, or a tuple of several. Of a family one is not slow, of the next family the next one.
+    """
+    chosen = []
+    for position, name in enumerate(names):
+        is_family = name in FAMILIES
+        of_method = [(position + turn) % len(settings) for turn in range(len(settings) if is_family else few)]
+        fast = FAMILIES.index(name) % len(settings) if is_family else None
+        for number in sorted(of_method):
+            setting = settings[number] if isinstance(settings[number], tuple) else (settings[number],)
+            marks = [] if number == fast else pytest.mark.slow
+            chosen.append(pytest.param(name, *setting, marks=marks))
+    return chosen
+
+
+EVERY_METHOD = slow_but(FAMILIES, NAMES)
