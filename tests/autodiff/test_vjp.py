@@ -12,6 +12,7 @@ from torchdiffeq_lmm.autodiff.evaluation import Evaluation
 from torchdiffeq_lmm.autodiff.recorded_jacobians import RecordedJacobians
 from torchdiffeq_lmm.autodiff.stored_evaluations import Kept
 from torchdiffeq_lmm.autodiff.vjp import ParameterGradients, hooks_suspended
+from torchdiffeq_lmm.forward.samples import Samples
 
 DIM = 3
 
@@ -36,12 +37,16 @@ def kept(*evaluations: Evaluation | None) -> Kept:
     return Kept(dict(enumerate(evaluations)), {}, {}, list(range(len(evaluations))))
 
 
+ONE = Samples((torch.Size([3]),), 0)
+"""No samples."""
+
+
 def linearisation(
     *evaluations: Evaluation | None, collects: bool = True, times: Tensor | None = None
 ) -> tuple[RecordedJacobians, ParameterGradients]:
     parameters = ParameterGradients()
     return RecordedJacobians(
-        kept(*evaluations), parameters, collects, times, torch.finfo(torch.float64).eps
+        kept(*evaluations), parameters, collects, times, torch.finfo(torch.float64).eps, ONE
     ), parameters
 
 
