@@ -8,6 +8,7 @@ from .autodiff.checkpoints import Checkpoint
 from .autodiff.reversal import DriftError, Reversible
 from .filters.grad_filter import CostateFilter, LeapfrogFilter, SmoothFilter
 from .filters.stack_filter import filter_gradient, register_grad_filter
+from .forward.newton_options import Newton
 from .hosts.interface import odeint
 from .hosts.registration import method_info, register, register_method, unregister
 from .parameters.grid_parameter import GridParameter
@@ -21,6 +22,7 @@ __all__ = [
     "GridParameter",
     "LeapfrogFilter",
     "MethodInfo",
+    "Newton",
     "Oscillation",
     "OscillationReport",
     "Reversible",

@@ -12,7 +12,8 @@ from torchdiffeq_lmm.autodiff.evaluation import Evaluation
 from torchdiffeq_lmm.autodiff.recorded_jacobians import RecordedJacobians
 from torchdiffeq_lmm.autodiff.stored_evaluations import Kept
 from torchdiffeq_lmm.autodiff.vjp import ParameterGradients, hooks_suspended
-from torchdiffeq_lmm.forward.samples import Samples
+from torchdiffeq_lmm.forward.newton_options import Newton
+from torchdiffeq_lmm.forward.samples import Samples, Systems
 
 DIM = 3
 
@@ -37,7 +38,7 @@ def kept(*evaluations: Evaluation | None) -> Kept:
     return Kept(dict(enumerate(evaluations)), {}, {}, list(range(len(evaluations))))
 
 
-ONE = Samples((torch.Size([3]),), 0)
+ONE = Systems(Samples((torch.Size([3]),), 0), Newton())
 """No samples."""
 
 

@@ -9,19 +9,23 @@ from scipy.optimize import brentq, fsolve
 from torch import Tensor
 
 from torchdiffeq_lmm.forward import implicit
-from torchdiffeq_lmm.forward.implicit import MAX_ITERATIONS, ImplicitSolver
+from torchdiffeq_lmm.forward.newton_options import Newton
 
 Slope = Callable[[Tensor], Tensor]
 
 EPS = torch.finfo(torch.float64).eps
 
 LIMIT = 32
+"""So that systems of moderate size are already solved in Krylov spaces."""
+
+NEWTON = Newton(matrix_limit=LIMIT)
 
 
-@pytest.fixture(autouse=True)
-def _limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that systems of moderate size are already solved in Krylov spaces."""
-    monkeypatch.setattr(implicit, "JACOBIAN_LIMIT", LIMIT)
+class ImplicitSolver(implicit.ImplicitSolver):
+    def __init__(
+        self, rtol: float, atol: float | Tensor, precision: float, entry: Callable[[int], str], *flags: bool
+    ) -> None:
+        super().__init__(rtol, atol, precision, entry, *flags, newton=NEWTON)
 
 
 def name(entry: int) -> str:
@@ -360,4 +364,4 @@ def test_an_equation_without_a_solution() -> None:
         "larger rtol and atol",
     ):
         assert part in str(error.value)
-    assert f.iterates <= 5 * MAX_ITERATIONS
+    assert f.iterates <= 5 * NEWTON.max_iterations

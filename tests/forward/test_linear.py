@@ -8,7 +8,6 @@ from torch import Tensor
 from torchdiffeq_lmm.forward import linear
 from torchdiffeq_lmm.forward.linear import (
     DENSE_LIMIT,
-    FALLBACK_LIMIT,
     Factors,
     LinearSolver,
     Product,
@@ -18,7 +17,9 @@ from torchdiffeq_lmm.forward.linear import (
     noise,
     to_real,
 )
+from torchdiffeq_lmm.forward.newton_options import DEFAULT_NEWTON, Newton
 
+FALLBACK_LIMIT = Newton().fallback_limit
 EPS = torch.finfo(torch.float64).eps
 SIZES = [1, 2, DENSE_LIMIT, DENSE_LIMIT + 1, 150]
 
@@ -32,20 +33,16 @@ def contraction(size: int, norm: float = 0.8, dtype: torch.dtype = torch.float64
     return matrix * (norm / torch.linalg.matrix_norm(matrix, 2))
 
 
-@pytest.fixture
-def small_spaces(monkeypatch: pytest.MonkeyPatch) -> int:
-    """The largest dimension of a Krylov space."""
-    monkeypatch.setattr(linear, "KRYLOV_LIMIT", 20)
-    return 20
+SMALL_SPACES = Newton(krylov_dimension=20)
 
 
-def solve(product: Product, rhs: Tensor, eps: float) -> Tensor:
-    return LinearSolver().solve(product, rhs, eps)
+def solve(product: Product, rhs: Tensor, eps: float, newton: Newton = DEFAULT_NEWTON) -> Tensor:
+    return LinearSolver(newton).solve(product, rhs, eps)
 
 
-def gmres(product: Product, rhs: Tensor, tolerance: float) -> tuple[Tensor, float]:
+def gmres(product: Product, rhs: Tensor, tolerance: float, dimension: int = 100) -> tuple[Tensor, float]:
     """The solution, and the residual that is told, relative to r."""
-    found, residual = linear.gmres(product, rhs, tolerance, restarts=10)
+    found, residual = linear.gmres(product, rhs, tolerance, dimension, restarts=10)
     torch.testing.assert_close(residual, rhs - found + product(found), rtol=1e-6, atol=1e-13)
     scale = float(rhs.norm())
     return found, float(residual.norm()) / scale if scale else 0.0
@@ -89,7 +86,6 @@ def test_complex_equations(size: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.usefixtures("small_spaces")
 def test_stiff_equations_of_medium_size_are_solved_by_their_matrix() -> None:
     """The eigenvalues of A are spread over ten decades: no Krylov space of the allowed dimension has the solution."""
     size = 100
@@ -97,16 +93,16 @@ def test_stiff_equations_of_medium_size_are_solved_by_their_matrix() -> None:
     matrix = -basis @ torch.diag(torch.logspace(-2, 8, size, dtype=torch.float64)) @ basis.T
     rhs = randn(size, seed=1)
     product = Counted(matrix)
-    found = solve(product, rhs, EPS)
+    found = solve(product, rhs, EPS, SMALL_SPACES)
     assert product.calls > size
     torch.testing.assert_close(found, dense_solution(matrix, rhs), rtol=1e-6, atol=1e-7)
 
 
-def test_stiff_equations_of_large_size_are_given_up(small_spaces: int) -> None:
+def test_stiff_equations_of_large_size_are_given_up() -> None:
     size = FALLBACK_LIMIT + 1
     spectrum = -torch.logspace(-2, 8, size, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=f"linear equation in {size} unknowns was not solved") as error:
-        solve(lambda v: spectrum * v, randn(size), EPS)
+        solve(lambda v: spectrum * v, randn(size), EPS, SMALL_SPACES)
     assert f"more than {FALLBACK_LIMIT}, too many for its matrix" in str(error.value)
 
 
@@ -271,11 +267,11 @@ def test_a_right_hand_side_that_is_near_enough_is_returned() -> None:
     assert product.calls == 2
 
 
-def test_what_is_not_reached_is_told(small_spaces: int) -> None:
+def test_what_is_not_reached_is_told() -> None:
     """(1 - A) is a cyclic shift: only a space of all dimensions has the solution."""
-    rhs = torch.zeros(2 * small_spaces, dtype=torch.float64)
+    rhs = torch.zeros(2 * SMALL_SPACES.krylov_dimension, dtype=torch.float64)
     rhs[0] = 1
-    found, remaining = gmres(lambda v: v - torch.roll(v, 1), rhs, 1e-10)
+    found, remaining = gmres(lambda v: v - torch.roll(v, 1), rhs, 1e-10, SMALL_SPACES.krylov_dimension)
     assert remaining == pytest.approx(float((rhs - torch.roll(found, 1)).norm()), rel=1e-10)
     assert remaining > 0.9
 

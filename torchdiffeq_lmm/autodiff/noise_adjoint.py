@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.forward.samples import Samples
+from torchdiffeq_lmm.forward.samples import Systems
 from torchdiffeq_lmm.schemes.discrete_adjoint import AdjointState, Contributions, combine
 
 from .evaluation import Evaluation
@@ -59,7 +59,7 @@ class NoiseAdjoint:
     Args:
         record: of the noise.
         parameters: where the gradients of parameters are added up.
-        precision, samples: see `RecordedJacobians`.
+        precision, systems: see `RecordedJacobians`.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class NoiseAdjoint:
         record: NoiseRecord,
         parameters: ParameterGradients,
         precision: float,
-        samples: Samples,
+        systems: Systems,
     ) -> None:
         self._of_rows = record.of_rows
         self._cotangents: dict[int, Contributions] = {}
         self._jacobians = RecordedJacobians(
-            Kept(record.evaluations, {}, {}, ()), parameters, True, None, precision, samples
+            Kept(record.evaluations, {}, {}, ()), parameters, True, None, precision, systems
         )
 
     def pass_by(self, point: AdjointState) -> None:

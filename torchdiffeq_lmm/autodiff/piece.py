@@ -13,7 +13,7 @@ from torchdiffeq_lmm.filters.filter_plan import FilterPlan, plan_filter, step_to
 from torchdiffeq_lmm.filters.grad_filter import CostateFilter
 from torchdiffeq_lmm.forward.implicit import ImplicitSolver
 from torchdiffeq_lmm.forward.outputs import Trajectory
-from torchdiffeq_lmm.forward.samples import Samples
+from torchdiffeq_lmm.forward.samples import Systems
 from torchdiffeq_lmm.forward.step_evaluator import StepEvaluator
 from torchdiffeq_lmm.forward.step_source import FixedSteps, Made, StepSource
 from torchdiffeq_lmm.forward.stepping import History, march
@@ -72,7 +72,7 @@ class PieceSolver:
         parameters: see `SolveRecorder`.
         costate_filter: the filter; None for the gradient of auto-differentiation.
         implicit: makes what solves implicit rows.
-        samples: how states are made of samples.
+        systems: into which implicit equations fall.
         callback_step: ``callback_step(t, x, step)``, called before every step; or None.
         max_steps: of a piece whose steps have no end.
     """
@@ -83,7 +83,7 @@ class PieceSolver:
     parameters: Parameters | None
     costate_filter: CostateFilter | None
     implicit: Callable[[], ImplicitSolver]
-    samples: Samples
+    systems: Systems
     callback_step: Callable[[Tensor, Tensor, Tensor], object] | None
     max_steps: int
 
@@ -133,7 +133,7 @@ class PieceSolver:
         steps = self.max_steps if source.count is None else source.count
         field = self.vector_field
         return SolveRecorder(
-            field, field.precision, self.samples, y0, source.requires_grad, self.mode, self.parameters, steps
+            field, field.precision, self.systems, y0, source.requires_grad, self.mode, self.parameters, steps
         )
 
     def _plan(self, steps: Made, before: FixedSteps | None, after: StepSource | None) -> FilterPlan | None:

@@ -5,9 +5,8 @@ from torch import Tensor
 
 from torchdiffeq_lmm.forward.block_jacobian import real_rows, rows_like
 from torchdiffeq_lmm.forward.block_linear import BlockLinearSolver
-from torchdiffeq_lmm.forward.implicit import JACOBIAN_LIMIT
 from torchdiffeq_lmm.forward.linear import LinearSolver, from_real, to_real
-from torchdiffeq_lmm.forward.samples import Samples
+from torchdiffeq_lmm.forward.samples import Systems
 from torchdiffeq_lmm.schemes.discrete_adjoint import Contributions, combine
 
 from .evaluation import Evaluation
@@ -24,7 +23,7 @@ class RecordedJacobians:
         collects: whether what is pulled back is what the parameters get too, as it is without a filter.
         time_gradients: where to add the gradients with respect to the times of the states; None if they are not needed.
         precision: the unit in the last place of products with the Jacobians.
-        samples: how states are made of samples.
+        systems: into which implicit equations fall.
     """
 
     def __init__(
@@ -34,11 +33,12 @@ class RecordedJacobians:
         collects: bool,
         time_gradients: Tensor | None,
         precision: float,
-        samples: Samples,
+        systems: Systems,
     ) -> None:
-        self._equations = LinearSolver()
+        self._equations = LinearSolver(systems.newton)
         self._by_blocks = BlockLinearSolver()
-        self._samples = samples
+        self._samples = systems.samples
+        self._largest_block = systems.newton.matrix_limit
         self._precision = precision
         self._stored = stored
         self._parameters = parameters
@@ -122,7 +122,7 @@ class RecordedJacobians:
         samples = self._samples
         rows = samples.split(rhs)
         like = real_rows(rows)
-        if like.shape[1] > JACOBIAN_LIMIT:
+        if like.shape[1] > self._largest_block:
             return None
 
         def product(of: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchdiffeq_lmm.filters.costate import filtered_cotangents
 from torchdiffeq_lmm.filters.filter_plan import FilterPlan
-from torchdiffeq_lmm.forward.samples import Samples
+from torchdiffeq_lmm.forward.samples import Systems
 from torchdiffeq_lmm.schemes.discrete_adjoint import AdjointState, discrete_adjoint, weight_gradients
 from torchdiffeq_lmm.schemes.recurrence import Layout, Recurrence
 
@@ -36,7 +36,7 @@ class SolveAdjoint:
         slope_outputs: the nodes at which it returns values of f after them, and the evaluations.
         sources, handles: its inputs after y0, the times and the weights.
         precision: the unit in the last place of func's values.
-        samples: how states are made of samples.
+        systems: into which implicit equations fall.
         noise: its record; None for an ordinary differential equation.
         versions: tensors that must not change before the backward pass, with their versions.
     """
@@ -49,7 +49,7 @@ class SolveAdjoint:
     sources: tuple[Tensor, ...]
     handles: tuple[Tensor, ...]
     precision: float
-    samples: Samples
+    systems: Systems
     noise: NoiseRecord | None
     versions: list[tuple[Tensor, int]]
 
@@ -80,8 +80,8 @@ class SolveAdjoint:
         rows, at_node = self.recurrence.rows, self.recurrence.nodes
         time_grads = zero.new_zeros(len(rows) + 1, dtype=zero.dtype.to_real()) if times_need_grad else None
         parameters = ParameterGradients()
-        jacobians = RecordedJacobians(stored, parameters, self.plan is None, time_grads, self.precision, self.samples)
-        noise = None if self.noise is None else NoiseAdjoint(self.noise, parameters, self.precision, self.samples)
+        jacobians = RecordedJacobians(stored, parameters, self.plan is None, time_grads, self.precision, self.systems)
+        noise = None if self.noise is None else NoiseAdjoint(self.noise, parameters, self.precision, self.systems)
 
         by_node: list[Tensor | None] = [None] * len(at_node)
         by_slopes: list[Tensor | None] = [None] * len(at_node)

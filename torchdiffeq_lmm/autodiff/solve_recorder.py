@@ -13,7 +13,7 @@ from torch import Tensor
 from torchdiffeq_lmm.filters.filter_plan import FilterPlan
 from torchdiffeq_lmm.forward.autograd_state import refuse_tangents
 from torchdiffeq_lmm.forward.outputs import Trajectory
-from torchdiffeq_lmm.forward.samples import Samples
+from torchdiffeq_lmm.forward.samples import Systems
 from torchdiffeq_lmm.forward.sde_stepping import DriftAndNoise
 from torchdiffeq_lmm.forward.step_evaluator import EvaluateAt, StepEvaluator
 from torchdiffeq_lmm.forward.stepping import History
@@ -46,7 +46,7 @@ class SolveRecorder:
     Args:
         f: from what func is given for a time, and a state, to the slope.
         precision: the unit in the last place of func's values.
-        samples: how states are made of samples.
+        systems: into which implicit equations fall.
         y0: the initial state.
         differentiate_times: whether gradients with respect to the times of the nodes are needed.
         mode: how the backward pass finds the evaluations.
@@ -61,7 +61,7 @@ class SolveRecorder:
         self,
         f: Callable[[Tensor, Tensor], Tensor],
         precision: float,
-        samples: Samples,
+        systems: Systems,
         y0: Tensor,
         differentiate_times: bool,
         mode: BackwardMode,
@@ -74,7 +74,7 @@ class SolveRecorder:
         self._parameters = parameters
         self._recorder = Recorder(f, y0, differentiate_times, *(parameters or ()))
         self._precision = precision
-        self._samples = samples
+        self._systems = systems
         self._context = ForwardContext(y0.device)
         self._evaluations: dict[int, Evaluation | None] = {}
         self._end_evaluations: dict[int, Evaluation | None] = {}
@@ -191,7 +191,7 @@ class SolveRecorder:
             sources=sources,
             handles=handles,
             precision=self._precision,
-            samples=self._samples,
+            systems=self._systems,
             noise=None if noise_of_rows is None else NoiseRecord(noise_of_rows, self._noise),
             versions=[(tensor, tensor._version) for tensor in (() if self.keeps else (y0, *sources))],
         )

@@ -80,16 +80,16 @@ class SmoothFilter:
     method: ClassVar[str | None] = "leapfrog"
 
 
-GradFilter = CostateFilter | SmoothFilter
+AnyGradFilter = CostateFilter | SmoothFilter
 
-GRAD_FILTERS: dict[str, GradFilter] = {
+GRAD_FILTERS: dict[str, AnyGradFilter] = {
     "auto": CostateFilter(),
     "leapfrog": LeapfrogFilter(),
     "smooth": SmoothFilter(),
 }
 
 
-def resolve_grad_filter(grad_filter: object, method: str, smooth: bool = True) -> GradFilter | None:
+def resolve_grad_filter(grad_filter: object, method: str, smooth: bool = True) -> AnyGradFilter | None:
     """The filter that the user asks for, checked against the method that it is to work on.
 
     Args:

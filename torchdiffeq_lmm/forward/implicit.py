@@ -25,20 +25,12 @@ from .block_newton import BlockNewton, CoupledError
 from .implicit_equation import Equations, Tolerances, all_of, any_of
 from .jacobian import Slope
 from .krylov_newton import Equation, Failure, KrylovNewton
-from .linear import FALLBACK_LIMIT, to_real
+from .linear import to_real
 from .newton_iteration import Outcome
+from .newton_options import DEFAULT_NEWTON, Newton
 from .samples import Samples
 
 OnFailure = Literal["raise", "nan"]
-
-JACOBIAN_LIMIT = 256
-"""Newton's method keeps a matrix for the Jacobian of up to so many real unknowns."""
-
-MAX_ITERATIONS = 50
-"""Of substitution, and of Newton's method from one starting point."""
-
-SAFETY = 1e-4
-"""The equation is solved to this fraction of atol + rtol |x|."""
 
 
 def check_on_failure(on_failure: object) -> None:
@@ -57,6 +49,7 @@ class ImplicitSolver:
         differentiable: whether func may be given states that require a gradient, for its Jacobian.
         samples: how the state is made of samples; None for one sample. Where f turns out to couple them, fewer of its
             dimensions count as samples from then on, and at last none.
+        newton: how exactly, with how much work and in how much memory.
         on_failure: what to do where a sample cannot be solved: raise an error, or go on with NaN for that sample.
     """
 
@@ -68,6 +61,7 @@ class ImplicitSolver:
         entry: Callable[[int], str],
         differentiable: bool = True,
         samples: Samples | None = None,
+        newton: Newton = DEFAULT_NEWTON,
         on_failure: OnFailure = "raise",
     ) -> None:
         self._rtol = rtol
@@ -76,6 +70,7 @@ class ImplicitSolver:
         self._entry = entry
         self._samples = samples
         self._differentiable = differentiable
+        self._options = newton
         self._on_failure = on_failure
         self._blocks: BlockNewton | None = None
         self._krylov: KrylovNewton | None = None
@@ -119,7 +114,7 @@ class ImplicitSolver:
             while samples is not None:
                 self._samples = samples
                 size = to_real(x).numel() // max(samples.count, 1)
-                if size <= JACOBIAN_LIMIT or (samples.dims == 0 and self._uses_matrix):
+                if size <= self._options.matrix_limit or (samples.dims == 0 and self._uses_matrix):
                     try:
                         return self._solve_blocks(samples, x, c, weight, starts, slope, iterate, where)
                     except CoupledError:
@@ -143,8 +138,10 @@ class ImplicitSolver:
             rtol, atol = (
                 samples.split(of.expand_as(x)) if isinstance(of, Tensor) else of for of in (self._rtol, self._atol)
             )
-            tolerances = Tolerances(rtol, atol, SAFETY, self._precision)
-            self._blocks = BlockNewton(samples.count, tolerances, BlockJacobian(self._differentiable), MAX_ITERATIONS)
+            tolerances = Tolerances(rtol, atol, self._options.tolerance, self._precision)
+            self._blocks = BlockNewton(
+                samples.count, tolerances, BlockJacobian(self._differentiable), self._options.max_iterations
+            )
         lost = np.zeros(samples.count, bool)
         if self._on_failure == "nan":
             # Those that have failed before; f is evaluated where another sample is, so that no gradient is NaN.
@@ -173,15 +170,13 @@ class ImplicitSolver:
         self, equation: Equation, starts: list[Tensor], where: Callable[[], str]
     ) -> tuple[Tensor, Tensor]:
         if self._krylov is None:
-            self._krylov = KrylovNewton(
-                self._rtol, self._atol, SAFETY, self._precision, MAX_ITERATIONS, self._differentiable
-            )
+            self._krylov = KrylovNewton(self._rtol, self._atol, self._precision, self._options, self._differentiable)
         found = self._krylov.solve(equation, starts)
         size = to_real(equation.x).numel()
-        self._uses_matrix |= size <= FALLBACK_LIMIT and self._krylov.is_dear
+        self._uses_matrix |= size <= self._options.largest_matrix and self._krylov.is_dear
         if not isinstance(found, Failure):
             return found
-        if found.entry is not None and size <= FALLBACK_LIMIT:
+        if found.entry is not None and size <= self._options.largest_matrix:
             self._uses_matrix = True
             whole = Samples((equation.x.shape,), 0)
             return self._solve_blocks(
@@ -200,7 +195,9 @@ class ImplicitSolver:
         else:
             value = (x + samples.join(found.d)).reshape(-1)[entry].item()
             size = float(excess.max())
-            failure = Failure(entry, value, float(residual[entry].abs()), size, to_real(x).numel() // samples.count)
+            entries = to_real(x).numel() // samples.count
+            run_out = bool(found.ran_out[worst_row])
+            failure = Failure(entry, value, float(residual[entry].abs()), size, entries, run_out)
         text = self._complaint(failure, where)
         if samples.count == 1:
             return text
@@ -217,17 +214,24 @@ class ImplicitSolver:
                 f"infinity there, or the equation is singular. Check func; or use smaller steps, by step_size or "
                 f"grid_constructor (dt for an SDE)"
             )
+        options = self._options
+        run_out = (
+            f" Newton's method ended after {options.max_iterations} iterations, its max_iterations."
+            if failure.has_run_out
+            else ""
+        )
         too_many = (
-            f" The state has {failure.entries} entries; more than {FALLBACK_LIMIT} are too many for a matrix of the "
-            f"Jacobian, so that stiff terms which couple many of them are hard."
-            if failure.entries > FALLBACK_LIMIT
+            f" The state has {failure.entries} entries; more than {options.largest_matrix} are too many for a matrix "
+            f"of the Jacobian, so that stiff terms which couple many of them are hard; a larger fallback_limit of "
+            f"Newton allows for more."
+            if failure.entries > options.largest_matrix
             else ""
         )
         return (
             f"the implicit equation {where} was not solved: the worst entry of the state is "
             f"{self._entry(failure.entry)} = {failure.value:.6g}; its residual is {failure.residual:.3g}, and the last "
-            f"Newton correction {failure.size:.3g} times the tolerance, {SAFETY:g} (atol + rtol |y|). Use smaller "
-            f"steps there, by step_size or grid_constructor (dt for an SDE); a BDF method of lower order, if the "
-            f"problem is stiff or the steps grow fast; double precision; or larger rtol and atol, if func is exact to "
-            f"no more digits.{too_many}"
+            f"Newton correction {failure.size:.3g} times the tolerance, {options.tolerance:g} (atol + rtol |y|). Use "
+            f"smaller steps there, by step_size or grid_constructor (dt for an SDE); a BDF method of lower order, if "
+            f"the problem is stiff or the steps grow fast; double precision; or larger rtol and atol, if func is exact "
+            f"to no more digits.{run_out}{too_many}"
         )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .implicit_equation import CAUTION, NEAR, PROBE, ROUNDING, SHORTEST, SLOW, least
 from .jacobian import Jacobian, Slope, to_real_sizes
-from .linear import FEW_RESTARTS, Counted, from_real, gmres, is_rounding, noise, to_real
+from .linear import Counted, from_real, gmres, is_rounding, noise, to_real
+from .newton_options import Newton
 
 _INEXACT = 1e-3
 """Newton corrections are solved to this relative residual."""
@@ -25,9 +26,8 @@ class KrylovNewton:
 
     Args:
         rtol, atol: torchdiffeq's tolerances, numbers or tensors that broadcast with the state.
-        fraction: to this part of atol + rtol |y| equations are solved.
         precision: the relative precision of func's values.
-        max_iterations: of substitution, and of Newton's method from one starting point.
+        newton: how exactly, and with how much work.
         differentiable: whether func may be given states that require a gradient, for products with its Jacobian.
 
     Attributes:
@@ -38,16 +38,14 @@ class KrylovNewton:
         self,
         rtol: float | Tensor,
         atol: float | Tensor,
-        fraction: float,
         precision: float,
-        max_iterations: int,
+        newton: Newton,
         differentiable: bool,
     ) -> None:
         self._rtol = rtol
         self._atol = atol
-        self._fraction = fraction
         self._precision = precision
-        self._max_iterations = max_iterations
+        self._options = newton
         self._jacobian = Jacobian(differentiable)
         self._uses_newton = False
         self._lipschitz = torch.inf
@@ -80,7 +78,7 @@ class KrylovNewton:
     def _substitute(self, equation: "Equation", d: Tensor) -> "Solution | None":
         weight = equation.weight
         previous = torch.inf
-        for _ in range(self._max_iterations):
+        for _ in range(self._options.max_iterations):
             f = equation.iterate(equation.x + d)
             following = equation.c + weight * f
             size = self._size(equation, d, following - d)
@@ -106,7 +104,7 @@ class KrylovNewton:
         # In the precision of a norm, for a small state may underflow in its own.
         level = torch.maximum(x.abs(), (x + d).abs()).to(torch.promote_types(x.dtype.to_real(), torch.float32))
         rounding = ROUNDING * (torch.finfo(x.dtype).eps * level + self._precision * change + least(x.dtype))
-        return torch.maximum(self._fraction * (self._atol + self._rtol * level), rounding)
+        return torch.maximum(self._options.tolerance * (self._atol + self._rtol * level), rounding)
 
     def _size(self, equation: "Equation", d: Tensor, correction: Tensor) -> float:
         """The largest entry of a correction of d in terms of its tolerance; infinite where one is not a number."""
@@ -134,8 +132,8 @@ class KrylovNewton:
         if now.size <= 1 and self._size(equation, d, now.residual) <= 1:
             return equation.solution(d + now.value)
         damping, is_new = 1.0, True
-        for iteration in range(self._max_iterations + 1):
-            if now.size == torch.inf or damping < SHORTEST or iteration == self._max_iterations:
+        for iteration in range(self._options.max_iterations + 1):
+            if now.size == torch.inf or damping < SHORTEST or iteration == self._options.max_iterations:
                 break
             trial = d + damping * now.value
             trial_f = equation.iterate(x + trial)
@@ -150,7 +148,7 @@ class KrylovNewton:
                 return equation.solution(d + now.value)
             else:
                 damping, is_new = damping / 2, False
-        return self._failure(equation, d, now)
+        return self._failure(equation, d, now)._replace(has_run_out=iteration == self._options.max_iterations)
 
     def _is_solved(self, equation: "Equation", d: Tensor, f: Tensor, before: Tensor, now: "_Correction") -> bool:
         """Whether a correction leaves nothing to correct, entry by entry; `before` is the full one before it."""
@@ -187,8 +185,8 @@ class KrylovNewton:
         rhs = to_real(residual) / sizes
 
         scaled = Counted(lambda v: equation.weight * product(sizes * v) / sizes)
-        found, left = gmres(scaled, rhs, _INEXACT, FEW_RESTARTS)
-        if self._jacobian.is_exact and scaled.is_dear(rhs):
+        found, left = gmres(scaled, rhs, _INEXACT, self._options.krylov_dimension, self._options.max_restarts)
+        if self._jacobian.is_exact and len(rhs) <= self._options.largest_matrix and scaled.is_dear(rhs):
             self.is_dear = True
         return from_real(sizes * found, x), bool(left.norm() <= 2 * _INEXACT * rhs.norm())
 
@@ -242,6 +240,7 @@ class Failure(NamedTuple):
         residual: there.
         size: of the last correction there, in terms of the tolerance; infinite where the equation is singular.
         entries: how many real ones there are.
+        has_run_out: whether there were no more iterations.
     """
 
     entry: int | None
@@ -249,6 +248,7 @@ class Failure(NamedTuple):
     residual: float
     size: float
     entries: int = 0
+    has_run_out: bool = False
 
 
 class _Correction(NamedTuple):

@@ -15,23 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .newton_options import DEFAULT_NEWTON, Newton
+
 DENSE_LIMIT = 32
-"""Systems of up to so many real unknowns are solved by their matrix."""
+"""Systems of up to so many real unknowns are solved by a matrix of their own; larger ones by products, if they can."""
 
-FALLBACK_LIMIT = 4096
-"""Systems of up to so many are, where a Krylov space does not suffice."""
+LAST_RESTARTS = 100
+"""After so many full Krylov spaces a system that is too large for a matrix is given up."""
 
-KRYLOV_LIMIT = 100
-"""The largest dimension of a Krylov space."""
-
-FEW_RESTARTS = 2
-"""After so many full Krylov spaces a system is solved by its matrix, if it is not too large for one."""
-
-MAX_RESTARTS = 100
-"""After so many a larger one is given up."""
-
-_ROUNDING = 64
-"""So many units in the last place are rounding."""
+_PRODUCT_ULPS = 64
+"""So many units in the last place of what a product adds up are rounding."""
 
 _REFINEMENTS = 20
 """A solution by factors is corrected so often, at most."""
@@ -123,7 +116,7 @@ class Counted:
 
     def is_dear(self, like: Tensor) -> bool:
         """Whether so many products were asked for, of vectors like this, that a matrix would have cost less."""
-        return len(like) <= FALLBACK_LIMIT and self._calls > _DEAR * len(like)
+        return self._calls > _DEAR * len(like)
 
 
 class Factors:
@@ -144,13 +137,14 @@ class Factors:
         return solution.to(rhs.dtype)
 
 
-def gmres(product: Product, rhs: Tensor, tolerance: float, restarts: int) -> tuple[Tensor, Tensor]:
+def gmres(product: Product, rhs: Tensor, tolerance: float, dimension: int, restarts: int) -> tuple[Tensor, Tensor]:
     """Solve (1 - A) z = r by GMRES, from z = r if A is small, else from 0; restarted where the Krylov space is full.
 
     Args:
         product: from v to A v.
         rhs: r, a real vector.
         tolerance: for the norm of the residual, relative to that of r.
+        dimension: of a full Krylov space.
         restarts: at most so many times.
 
     Returns:
@@ -166,7 +160,7 @@ def gmres(product: Product, rhs: Tensor, tolerance: float, restarts: int) -> tup
         before = float(residual.norm())
         if not before > goal:
             break
-        correction, residual = _krylov(product, residual, goal)
+        correction, residual = _krylov(product, residual, goal, dimension)
         solution = solution + correction
         remaining = float(residual.norm())
         # What a whole Krylov space does not lessen is rounding, or beyond it.
@@ -176,10 +170,10 @@ def gmres(product: Product, rhs: Tensor, tolerance: float, restarts: int) -> tup
     return solution, residual
 
 
-def _krylov(product: Product, residual: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+def _krylov(product: Product, residual: Tensor, goal: float, dimension: int) -> tuple[Tensor, Tensor]:
     """The best correction for a residual in its Krylov space, and what it leaves of the residual."""
     remaining = float(residual.norm())
-    size = min(KRYLOV_LIMIT, len(residual))
+    size = min(dimension, len(residual))
     basis = residual.new_empty(size + 1, len(residual))
     basis[0] = residual / remaining
     # The least-squares problem, and the same kept triangular by rotations.
@@ -225,13 +219,22 @@ def _krylov(product: Product, residual: Tensor, goal: float) -> tuple[Tensor, Te
     return correction, torch.from_numpy(left).to(residual) @ basis[: used + 1]
 
 
+def _cancelled(eps: float, change: Tensor, sizes: Tensor) -> Tensor:
+    """What rounding may make of terms of A z that cancel; no more than √ε is put up with."""
+    return torch.minimum(_PRODUCT_ULPS * eps * change, eps**0.5 * sizes)
+
+
 class LinearSolver:
     """Solves equations (1 - A) z = r to rounding, one after the other.
 
     What it has learned of one it uses for the next, whose A is not much different.
+
+    Args:
+        newton: how large a matrix, and a Krylov space, may be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, newton: Newton = DEFAULT_NEWTON) -> None:
+        self._options = newton
         self._factors: dict[float, Factors] = {}
         self._is_dear = False
 
@@ -252,17 +255,20 @@ class LinearSolver:
         if not bool(torch.isfinite(rhs).all()):
             # As everywhere in autograd, what is not finite is passed on.
             return rhs * torch.nan
-        if len(rhs) <= DENSE_LIMIT:
+        largest = self._options.largest_matrix
+        if len(rhs) <= min(DENSE_LIMIT, largest):
             matrix = torch.eye(len(rhs), dtype=rhs.dtype, device=rhs.device) - matrix_of(product, rhs)
             exact: Tensor = torch.linalg.solve(matrix, rhs)
             return exact
-        equation = _Equation(Counted(product), rhs, precision)
-        if len(rhs) > FALLBACK_LIMIT:
-            found = equation.by_products(MAX_RESTARTS, is_last=True)
+        equation = _LinearEquation(Counted(product), rhs, precision, self._options.krylov_dimension)
+        restarts = self._options.max_restarts
+        if len(rhs) > largest:
+            found = equation.by_products(max(restarts, LAST_RESTARTS), is_last=True)
             if found is None:
                 raise RuntimeError(
                     f"a linear equation in {len(rhs)} unknowns was not solved by GMRES, and there are more than "
-                    f"{FALLBACK_LIMIT}, too many for its matrix; use smaller steps, or double precision"
+                    f"{largest}, too many for its matrix; use smaller steps, double precision, or a larger "
+                    f"fallback_limit of Newton"
                 )
             return found
         factors = self._factors.get(weight) or next(reversed(self._factors.values()), None)
@@ -270,11 +276,11 @@ class LinearSolver:
         if factors is not None:
             found = equation.by_factors(factors, is_own=False)
         elif not self._is_dear:
-            found = equation.by_products(FEW_RESTARTS)
+            found = equation.by_products(restarts)
             self._is_dear = equation.product.is_dear(rhs)
         return self._by_matrix(equation, weight) if found is None else found
 
-    def _by_matrix(self, equation: "_Equation", weight: float) -> Tensor:
+    def _by_matrix(self, equation: "_LinearEquation", weight: float) -> Tensor:
         self._is_dear = False
         factors = Factors(matrix_of(equation.product, equation.rhs))
         self._factors.pop(weight, None)
@@ -292,12 +298,13 @@ class LinearSolver:
 
 
 @dataclass(frozen=True)
-class _Equation:
+class _LinearEquation:
     """(1 - A) z = r: see `LinearSolver.solve`."""
 
     product: Counted
     rhs: Tensor
     precision: float
+    dimension: int
 
     def by_products(self, restarts: int, is_last: bool = False) -> Tensor | None:
         """The solution by GMRES, first for all entries at once, then in terms of what each of them is.
@@ -308,19 +315,19 @@ class _Equation:
                 cancel, but no more than √ε.
         """
         eps, rhs = self._eps, self.rhs
-        z, _ = gmres(self.product, rhs, 10 * eps + self._lowered(), restarts)
+        z, _ = gmres(self.product, rhs, 10 * eps + self._lowered(), self.dimension, restarts)
         for sweep in range(_SWEEPS + 1):
             # Anew, as rounding in large products has no part in what the Krylov space tells.
             residual = self._residual(z)
             own = torch.maximum(z.abs(), rhs.abs())
-            if bool((residual.abs() <= _ROUNDING * eps * own).all()):
+            if bool((residual.abs() <= _PRODUCT_ULPS * eps * own).all()):
                 return z
             sizes, change = self._sizes(z)
-            bound = _ROUNDING * eps * sizes
+            bound = _PRODUCT_ULPS * eps * sizes
             if self.precision > eps:
-                bound += torch.minimum(_ROUNDING * self.precision * change, self.precision**0.5 * sizes)
+                bound += _cancelled(self.precision, change, sizes)
             elif is_last:
-                bound = torch.maximum(bound, torch.minimum(_ROUNDING * eps * change, eps**0.5 * sizes))
+                bound = torch.maximum(bound, _cancelled(eps, change, sizes))
             if bool((residual.abs() <= bound).all()):
                 return z
             if sweep < _SWEEPS:
@@ -328,6 +335,7 @@ class _Equation:
                     lambda v, sizes=sizes: self.product(sizes * v) / sizes,  # type: ignore[misc]
                     residual / sizes,
                     _SWEPT,
+                    self.dimension,
                     restarts,
                 )
                 z = z + sizes * scaled
@@ -353,7 +361,7 @@ class _Equation:
             if is_own and size <= eps**_UNCERTAIN:
                 return z
             z = z + correction
-            if size <= _ROUNDING * eps:
+            if size <= _PRODUCT_ULPS * eps:
                 return z
             if size > 0.5 * before:
                 return None

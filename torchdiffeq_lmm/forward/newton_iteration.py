@@ -36,6 +36,7 @@ class Outcome(NamedTuple):
     Attributes:
         d, f: the solutions, and the slopes by the equation; of failed samples what was reached.
         failed: which samples have failed, of shape (S,).
+        ran_out: which of them because there were no more iterations.
         residual, correction, excess: where these have ended, entry by entry; `excess` is the last correction in terms
             of the tolerance. Of solved samples they mean nothing.
     """
@@ -43,6 +44,7 @@ class Outcome(NamedTuple):
     d: Rows
     f: Rows
     failed: Flags
+    ran_out: Flags
     residual: Rows
     excess: Rows
 
@@ -105,6 +107,7 @@ class NewtonIteration:
         self._damping: Numbers = np.ones(count)
         self._is_new: Flags = np.ones(count, bool)
         self._is_fresh: Flags = np.zeros(count, bool)
+        self._ran_out: Flags = np.zeros(count, bool)
         self._scale = self._tolerances.scale(equations, starts[0])
         self._is_current = True
         self._stale = min(SLOW, STALE * starts[0].shape[1])
@@ -134,7 +137,7 @@ class NewtonIteration:
         """What has become of the equations."""
         if not self._is_current:
             self.equations.iterate(self.equations.x + self.at)
-        return Outcome(self._d, self._f, self.failed, self._residual, self._excess)
+        return Outcome(self._d, self._f, self.failed, self.failed & self._ran_out, self._residual, self._excess)
 
     def _iterate(self) -> None:
         equations, solver = self.equations, self.solver
@@ -224,7 +227,8 @@ class NewtonIteration:
             self._is_fresh[refreshed] = True
             lost |= refreshed & (levels == np.inf)
         trying = self.way == _NEWTON
-        lost |= trying & ((self._damping < SHORTEST) | (self._iterations > self.solver.max_iterations + 1))
+        self._ran_out = trying & (self._iterations > self.solver.max_iterations) | self._ran_out & ~trying
+        lost |= trying & ((self._damping < SHORTEST) | self._ran_out)
         if any_of(lost):
             self._lose(lost, residual, excess)
         trying &= ~lost

@@ -4,15 +4,24 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .newton_options import Newton
+
 BatchDims = Literal["auto"] | int
 """How many leading dimensions of a state count its samples."""
+
+
+class Systems(NamedTuple):
+    """Into which systems the equations of implicit steps fall, and how these are solved."""
+
+    samples: "Samples"
+    newton: Newton
 
 
 _NAMED = 5

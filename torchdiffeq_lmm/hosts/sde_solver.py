@@ -30,8 +30,9 @@ from torchdiffeq_lmm.forward.implicit import ImplicitSolver
 from torchdiffeq_lmm.forward.interpolation import linear_interpolation
 from torchdiffeq_lmm.forward.jumps import jumps_of
 from torchdiffeq_lmm.forward.multistep_state import Past, past_of, resume
+from torchdiffeq_lmm.forward.newton_options import DEFAULT_NEWTON, check_newton
 from torchdiffeq_lmm.forward.outputs import Trajectory
-from torchdiffeq_lmm.forward.samples import samples_of
+from torchdiffeq_lmm.forward.samples import Systems, samples_of
 from torchdiffeq_lmm.forward.sde_stepping import DriftAndNoise, NoiseTerm, noise_of_rows
 from torchdiffeq_lmm.forward.step_evaluator import StepEvaluator
 from torchdiffeq_lmm.forward.stepping import march
@@ -67,6 +68,7 @@ class MultistepSDESolver:
         dt_min: unused.
         options: ``grad_filter``: None, "auto", "leapfrog" or a `CostateFilter`. ``jump_t``: times at which drift or
             diffusion jumps, a tensor of shape (m,) or a sequence of numbers, as torchdiffeq's option: see below.
+            ``newton``: a `Newton`, for implicit steps: see there.
             Anything else is warned of.
 
     Each time of `jump_t` between ts[0] and ts[-1] is a node; drift and diffusion are evaluated a hair to its left and
@@ -119,6 +121,8 @@ class MultistepSDESolver:
             raise ValueError(
                 "jump_t must not require a gradient, got a tensor that does: times of an SDE have none; detach it"
             )
+        self._newton = options.pop("newton", DEFAULT_NEWTON)
+        check_newton(self._newton)
         if options:
             warn_of_unused_sde_options(name, options)
         self.grad_filter = grad_filter
@@ -205,7 +209,9 @@ class MultistepSDESolver:
         field: DriftAndNoise = source
         recorder: SolveRecorder | None = None
         if is_recorded:
-            recorder = SolveRecorder(source.drift_at, precision, samples, y0, False, AUTOGRAD, None, len(grid.steps))
+            recorder = SolveRecorder(
+                source.drift_at, precision, Systems(samples, self._newton), y0, False, AUTOGRAD, None, len(grid.steps)
+            )
             field = RecordedField(source, source.time, recorder)
         entry = partial(entry_name, "y", shape=y0.shape)
         implicit = partial(

@@ -36,8 +36,9 @@ from torchdiffeq_lmm.forward.grid import (
 from torchdiffeq_lmm.forward.implicit import ImplicitSolver, OnFailure, check_on_failure
 from torchdiffeq_lmm.forward.interpolation import Interpolation, check_interpolation
 from torchdiffeq_lmm.forward.jumps import jumps_of
+from torchdiffeq_lmm.forward.newton_options import DEFAULT_NEWTON, Newton, check_newton
 from torchdiffeq_lmm.forward.outputs import OutputRule, Trajectory
-from torchdiffeq_lmm.forward.samples import BatchDims, samples_of, warn_of_failures
+from torchdiffeq_lmm.forward.samples import BatchDims, Systems, samples_of, warn_of_failures
 from torchdiffeq_lmm.forward.step_source import FixedSteps, Sides, StepSource, UnboundedSteps
 from torchdiffeq_lmm.forward.tolerances import check_max_num_steps, check_steps, event_tolerance, resolve_tolerance
 from torchdiffeq_lmm.forward.vector_field import VectorField
@@ -70,6 +71,7 @@ class MultistepSolver:
             that are coupled are solved as one system.
         on_failure: "raise" an error where the equation of an implicit step is not solved; or "nan", to go on with NaN
             for that sample, with one warning in the end; a state of a single sample raises in any case.
+        newton: for implicit steps, a `Newton`: how exactly, with how much work and in how much memory they are solved.
         max_num_steps: the most steps that are made, as the option of torchdiffeq's adaptive solvers. By default 20,000
             in the search for an event, as in torchdiffeq, and else 10 million, more of which are taken for a mistake.
         jump_t: times at which func jumps, a tensor of shape (m,) or a sequence of numbers, in any order: see below.
@@ -111,6 +113,7 @@ class MultistepSolver:
         max_num_steps: int | None = None,
         batch_dims: BatchDims = "auto",
         on_failure: OnFailure = "raise",
+        newton: Newton = DEFAULT_NEWTON,
         grad_filter: object = None,
         backward: object = "autograd",
         adjoint_params: Iterable[Tensor] | None = None,
@@ -153,7 +156,9 @@ class MultistepSolver:
                     f"its own, which no {option} reaches. Use odeint"
                 )
         check_on_failure(on_failure)
+        check_newton(newton)
         self._on_failure = on_failure
+        self._newton = newton
         self._reverse = hosted.reversed
         self._vector_field = VectorField(hosted, y0, perturb, copies=self.method.remembers_slopes)
         self._samples = samples_of(self._vector_field.shapes, batch_dims)
@@ -349,9 +354,10 @@ class MultistepSolver:
                 field.entry,
                 differentiable,
                 self._samples,
+                self._newton,
                 self._on_failure,
             ),
-            samples=self._samples,
+            systems=Systems(self._samples, self._newton),
             callback_step=self._callback_step,
             max_steps=self._max_event_steps,
         )

@@ -196,13 +196,13 @@ class GridParameter(nn.Module):
         t = t.to(device, non_blocking=True)
         m = torch.searchsorted(begins, self._sign * t.detach().double(), right=True).sub(1).clamp(0, len(begins) - 1)
         if self.kind == "step":
-            return self._pick(m)
+            return self._rows_at(m)
         lengths = self._steps.to(device, non_blocking=True)
         fraction = self._fraction(t, begins.take(m), lengths.take(m))
         fraction = fraction.reshape(*t.shape, *[1] * (self.values.ndim - 1))
-        return self._between(self._pick(m), self._pick(m + 1), fraction)
+        return self._between(self._rows_at(m), self._rows_at(m + 1), fraction)
 
-    def _pick(self, m: Tensor) -> Tensor:
+    def _rows_at(self, m: Tensor) -> Tensor:
         # Indexing by a 0-d tensor would have its value read.
         return self.values.index_select(0, m.reshape(-1)).reshape(*m.shape, *self.values.shape[1:])
 
