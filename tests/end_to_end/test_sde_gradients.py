@@ -135,7 +135,7 @@ class PerStep:
         return round(float(t) / HORIZON * self.steps)
 
 
-FINE, BATCH = 2560, 32
+FINE, BATCH = 1280, 32
 
 
 def loss_of(x: Tensor) -> Tensor:
@@ -170,6 +170,7 @@ def reference(epsilon: float, multiplicative: bool, channels: int = 2) -> tuple[
     return path, torch.stack(density).detach(), torch.stack(of_scales)
 
 
+@cache
 def density_errors(
     method: str, epsilon: float, multiplicative: bool, noise_type: str = "diagonal", **options: object
 ) -> list[float]:
