@@ -105,6 +105,7 @@ print(first[1] is second[1], second[1].__name__, "leapfrog" in METHODS, hasattr(
     assert output_of(code).split("\n")[:2] == ["False (3, 2) False", "False leapfrog False False"]
 
 
+@pytest.mark.slow
 def test_importing_the_package_where_the_name_is_taken() -> None:
     code = """
 from torchdiffeq._impl.odeint import SOLVERS as solvers

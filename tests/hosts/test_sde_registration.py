@@ -88,6 +88,7 @@ def test_a_method_of_ones_own_must_not_have_the_name_of_torchsdes() -> None:
     assert "srk" not in SOLVERS
 
 
+@pytest.mark.slow
 def test_a_torchsde_that_lacks_what_is_needed() -> None:
     code = """
 import torchsde._core.adjoint
