@@ -17,8 +17,12 @@ FAMILIES = ("leapfrog", "nystrom3", "ab3", "abm2", "am3", "milne_simpson", "bdf2
 
 
 def slow_but(fast: Collection[Any], values: Iterable[Any]) -> list[Any]:
-    """The values of a parameter, all marked slow but those in `fast`."""
-    return [pytest.param(value, marks=[] if value in fast else pytest.mark.slow) for value in values]
+    """The values of a parameter, or tuples for several parameters, all marked slow but those in `fast`."""
+    return [pytest.param(*_as_tuple(value), marks=[] if value in fast else pytest.mark.slow) for value in values]
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def in_turn(settings: Sequence[Any], few: int, names: Iterable[str] = NAMES) -> list[Any]:
@@ -32,9 +36,8 @@ def in_turn(settings: Sequence[Any], few: int, names: Iterable[str] = NAMES) -> 
         of_method = [(position + turn) % len(settings) for turn in range(len(settings) if is_family else few)]
         fast = FAMILIES.index(name) % len(settings) if is_family else None
         for number in sorted(of_method):
-            setting = settings[number] if isinstance(settings[number], tuple) else (settings[number],)
             marks = [] if number == fast else pytest.mark.slow
-            chosen.append(pytest.param(name, *setting, marks=marks))
+            chosen.append(pytest.param(name, *_as_tuple(settings[number]), marks=marks))
     return chosen
 
 

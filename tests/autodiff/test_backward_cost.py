@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from backward import AGAIN, DIM, EXPLICIT, draw, loss, solve
+from methods import slow_but
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,14 +96,14 @@ def peak(backward: object, steps: int, method: str = "leapfrog", grad_filter: st
     return measured.bytes
 
 
-@pytest.mark.parametrize("grad_filter", [None, "auto"])
+@pytest.mark.parametrize("grad_filter", slow_but([None], [None, "auto"]))
 def test_reversal_needs_no_more_memory_for_more_steps(grad_filter: str | None) -> None:
     few, many = (peak("reversible", steps, grad_filter=grad_filter) for steps in (100, 1000))
     assert many <= 1.1 * few
     assert peak("autograd", 100, grad_filter=grad_filter) > 2 * few
 
 
-@pytest.mark.parametrize("method", ["leapfrog", "ab3"])
+@pytest.mark.parametrize("method", slow_but(["leapfrog"], ["leapfrog", "ab3"]))
 def test_checkpoints_need_memory_like_the_root_of_the_steps(method: str) -> None:
     bytes_ = [peak("checkpoint", steps, method) for steps in (100, 400, 1600)]
     orders = np.diff(np.log2(bytes_)) / 2
@@ -117,6 +118,7 @@ def test_the_number_of_checkpoints_is_the_users() -> None:
     assert root < 0.5 * many
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", ["autograd", *AGAIN])
 def test_many_steps(backward: str) -> None:
     steps = 20_000

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from backward import AGAIN, DIM, EXPLICIT, OBSERVED, STEPS, Plain, assert_same, draw, loss, solve
+from methods import slow_but
 from torch import Tensor, nn
 
 from torchdiffeq_lmm import Checkpoint, Reversible
@@ -95,7 +96,7 @@ class Dropping(Plain):
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
 @pytest.mark.parametrize("grad_filter", [None, "auto"])
-@pytest.mark.parametrize("method", EXPLICIT)
+@pytest.mark.parametrize("method", slow_but(["leapfrog", "abm3"], EXPLICIT))
 def test_dropout_drops_the_same_again(method: str, grad_filter: str | None, interp: str) -> None:
     def gradients(backward: object, steps: int) -> list[Tensor]:
         func, y0 = Dropping(), draw(4, DIM).requires_grad_()

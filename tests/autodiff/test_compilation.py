@@ -1,10 +1,12 @@
 """Solves and torch.compile; by the backend that traces and differentiates all, and leaves out the machine code."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from methods import slow_but
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -53,8 +55,13 @@ def gradients(field: Field, loss: Callable[[], Tensor]) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in field.parameters()]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("what", ["func", "the training step"])
+@pytest.mark.parametrize(
+    ("what", "way"),
+    slow_but(
+        [("func", "filtered"), ("the training step", "plain")],
+        itertools.product(("func", "the training step"), WAYS),
+    ),
+)
 def test_compiled_or_not_the_gradient_is_the_same(what: str, way: str) -> None:
     field = Field()
     expected = gradients(field, loss_of(field, "leapfrog", WAYS[way]))

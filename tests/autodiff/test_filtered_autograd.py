@@ -200,6 +200,7 @@ class TestGoodCitizen:
             assert not b[3]
 
 
+@pytest.mark.slow
 def test_data_parallel_training_gives_the_gradient_of_one_process(tmp_path: os.PathLike) -> None:
     batch = draw(8, DIM)
     arguments = (str(tmp_path / "rendezvous"), batch, str(tmp_path / "gradients"))

@@ -5,14 +5,13 @@ import pytest
 import torch
 import torchdiffeq
 from jumping import SOME, TIGHT, WAYS, f64
-from methods import NAMES, ORDER
+from methods import ORDER, in_turn, slow_but
 from torch import Tensor
 
 import torchdiffeq_lmm
 
 
-@pytest.mark.parametrize("direction", [1, -1])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "direction"), in_turn([1, -1], few=1))
 def test_gradient_with_respect_to_the_jump(name: str, direction: int) -> None:
     """y' = a y until J and b y from there: dy(T)/dJ = (a - b) y(T)."""
     jump = f64(0.5 * direction, requires_grad=True)
@@ -33,7 +32,7 @@ def test_gradient_with_respect_to_the_jump(name: str, direction: int) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS[:3], ids=str)
-@pytest.mark.parametrize("name", [*SOME, "ab3"])
+@pytest.mark.parametrize("name", slow_but(["leapfrog", "abm3"], [*SOME, "ab3"]))
 def test_gradients_are_those_of_the_discrete_solution(name: str, way: dict) -> None:
     """By finite differences of y0 and the times; the jumps stay. Filters leave these as they are."""
 
@@ -50,7 +49,7 @@ def test_gradients_are_those_of_the_discrete_solution(name: str, way: dict) -> N
     torch.autograd.gradcheck(last, inputs, eps=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", slow_but(["leapfrog", "abm3", "bdf2"], SOME))
 def test_gradients_with_respect_to_jumps_that_f_knows(name: str) -> None:
     """f takes its side from the jump itself, so that finite differences of the whole are possible."""
 
@@ -66,7 +65,7 @@ def test_gradients_with_respect_to_jumps_that_f_knows(name: str) -> None:
 
 
 @pytest.mark.parametrize("is_given", [False, True], ids=["step_size", "times"])
-@pytest.mark.parametrize("name", ["ab4", "abm4", "am4", "bdf4"])
+@pytest.mark.parametrize("name", slow_but(["ab4"], ["ab4", "abm4", "am4", "bdf4"]))
 def test_gradients_are_torchdiffeqs(name: str, is_given: bool) -> None:
     """With respect to y0, a parameter, outputs (one of them at a jump) and jumps, beside dopri5's."""
     results = []

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchdiffeq
 import torchsde
+from methods import FAMILIES, slow_but
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -195,10 +196,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "GridParameter of nodes": lambda: grid_parameter("linear"),
     "finished gradients": finished_gradients,
 }  # fmt: skip
+MANY = set(SOLVERS) - {*FAMILIES, "filtered_midpoint"}
+FAST = [name for name in CASES if name.removesuffix(", filtered") not in MANY]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(FAST, CASES))
 def test_the_default_device_changes_nothing(name: str, device: str) -> None:
     compute = CASES[name]()
     wanted = compute()

@@ -3,6 +3,7 @@
 import runpy
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from programs import EXAMPLES, figures_of
@@ -10,7 +11,8 @@ from programs import EXAMPLES, figures_of
 from torchdiffeq_lmm.schemes.methods import METHODS
 
 
-def test_oscillations_shows_that_the_filter_makes_the_gradient_converge(tmp_path):
+@pytest.mark.slow
+def test_oscillations_shows_that_the_filter_makes_the_gradient_converge(tmp_path: Path) -> None:
     output = tmp_path / "made" / "by the example"
     figures, printed = figures_of("oscillations", output)
     assert str(output / "oscillations.png") in printed
@@ -26,7 +28,8 @@ def test_oscillations_shows_that_the_filter_makes_the_gradient_converge(tmp_path
         assert filtered["errors"][-1] < plain["errors"][-1] / 10, grid
 
 
-def test_method_gallery_shows_that_the_filter_makes_every_gradient_converge(tmp_path):
+@pytest.mark.slow
+def test_method_gallery_shows_that_the_filter_makes_every_gradient_converge(tmp_path: Path) -> None:
     figures, printed = figures_of("method_gallery", tmp_path)
     assert set(figures["methods"]) == {method.name for method in METHODS} | {"midpoint", "heun2"}
     for name, method in figures["methods"].items():
@@ -42,7 +45,7 @@ def test_method_gallery_shows_that_the_filter_makes_every_gradient_converge(tmp_
         assert error["filtered"] < error["auto-differentiation"] / 50, name
 
 
-def test_why_draws_weights_and_a_shift_of_the_past_that_are_what_the_text_says(tmp_path):
+def test_why_draws_weights_and_a_shift_of_the_past_that_are_what_the_text_says(tmp_path: Path) -> None:
     figures, printed = figures_of("why", tmp_path, pictures=("why_weights", "why_shift"))
     for picture in ("why_weights.png", "why_shift.png"):
         assert str(tmp_path / picture) in printed
@@ -69,7 +72,9 @@ def test_why_draws_weights_and_a_shift_of_the_past_that_are_what_the_text_says(t
 
 
 @pytest.mark.parametrize("example", sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "harness"))
-def test_help_tells_how_to_run_an_example_fast_and_where_it_writes(example, monkeypatch, capsys):
+def test_help_tells_how_to_run_an_example_fast_and_where_it_writes(
+    example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr(sys, "argv", [f"{example}.py", "--help"])
     with pytest.raises(SystemExit) as done:

@@ -109,6 +109,7 @@ def optimised() -> dict[str, list[float]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_python_without_asserts_gives_the_same_gradients(optimised: dict[str, list[float]]) -> None:
     wanted = gradients()
     assert optimised.keys() == wanted.keys()

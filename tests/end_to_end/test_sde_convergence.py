@@ -8,6 +8,7 @@ from math import log, sqrt
 import pytest
 import torch
 import torchsde
+from methods import slow_but
 from problems import orders
 from sde_problems import Path
 from torch import Tensor
@@ -113,7 +114,7 @@ def weak_order(differences: list[Tensor]) -> tuple[float, float]:
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["ab2"], METHODS))
 @pytest.mark.parametrize("noise", ["diagonal", "scalar"])
 def test_strong_order_one_half_for_multiplicative_noise(method: str, noise: str) -> None:
     path = Path(4000, 1, 256)
@@ -123,7 +124,7 @@ def test_strong_order_one_half_for_multiplicative_noise(method: str, noise: str)
     assert abs(order - 0.5) < 0.03 + margin
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["ab2"], METHODS))
 def test_strong_order_one_half_for_noises_that_do_not_commute(method: str) -> None:
     path, reference = finest()
     order, margin = strong_order([end(Turning(), path, method, n) - reference for n in (8, 16, 32, 64)])
@@ -131,7 +132,7 @@ def test_strong_order_one_half_for_noises_that_do_not_commute(method: str) -> No
     assert abs(order - 0.5) < 0.05 + margin
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["ab2"], METHODS))
 def test_strong_order_one_for_additive_noise(method: str) -> None:
     path, reference = fine(0.5, 400)
     order, margin = strong_order([end(Additive(), path, method, n) - reference for n in (32, 64, 128, 256)])
@@ -139,7 +140,7 @@ def test_strong_order_one_for_additive_noise(method: str) -> None:
     assert abs(order - 1) < 0.05 + margin
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["ab2"], METHODS))
 def test_weak_order_one(method: str) -> None:
     # The second moment; the first one obeys an ODE here, whose order is another.
     path = Path(160_000, 1, 64)
@@ -158,7 +159,7 @@ SMALL: tuple[tuple[float, Callable[[list[float]], bool]], ...] = (
 )
 
 
-@pytest.mark.parametrize("method", ["leapfrog", "ab2", "bdf2"])
+@pytest.mark.parametrize("method", slow_but(["ab2"], ["leapfrog", "ab2", "bdf2"]))
 @pytest.mark.parametrize(("epsilon", "expected"), SMALL)
 def test_small_noise(method: str, epsilon: float, expected: Callable[[list[float]], bool]) -> None:
     # The error is O(h² + ε h): of order 2 until the noise's term takes over.
@@ -171,6 +172,7 @@ def test_small_noise(method: str, epsilon: float, expected: Callable[[list[float
     assert all(after < before for before, after in pairwise(errors))
 
 
+@pytest.mark.slow
 def test_small_noise_beside_euler() -> None:
     path, reference = fine(1e-3, 100)
     euler, *ours = (

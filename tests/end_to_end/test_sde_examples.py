@@ -1,9 +1,14 @@
 """The examples of stochastic differential equations, in their quick modes."""
 
+from pathlib import Path
+
+import pytest
 from programs import figures_of
 
+pytestmark = pytest.mark.slow
 
-def test_where_the_noise_is_small_errors_fall_as_for_an_ode(tmp_path):
+
+def test_where_the_noise_is_small_errors_fall_as_for_an_ode(tmp_path: Path) -> None:
     found, _ = figures_of("small_noise", tmp_path)
     small = found["0.001"]
     for method, factor in (("leapfrog", 4), ("ab2", 4), ("ab3", 8), ("bdf2", 4), ("euler", 2), ("milstein", 2)):
@@ -15,7 +20,7 @@ def test_where_the_noise_is_small_errors_fall_as_for_an_ode(tmp_path):
     assert large[1] / large[2] < 4
 
 
-def test_a_filtered_gradient_converges_on_the_path_and_without_one_it_does_not(tmp_path):
+def test_a_filtered_gradient_converges_on_the_path_and_without_one_it_does_not(tmp_path: Path) -> None:
     found, _ = figures_of("sde_gradients", tmp_path)
     for noise, falls_by in (("additive, 0.3", 2.0), ("multiplicative, 0.003", 4.0)):
         errors = found[noise]["errors"]
@@ -24,7 +29,7 @@ def test_a_filtered_gradient_converges_on_the_path_and_without_one_it_does_not(t
         assert errors["filtered"][2] < 0.02, noise
 
 
-def test_a_latent_sde_is_trained_through_a_multistep_method(tmp_path):
+def test_a_latent_sde_is_trained_through_a_multistep_method(tmp_path: Path) -> None:
     found, _ = figures_of("latent_sde", tmp_path)
     assert set(found) == {"ab2", "euler"}
     for method, (training,) in found.items():

@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from methods import slow_but
 from problems import GRIDS, PENDULUM, PROBLEMS, Problem, Reference, orders
 from scipy.integrate import solve_ivp
 from torch import Tensor
@@ -56,7 +57,7 @@ def assert_second_order(errors: list[float], scatter: float = 0.3) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+@pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
 def test_second_order_at_every_node(problem: Problem, grid: str) -> None:
     reference = Reference(problem, [problem.horizon])
     filtered, unfiltered = [], []
@@ -90,6 +91,7 @@ def test_first_order_where_long_and_short_steps_alternate() -> None:
         assert np.mean(measured) == pytest.approx(1, abs=0.3), measured
 
 
+@pytest.mark.slow
 def test_steps_drawn_anew_keep_leapfrogs_own_order() -> None:
     """On them leapfrog's parasitic mode walks at random, so that forward and adjoint solve have order 3/2."""
     reference = Reference(PENDULUM, [PENDULUM.horizon])
@@ -108,7 +110,7 @@ def test_steps_drawn_anew_keep_leapfrogs_own_order() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+@pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
 def test_second_order_with_observations_inside(problem: Problem, grid: str) -> None:
     errors = []
     for steps in STEPS:
@@ -120,7 +122,7 @@ def test_second_order_with_observations_inside(problem: Problem, grid: str) -> N
     assert_second_order(errors)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", slow_but(["growing", "uniform"], GRIDS))
 def test_second_order_with_an_observation_at_every_node(grid: str) -> None:
     errors = []
     for steps in STEPS:
@@ -179,7 +181,7 @@ def test_a_running_cost_summed_over_the_nodes_is_first_order_at_its_ends(method:
 
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", slow_but(["growing", "uniform"], GRIDS))
 def test_second_order_with_observations_off_the_grid(grid: str, interp: str) -> None:
     observed = [0.61803, 1.23607, PENDULUM.horizon]
     reference = Reference(PENDULUM, observed)
@@ -254,7 +256,7 @@ def test_second_order_backwards_in_time_with_a_tuple_state() -> None:
     assert_second_order(errors)
 
 
-@pytest.mark.parametrize("grid", ["uniform", "truncated", "growing", "abrupt"])
+@pytest.mark.parametrize("grid", slow_but(["growing"], ["uniform", "truncated", "growing", "abrupt"]))
 def test_orders_of_the_total_of_shared_parameters(grid: str) -> None:
     """θ_1(t) = 1 + φ sin 3t: what sums over the steps converges at second order but for step weights."""
     reference = Reference(PENDULUM, [PENDULUM.horizon])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
+from methods import slow_but
 from problems import GRIDS, PENDULUM, Reference, orders
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def gradient_errors(method: str, nodes: Tensor, observed: list[int], grad_filter
 
 
 @pytest.mark.parametrize("observations", ["at the end", "four"])
-@pytest.mark.parametrize("grid", ["uniform", "truncated", "growing", "random"])
+@pytest.mark.parametrize("grid", slow_but(["growing"], ["uniform", "truncated", "growing", "random"]))
 @pytest.mark.parametrize("method", STAGES)
 def test_second_order_at_all_stages(method: str, grid: str, observations: str) -> None:
     filtered, unfiltered = [], []

@@ -6,7 +6,7 @@ import torch
 import torchdiffeq
 import torchsde
 from jumping import SOME, f64
-from methods import NAMES, ORDER
+from methods import ORDER, in_turn
 from problems import orders
 from torch import Tensor, nn
 
@@ -31,8 +31,7 @@ class JumpingDrift(nn.Module):
         return self.noise * torch.ones_like(y) * (1.0 if t < 0.5 else 3.0)
 
 
-@pytest.mark.parametrize("grad_filter", [None, CostateFilter("trapezoid"), "auto"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "grad_filter"), in_turn([None, CostateFilter("trapezoid"), "auto"], few=2))
 def test_an_sde_without_noise_is_the_ode(name: str, grad_filter: object) -> None:
     ts, jumps = f64(0.0, 0.3, 0.5, 1.0), [0.5, 0.72]
     results, gradients = [], []

@@ -82,21 +82,30 @@ def test_all_or_none() -> None:
 
 
 def test_importing_the_package_anew() -> None:
+    """In the tables of both torchdiffeq and torchsde."""
     code = """
-import sys, torch, torchdiffeq, torchdiffeq_lmm
+import sys, torch, torchdiffeq, torchsde, torchdiffeq_lmm
 from torchdiffeq._impl.odeint import SOLVERS
-first = SOLVERS["leapfrog"]
+from torchsde._core import methods
+from torchsde.settings import METHODS
+
+def registered():
+    return SOLVERS["leapfrog"], methods.select(method="leapfrog", sde_type="ito")
+
+first = registered()
 for name in [name for name in sys.modules if name.partition(".")[0] == "torchdiffeq_lmm"]:
     del sys.modules[name]
 import torchdiffeq_lmm
-second = SOLVERS["leapfrog"]
+second = registered()
 y = torchdiffeq.odeint(lambda t, y: -y, torch.ones(2), torch.linspace(0, 1, 3), method="leapfrog")
 torchdiffeq_lmm.unregister()
-print(first is second, tuple(y.shape), "leapfrog" in SOLVERS)
+print(first[0] is second[0], tuple(y.shape), "leapfrog" in SOLVERS)
+print(first[1] is second[1], second[1].__name__, "leapfrog" in METHODS, hasattr(methods.select, "__wrapped__"))
 """
-    assert output_of(code).split("\n")[0] == "False (3, 2) False"
+    assert output_of(code).split("\n")[:2] == ["False (3, 2) False", "False leapfrog False False"]
 
 
+@pytest.mark.slow
 def test_importing_the_package_where_the_name_is_taken() -> None:
     code = """
 from torchdiffeq._impl.odeint import SOLVERS as solvers

@@ -88,22 +88,7 @@ def test_a_method_of_ones_own_must_not_have_the_name_of_torchsdes() -> None:
     assert "srk" not in SOLVERS
 
 
-def test_importing_the_package_anew() -> None:
-    code = """
-import sys, torch, torchsde, torchdiffeq_lmm
-from torchsde._core import methods
-from torchsde.settings import METHODS
-first = methods.select(method="leapfrog", sde_type="ito")
-for name in [name for name in sys.modules if name.partition(".")[0] == "torchdiffeq_lmm"]:
-    del sys.modules[name]
-import torchdiffeq_lmm
-second = methods.select(method="leapfrog", sde_type="ito")
-torchdiffeq_lmm.unregister()
-print(first is second, second.__name__, "leapfrog" in METHODS, hasattr(methods.select, "__wrapped__"))
-"""
-    assert output_of(code).split("\n")[0] == "False leapfrog False False"
-
-
+@pytest.mark.slow
 def test_a_torchsde_that_lacks_what_is_needed() -> None:
     code = """
 import torchsde._core.adjoint

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchdiffeq
 from leapfrog import INTERPS, Field, curved, loop, solve, tensor
+from methods import slow_but
 from problems import orders
 from torch import Tensor, nn
 
@@ -99,7 +100,7 @@ GRADCHECKS: dict[str, tuple[tuple[float, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("dtype", slow_but([torch.float64], [torch.float64, torch.complex128]))
 @pytest.mark.parametrize("direction", [1, -1])
 @pytest.mark.parametrize("name", GRADCHECKS)
 def test_gradcheck(name: str, direction: int, dtype: torch.dtype) -> None:
@@ -126,7 +127,7 @@ def test_gradcheck_of_a_tuple(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["t is the grid", "between nodes, linear", "between nodes, cubic", "constructed"])
-@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("direction", slow_but([-1], [1, -1]))
 def test_gradgradcheck(direction: int, name: str) -> None:
     times, options = GRADCHECKS[name]
     y0, weight = tensor(0.4, -0.3, requires_grad=True), tensor(0.8, 1.2, requires_grad=True)

@@ -229,6 +229,7 @@ class TestInASolve:
             )  # fmt: skip
             torch.autograd.grad(rows.sum(), list(field.parameters()))
 
+    @pytest.mark.slow
     def test_gradient_is_second_order_at_every_step(self) -> None:
         errors = []
         fine = 5120

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from methods import FAMILIES, NAMES, slow_but
 from torch import Tensor, nn
 
 from torchdiffeq_lmm import CostateFilter, GridParameter, odeint, oscillation
-from torchdiffeq_lmm.schemes.methods import METHODS
 
 N = 41
 TIMES = torch.linspace(0, 1, N, dtype=torch.float64)
@@ -334,7 +334,7 @@ ZIGZAG_EVERYWHERE = {"leapfrog", "nystrom3", "milne_simpson"}
 LAYERS = {"ab3", "ab4", "ab5", "abm5", "bdf3", "bdf4", "bdf5", "bdf6"}
 
 
-@pytest.mark.parametrize("name", [*(method.name for method in METHODS), "heun2", "midpoint"])
+@pytest.mark.parametrize("name", slow_but([*FAMILIES, "heun2", "midpoint"], [*NAMES, "heun2", "midpoint"]))
 def test_every_method_with_and_without_a_filter(name: str) -> None:
     """Observed in the middle and at the end; the filtered gradient is the truth, to second order.
 
