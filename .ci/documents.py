@@ -1,7 +1,8 @@
-"""Every link from a document to a file of this repository leads to one, also where a package index shows the README.
+"""What documents say of files holds: every link leads to one, and the table of rooms has all of the package.
 
-The repository's address is `url` in setup.cfg. README.md has absolute links alone, to pictures as they are (``raw``),
-to all else as a page (``blob``). Other documents may have relative links. Links to other places are not followed.
+The repository's address is `url` in setup.cfg. README.md, which package indexes show as well, has absolute links alone,
+to pictures as they are (``raw``), to all else as a page (``blob``). Other documents may have relative links. Links to
+other places are not followed. CONTRIBUTING.md has a table with a row for every room, which ends with its modules.
 """
 
 import posixpath
@@ -65,6 +66,22 @@ def problem_of(target: str, document: str, url: str, files: set[str]) -> str | N
     return None
 
 
+def rooms_of(files: set[str]) -> dict[str, set[str]]:
+    """The modules of every room of the package."""
+    found: dict[str, set[str]] = {}
+    for path in files:
+        match = re.fullmatch(r"torchdiffeq_lmm/(\w+)/(\w+)\.py", path)
+        if match and match[2] != "__init__":
+            found.setdefault(match[1], set()).add(match[2])
+    return found
+
+
+def table_of(text: str) -> dict[str, set[str]]:
+    """The modules of every room, as the rows of a table name them."""
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", text, flags=re.MULTILINE)
+    return {room: set(re.findall(r"`(\w+)`", modules)) for room, modules in rows}
+
+
 def main() -> None:
     """Check all documents."""
     config = ConfigParser()
@@ -77,9 +94,15 @@ def main() -> None:
             count += 1
             if problem:
                 problems.append(f"{document}: {target} {problem}")
+    rooms, table = rooms_of(files), table_of((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    for room in sorted(rooms.keys() | table.keys()):
+        differ = sorted(rooms.get(room, set()) ^ table.get(room, set()))
+        problems += [
+            f"CONTRIBUTING.md: the table of rooms and the package differ in {room}/{name}.py" for name in differ
+        ]
     if problems:
         raise SystemExit("\n".join(problems))
-    print(f"{count} links are as they should be")
+    print(f"{count} links and {len(table)} rooms are as they should be")
 
 
 main()
