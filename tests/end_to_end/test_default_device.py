@@ -196,7 +196,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "GridParameter of nodes": lambda: grid_parameter("linear"),
     "finished gradients": finished_gradients,
 }  # fmt: skip
-MANY = set(SOLVERS) - {*FAMILIES, "filtered_midpoint"}
+MANY = set(ODE_SOLVERS) - {*FAMILIES, "filtered_midpoint"}
 FAST = [name for name in CASES if name.removesuffix(", filtered") not in MANY]
 
 

@@ -220,8 +220,9 @@ class MultistepSDESolver:
             self._atol,
             precision,
             entry,
-            torch.is_grad_enabled(),
+            not torch.is_inference_mode_enabled(),
             samples,
+            self._newton,
         )
         steps_of = partial(StepEvaluator, source.drift_at, implicit, method.name, source.time)
         steps = steps_of(lambda state, _, x: field.drift(state, x))
