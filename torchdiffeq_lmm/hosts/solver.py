@@ -340,6 +340,7 @@ class MultistepSolver:
         field = self._vector_field
         # Once more, for the backward pass, steps are made without a graph, but by the same iterations.
         differentiable = not torch.is_inference_mode_enabled()
+        implicit = self._samples, self._newton, self._on_failure
         return PieceSolver(
             vector_field=field,
             method=self.method,
@@ -347,15 +348,7 @@ class MultistepSolver:
             parameters=self._parameters,
             costate_filter=self.grad_filter if isinstance(self.grad_filter, CostateFilter) else None,
             implicit=partial(
-                ImplicitSolver,
-                self.rtol,
-                self.atol,
-                field.precision,
-                field.entry,
-                differentiable,
-                self._samples,
-                self._newton,
-                self._on_failure,
+                ImplicitSolver, self.rtol, self.atol, field.precision, field.entry, differentiable, *implicit
             ),
             systems=Systems(self._samples, self._newton),
             callback_step=self._callback_step,
