@@ -25,18 +25,21 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def in_turn(settings: Sequence[Any], few: int, names: Iterable[str] = NAMES) -> list[Any]:
+def in_turn(
+    settings: Sequence[Any], few: int, fast: Collection[str] = FAMILIES, names: Iterable[str] = NAMES
+) -> list[Any]:
     """Methods with settings: one of every family with all of them, every other method with `few`, each in its turn.
 
-    A setting is one parameter, or a tuple of several. Of a family one is not slow, of the next family the next one.
+    A setting is one parameter, or a tuple of several. Of each method of `fast` one setting is not slow, of the next
+    family the next one.
     """
     chosen = []
     for position, name in enumerate(names):
         is_family = name in FAMILIES
         of_method = [(position + turn) % len(settings) for turn in range(len(settings) if is_family else few)]
-        fast = FAMILIES.index(name) % len(settings) if is_family else None
+        not_slow = FAMILIES.index(name) % len(settings) if name in fast else None
         for number in sorted(of_method):
-            marks = [] if number == fast else pytest.mark.slow
+            marks = [] if number == not_slow else pytest.mark.slow
             chosen.append(pytest.param(name, *_as_tuple(settings[number]), marks=marks))
     return chosen
 

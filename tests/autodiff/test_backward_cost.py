@@ -112,6 +112,7 @@ def test_checkpoints_need_memory_like_the_root_of_the_steps(method: str) -> None
     assert bytes_[-1] < peak("autograd", 400, method)
 
 
+@pytest.mark.slow
 def test_the_number_of_checkpoints_is_the_users() -> None:
     few, root, many = (peak(Checkpoint(count), 400) for count in (2, 20, 400))
     assert root < 0.5 * few

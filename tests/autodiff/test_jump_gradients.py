@@ -32,7 +32,7 @@ def test_gradient_with_respect_to_the_jump(name: str, direction: int) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS[:3], ids=str)
-@pytest.mark.parametrize("name", slow_but(["leapfrog", "abm3"], [*SOME, "ab3"]))
+@pytest.mark.parametrize("name", slow_but(["abm3"], [*SOME, "ab3"]))
 def test_gradients_are_those_of_the_discrete_solution(name: str, way: dict) -> None:
     """By finite differences of y0 and the times; the jumps stay. Filters leave these as they are."""
 

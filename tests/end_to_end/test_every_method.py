@@ -1,5 +1,6 @@
 """Every method by one list of tests: orders forward and of the gradient, exact gradients, and the filter's promises."""
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -137,6 +138,7 @@ def test_evaluations_per_step(name: str) -> None:
             *((grid, "four") for grid in GRIDS if grid != "uniform"),
         ],
         few=3,
+        fast=("leapfrog", "nystrom3", "ab3", "abm2", "bdf2"),
     ),
 )
 def test_gradient_is_second_order_at_every_node(name: str, grid: str, observations: str) -> None:
@@ -150,7 +152,7 @@ def test_gradient_is_second_order_at_every_node(name: str, grid: str, observatio
     assert errors[-1] < (0.02 if expected == 2 else 0.1)
 
 
-@pytest.mark.parametrize("name", EVERY_METHOD)
+@pytest.mark.parametrize("name", slow_but(["leapfrog", "ab3"], NAMES))
 def test_unfiltered_gradient_does_not_converge(name: str) -> None:
     """In the worst node, be it at the observation alone; Euler's methods have weights 1 everywhere."""
     errors = []
@@ -164,7 +166,7 @@ def test_unfiltered_gradient_does_not_converge(name: str) -> None:
         assert abs(np.mean(orders(errors))) < 0.2
 
 
-@pytest.mark.parametrize("name", slow_but(FAMILIES, sorted(STRONGLY_STABLE)))
+@pytest.mark.parametrize("name", slow_but(["ab3"], sorted(STRONGLY_STABLE)))
 def test_far_from_observations_the_methods_own_accuracy_stays(name: str) -> None:
     steps = 320
     filtered, _ = density_errors(name, "auto", "uniform", "at the end", PENDULUM, steps)
@@ -174,7 +176,7 @@ def test_far_from_observations_the_methods_own_accuracy_stays(name: str) -> None
     assert filtered[inner].max() < {1: 0.05, 2: 5e-4, 3: 2e-6}.get(ORDER[name], 2e-7)
 
 
-@pytest.mark.parametrize("name", ["ab4", "abm5", "am4", "bdf4"])
+@pytest.mark.parametrize("name", slow_but(["ab4"], ["ab4", "abm5", "am4", "bdf4"]))
 def test_nodes_that_were_added_up_are_equally_spaced(name: str) -> None:
     """They differ by more than rounding from a linspace, and the accuracy between observations must not suffer."""
     steps = 160
@@ -189,7 +191,7 @@ def test_nodes_that_were_added_up_are_equally_spaced(name: str) -> None:
     assert errors[0] <= 1.01 * errors[1]
 
 
-@pytest.mark.parametrize("name", slow_but(FAMILIES, sorted(STRONGLY_STABLE)))
+@pytest.mark.parametrize("name", slow_but(["ab3"], sorted(STRONGLY_STABLE)))
 def test_where_steps_change_the_filter_is_second_order_though_auto_differentiation_is_not(name: str) -> None:
     """Where the steps change abruptly the gradient of auto-differentiation is off far from any observation too."""
 
@@ -206,7 +208,7 @@ def test_where_steps_change_the_filter_is_second_order_though_auto_differentiati
 # ------------------------------------------------------------------------------------------------------------ totals
 
 
-@pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "growing"], few=1))
+@pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "growing"], few=1, fast=("leapfrog", "abm2")))
 def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(name: str, grid: str) -> None:
     """θ_1(t) = 1 + φ sin 3t."""
     of = reference(PENDULUM, (PENDULUM.horizon,))
@@ -254,7 +256,7 @@ class Small(nn.Module):
 TIMES = torch.tensor([0.0, 0.1, 0.22, 0.3, 0.45, 0.5, 0.62, 0.7, 0.8, 0.93, 1.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("name", "grid"), in_turn(["times", "step_size"], few=1))
+@pytest.mark.parametrize(("name", "grid"), in_turn(["times", "step_size"], few=1, fast=("leapfrog", "abm2")))
 def test_gradcheck_without_filter(name: str, grid: str) -> None:
     field = Small()
     options = {} if grid == "times" else {"step_size": 0.13, "interp": "cubic"}
@@ -271,9 +273,9 @@ def test_gradcheck_without_filter(name: str, grid: str) -> None:
     assert torch.autograd.gradcheck(solve, inputs)
 
 
-@pytest.mark.parametrize("interp", ["linear", "cubic"])
-@pytest.mark.parametrize("grid", ["times", "step_size"])
-@pytest.mark.parametrize("name", EVERY_METHOD)
+@pytest.mark.parametrize(
+    ("name", "grid", "interp"), in_turn(list(itertools.product(("times", "step_size"), ("linear", "cubic"))), few=2)
+)
 def test_gradients_of_y0_and_t_stay_exact_with_the_filter(name: str, grid: str, interp: str) -> None:
     field = Small()
     options = {"interp": interp} if grid == "times" else {"step_size": 0.13, "interp": interp}
@@ -308,8 +310,9 @@ def test_implicit_gradients_do_not_depend_on_how_the_equation_was_solved(name: s
 # ---------------------------------------------------------------------------------------------- torchdiffeq's promises
 
 
-@pytest.mark.parametrize("name", EVERY_METHOD)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize(
+    ("name", "dtype"), in_turn([torch.float32, torch.float64, torch.complex64, torch.complex128], few=2)
+)
 def test_dtypes_tuples_and_directions(name: str, dtype: torch.dtype) -> None:
     """A tuple backwards in time is the same solve as a tensor forwards."""
     field = Small(dtype if dtype.is_floating_point else torch.float64)
@@ -399,9 +402,12 @@ def test_odeint_adjoint(name: str) -> None:
     torch.testing.assert_close(*gradients, rtol=0, atol=0.05 if ORDER[name] == 1 else 1e-3)
 
 
-@pytest.mark.parametrize("options", [None, {"step_size": 0.07, "interp": "cubic", "perturb": True}], ids=["", "cubic"])
-@pytest.mark.parametrize("grad_filter", [None, "auto"])
-@pytest.mark.parametrize("name", EVERY_METHOD)
+CUBIC = {"step_size": 0.07, "interp": "cubic", "perturb": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "grad_filter", "options"), in_turn([(None, None), ("auto", CUBIC), (None, CUBIC), ("auto", None)], few=2)
+)
 def test_func_may_return_the_same_memory_again(name: str, grad_filter: str | None, options: dict | None) -> None:
     buffer = torch.empty(2, dtype=torch.float64)
     rate = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -466,7 +472,7 @@ def test_states_of_any_number_of_elements(name: str, shape: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rate", [1.0, 100.0])
-@pytest.mark.parametrize("name", sorted(IMPLICIT))
+@pytest.mark.parametrize("name", slow_but(FAMILIES, sorted(IMPLICIT)))
 def test_implicit_methods_in_half_precision(name: str, rate: float, dtype: torch.dtype) -> None:
     if rate > 1 and not name.startswith("bdf"):
         pytest.skip("not for stiff problems")

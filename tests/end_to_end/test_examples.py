@@ -45,6 +45,7 @@ def test_method_gallery_shows_that_the_filter_makes_every_gradient_converge(tmp_
         assert error["filtered"] < error["auto-differentiation"] / 50, name
 
 
+@pytest.mark.slow
 def test_why_draws_weights_and_a_shift_of_the_past_that_are_what_the_text_says(tmp_path: Path) -> None:
     figures, printed = figures_of("why", tmp_path, pictures=("why_weights", "why_shift"))
     for picture in ("why_weights.png", "why_shift.png"):

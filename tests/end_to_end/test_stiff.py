@@ -401,7 +401,7 @@ def test_the_filter_stays_bounded_where_the_costate_decays_within_a_step(method:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("batch", [(), (64,)])
+@pytest.mark.parametrize("batch", [(), pytest.param((64,), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("saturates", [False, True])
 def test_stiff_vectors_of_any_precision(saturates: bool, batch: tuple[int, ...], dtype: torch.dtype) -> None:
     """y' = M y with rates from 1 to 10⁴, and the same slopes cut off at 100."""

@@ -147,7 +147,7 @@ def density_of_running_cost(steps: int) -> Tensor:
 
 
 @pytest.mark.parametrize("in_state", [False, True])
-@pytest.mark.parametrize("method", ["leapfrog", "ab3", "abm3"])
+@pytest.mark.parametrize("method", slow_but(["leapfrog"], ["leapfrog", "ab3", "abm3"]))
 def test_a_running_cost_summed_over_the_nodes_is_first_order_at_its_ends(method: str, in_state: bool) -> None:
     """Σ w_j ℓ(x_j) by the trapezoid rule; as part of the state the same cost has no ends."""
     at_last_node = method == "abm3"

@@ -53,6 +53,7 @@ def test_an_sde_without_noise_is_the_ode(name: str, grad_filter: object) -> None
     torch.testing.assert_close(*gradients, rtol=tolerance, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_small_noise_and_a_jump_of_the_drift() -> None:
     """Additive noise on given paths: beside a fine solve the error is second order in h again, with jump_t."""
     y0, ts = torch.ones(16, 1, dtype=torch.float64), f64(0.0, 1.0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
+from methods import slow_but
 from problems import orders
 from textbook import TEXTBOOK, Textbook, integral
 from torchdiffeq._impl.odeint import SOLVERS
@@ -60,7 +61,7 @@ def error_of(method: str, steps: int, last: float = 1.0) -> float:
 
 
 @by_own
-@pytest.mark.parametrize("last", [1.0, 0.4])
+@pytest.mark.parametrize("last", slow_but([0.4], [1.0, 0.4]))
 def test_they_solve_with_their_order_whatever_the_last_step(
     alpha: Coefficients, beta: Coefficients, order: int, last: float
 ) -> None:

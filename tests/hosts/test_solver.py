@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from leapfrog import INTERPS, NODES, Field, loop, on, solve, tensor
-from problems import GRIDS, PROBLEMS, Problem, Reference, orders
+from methods import slow_but
+from problems import GRIDS, PENDULUM, PROBLEMS, Problem, Reference, orders
 from torch import Tensor
 
 # --------------------------------------------------------------------------------------- values, against the loop
@@ -83,7 +84,7 @@ def measured_order(problem: Problem, t: Tensor, options: Callable[[int], dict[st
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+@pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
 def test_second_order_on_every_grid(problem: Problem, grid: str) -> None:
     t = tensor(0.0, problem.horizon)
     order = measured_order(problem, t, lambda n: {"grid_constructor": on(GRIDS[grid](n, problem.horizon))})
@@ -92,7 +93,7 @@ def test_second_order_on_every_grid(problem: Problem, grid: str) -> None:
 
 @pytest.mark.parametrize("interp", INTERPS)
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+@pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
 def test_second_order_at_observations_between_nodes(problem: Problem, grid: str, interp: str) -> None:
     t = problem.horizon * tensor(0.0, 0.2347, 0.5113, 0.77701, 1.0)
     order = measured_order(
@@ -101,14 +102,14 @@ def test_second_order_at_observations_between_nodes(problem: Problem, grid: str,
     assert 1.7 < order < 2.7
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+@pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
 def test_second_order_at_observations_on_nodes(problem: Problem) -> None:
     t = problem.horizon * tensor(0.0, 0.25, 0.5, 0.8, 1.0)
     order = measured_order(problem, t, lambda n: {"step_size": problem.horizon / n})
     assert 1.8 < order < 2.4
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+@pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
 def test_second_order_with_t_as_the_grid(problem: Problem) -> None:
     errors = []
     for steps in (40, 80, 160):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from leapfrog import INTERPS, NODES, Field, decay, loop, on, solve, tensor
+from methods import slow_but
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128]
@@ -14,7 +15,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,), (2, 0, 3)], ids=str)
-@pytest.mark.parametrize("t_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("t_dtype", slow_but([torch.float64], [torch.float32, torch.float64]))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_and_shapes(dtype: torch.dtype, t_dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
     wide = torch.complex128 if dtype.is_complex else torch.float64

@@ -69,7 +69,10 @@ class TestLookup:
             end = torch.nextafter(single[1:], single[1:] - 1) - 0.02 * horizon / steps
             assert torch.equal(theta(end), theta.values[:-1])
 
-    @pytest.mark.parametrize(("begin", "end", "steps"), [(1990, 2000, 3650), (2000, 1990, 3650), (-1e4, 0, 400_000)])
+    @pytest.mark.parametrize(
+        ("begin", "end", "steps"),
+        [(1990, 2000, 3650), (2000, 1990, 3650), pytest.param(-1e4, 0, 400_000, marks=pytest.mark.slow)],
+    )
     def test_every_step_is_found_far_from_zero(self, begin: float, end: float, steps: int) -> None:
         nodes = torch.linspace(begin, end, steps + 1, dtype=torch.float64)
         theta = GridParameter(torch.arange(steps, dtype=torch.float32), nodes)
@@ -131,6 +134,7 @@ class TestLookup:
         torch.testing.assert_close(theta(0.25), (theta.values[0] + theta.values[1]) / 2)
         torch.testing.assert_close(theta(torch.tensor([0.25]))[0], theta(0.25))
 
+    @pytest.mark.slow
     def test_a_compiled_function_finds_it_too(self) -> None:
         theta = lines_of()
         compiled = torch.compile(lambda t: 2 * theta(t), backend="eager", fullgraph=True)

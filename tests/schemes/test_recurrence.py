@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from methods import FAMILIES, slow_but
 from textbook import TEXTBOOK, naive_solution, nodes_of, random_steps
 from torch import Tensor
 
@@ -50,7 +51,8 @@ def sweeps_of(name: str, start: int, count: int) -> int:
     return order if name.startswith(("abm", "nystrom")) else max(1, order - 1)
 
 
-by_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+FAST = [method for method in METHODS if method.name in FAMILIES]
+by_method = pytest.mark.parametrize("method", slow_but(FAST, METHODS), ids=lambda method: method.name)
 
 
 def constant(name: str) -> MultistepMethod:
@@ -222,7 +224,7 @@ def test_func_is_evaluated_where_the_method_says(method: MultistepMethod) -> Non
     assert recurrence.evaluated == expected
 
 
-@pytest.mark.parametrize("method", [*METHODS, *CONSTANT], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", slow_but([*FAST, *CONSTANT], [*METHODS, *CONSTANT]), ids=lambda method: method.name)
 @pytest.mark.parametrize("last", [1.0, 0.3])
 def test_rows_use_nothing_that_was_dropped(method: MultistepMethod, last: float) -> None:
     steps = torch.full((20,), 0.05, dtype=torch.float64)
@@ -239,7 +241,7 @@ def test_rows_use_nothing_that_was_dropped(method: MultistepMethod, last: float)
             slopes, increments = min(slopes, row.keeps.slopes), min(increments, row.keeps.increments)
 
 
-@pytest.mark.parametrize("method", [*METHODS, *CONSTANT], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", slow_but([*FAST, *CONSTANT], [*METHODS, *CONSTANT]), ids=lambda method: method.name)
 def test_memory_does_not_grow_with_the_steps(method: MultistepMethod) -> None:
     recurrence = unroll(method, torch.full((60,), 0.01, dtype=torch.float64))
     alive: list[weakref.ref[Tensor]] = []
