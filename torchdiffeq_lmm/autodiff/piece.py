@@ -12,6 +12,7 @@ from torch import Tensor
 from torchdiffeq_lmm.filters.filter_plan import FilterPlan, plan_filter, step_to_end
 from torchdiffeq_lmm.filters.grad_filter import CostateFilter
 from torchdiffeq_lmm.forward.implicit import ImplicitSolver
+from torchdiffeq_lmm.forward.known_jacobian import Known
 from torchdiffeq_lmm.forward.outputs import Trajectory
 from torchdiffeq_lmm.forward.samples import Samples
 from torchdiffeq_lmm.forward.step_evaluator import StepEvaluator
@@ -73,6 +74,7 @@ class PieceSolver:
         costate_filter: the filter; None for the gradient of auto-differentiation.
         implicit: makes what solves implicit rows.
         samples: how states are made of samples.
+        known: what the user knows of the Jacobian.
         callback_step: ``callback_step(t, x, step)``, called before every step; or None.
         max_steps: of a piece whose steps have no end.
     """
@@ -84,6 +86,7 @@ class PieceSolver:
     costate_filter: CostateFilter | None
     implicit: Callable[[], ImplicitSolver]
     samples: Samples
+    known: Known | None
     callback_step: Callable[[Tensor, Tensor, Tensor], object] | None
     max_steps: int
 
@@ -133,7 +136,15 @@ class PieceSolver:
         steps = self.max_steps if source.count is None else source.count
         field = self.vector_field
         return SolveRecorder(
-            field, field.precision, self.samples, y0, source.requires_grad, self.mode, self.parameters, steps
+            field,
+            field.precision,
+            self.samples,
+            y0,
+            source.requires_grad,
+            self.mode,
+            self.parameters,
+            steps,
+            self.known,
         )
 
     def _plan(self, steps: Made, before: FixedSteps | None, after: StepSource | None) -> FilterPlan | None:

@@ -1,18 +1,28 @@
 """The transposed Jacobians along a solve, from its recorded evaluations, as the discrete adjoint asks for them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.forward.block_jacobian import real_rows, rows_like
 from torchdiffeq_lmm.forward.block_linear import BlockLinearSolver
 from torchdiffeq_lmm.forward.implicit import JACOBIAN_LIMIT
-from torchdiffeq_lmm.forward.linear import LinearSolver, from_real, to_real
+from torchdiffeq_lmm.forward.known_jacobian import Known, KnownPreconditioner
+from torchdiffeq_lmm.forward.linear import Factorised, LinearSolver, from_real, to_real
 from torchdiffeq_lmm.forward.samples import Samples
+from torchdiffeq_lmm.forward.sparse_matrix import SparseFactors
 from torchdiffeq_lmm.schemes.discrete_adjoint import Contributions, combine
 
 from .evaluation import Evaluation
 from .stored_evaluations import StoredEvaluations
 from .vjp import ParameterGradients, vector_jacobian
+
+_MANY = 0.25
+"""For more groups of rows than this, times the number of unknowns, a matrix is no sparse one."""
+
+_FEW = 16
+"""So few are always."""
 
 
 class RecordedJacobians:
@@ -25,6 +35,7 @@ class RecordedJacobians:
         time_gradients: where to add the gradients with respect to the times of the states; None if they are not needed.
         precision: the unit in the last place of products with the Jacobians.
         samples: how states are made of samples.
+        known: what the user knows of the Jacobian; of a Jacobian itself its structure is used, where it is sparse.
     """
 
     def __init__(
@@ -35,10 +46,12 @@ class RecordedJacobians:
         time_gradients: Tensor | None,
         precision: float,
         samples: Samples,
+        known: Known | None = None,
     ) -> None:
         self._equations = LinearSolver()
         self._by_blocks = BlockLinearSolver()
         self._samples = samples
+        self._known = known
         self._precision = precision
         self._stored = stored
         self._parameters = parameters
@@ -115,7 +128,17 @@ class RecordedJacobians:
             pulled = self.product(state, from_real(vector, rhs))
             return torch.zeros_like(vector) if pulled is None else weight * to_real(pulled)
 
-        return from_real(self._equations.solve(product, to_real(rhs), self._precision, weight), rhs)
+        sparsity = None if isinstance(self._known, KnownPreconditioner | None) else self._known.sparsity
+        like = to_real(rhs)
+        factor: Callable[[], Factorised] | None = None
+        if sparsity is not None and sparsity.transposed.count <= _MANY * len(like) + _FEW:
+            transposed = sparsity.transposed
+
+            def factor() -> Factorised:
+                # By the same products, the weight counted.
+                return SparseFactors(transposed.matrix(product, torch.ones_like(like)), 1.0)
+
+        return from_real(self._equations.solve(product, like, self._precision, weight, factor), rhs)
 
     def _solve_blocks(self, state: int, weight: float, rhs: Tensor) -> Tensor | None:
         """The same for every sample by itself; None where they are coupled, or blocks too large."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchdiffeq_lmm.filters.costate import filtered_cotangents
 from torchdiffeq_lmm.filters.filter_plan import FilterPlan
+from torchdiffeq_lmm.forward.known_jacobian import Known
 from torchdiffeq_lmm.forward.samples import Samples
 from torchdiffeq_lmm.schemes.discrete_adjoint import AdjointState, discrete_adjoint, weight_gradients
 from torchdiffeq_lmm.schemes.recurrence import Layout, Recurrence
@@ -37,6 +38,7 @@ class SolveAdjoint:
         sources, handles: its inputs after y0, the times and the weights.
         precision: the unit in the last place of func's values.
         samples: how states are made of samples.
+        known: what the user knows of the Jacobian.
         noise: its record; None for an ordinary differential equation.
         versions: tensors that must not change before the backward pass, with their versions.
     """
@@ -50,6 +52,7 @@ class SolveAdjoint:
     handles: tuple[Tensor, ...]
     precision: float
     samples: Samples
+    known: Known | None
     noise: NoiseRecord | None
     versions: list[tuple[Tensor, int]]
 
@@ -80,7 +83,9 @@ class SolveAdjoint:
         rows, at_node = self.recurrence.rows, self.recurrence.nodes
         time_grads = zero.new_zeros(len(rows) + 1, dtype=zero.dtype.to_real()) if times_need_grad else None
         parameters = ParameterGradients()
-        jacobians = RecordedJacobians(stored, parameters, self.plan is None, time_grads, self.precision, self.samples)
+        jacobians = RecordedJacobians(
+            stored, parameters, self.plan is None, time_grads, self.precision, self.samples, self.known
+        )
         noise = None if self.noise is None else NoiseAdjoint(self.noise, parameters, self.precision, self.samples)
 
         by_node: list[Tensor | None] = [None] * len(at_node)

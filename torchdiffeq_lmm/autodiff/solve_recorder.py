@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchdiffeq_lmm.filters.filter_plan import FilterPlan
 from torchdiffeq_lmm.forward.autograd_state import refuse_tangents
+from torchdiffeq_lmm.forward.known_jacobian import Known
 from torchdiffeq_lmm.forward.outputs import Trajectory
 from torchdiffeq_lmm.forward.samples import Samples
 from torchdiffeq_lmm.forward.sde_stepping import DriftAndNoise
@@ -52,6 +53,7 @@ class SolveRecorder:
         mode: how the backward pass finds the evaluations.
         parameters: what f depends on; None if the evaluations are kept.
         steps: how many steps there will be, or at most.
+        known: what the user knows of the Jacobian.
 
     Raises:
         RuntimeError: y0 has a tangent of forward mode, or the solve is inside a transform of torch.func.
@@ -67,6 +69,7 @@ class SolveRecorder:
         mode: BackwardMode,
         parameters: Parameters | None,
         steps: int,
+        known: Known | None = None,
     ) -> None:
         refuse_tangents(y0)
         self._differentiate_times = differentiate_times
@@ -75,6 +78,7 @@ class SolveRecorder:
         self._recorder = Recorder(f, y0, differentiate_times, *(parameters or ()))
         self._precision = precision
         self._samples = samples
+        self._known = known
         self._context = ForwardContext(y0.device)
         self._evaluations: dict[int, Evaluation | None] = {}
         self._end_evaluations: dict[int, Evaluation | None] = {}
@@ -192,6 +196,7 @@ class SolveRecorder:
             handles=handles,
             precision=self._precision,
             samples=self._samples,
+            known=self._known,
             noise=None if noise_of_rows is None else NoiseRecord(noise_of_rows, self._noise),
             versions=[(tensor, tensor._version) for tensor in (() if self.keeps else (y0, *sources))],
         )

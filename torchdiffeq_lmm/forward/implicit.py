@@ -23,8 +23,10 @@ from torch import Tensor
 
 from .block_jacobian import BlockJacobian
 from .block_newton import BlockNewton, CoupledError, Equations, Flags, Outcome, Tolerances
-from .jacobian import Slope
-from .krylov_newton import Equation, Failure, KrylovNewton
+from .correctors import Equation, corrector_of
+from .jacobian import Jacobian, Slope
+from .known_jacobian import Known, KnownPreconditioner
+from .krylov_newton import Failure, KrylovNewton
 from .linear import FALLBACK_LIMIT, to_real
 from .samples import Samples
 
@@ -60,6 +62,7 @@ class ImplicitSolver:
         samples: how the state is made of samples; None for one sample. Where f turns out to couple them, fewer of its
             dimensions count as samples from then on, and at last none.
         on_failure: what to do where a sample cannot be solved: raise an error, or go on with NaN for that sample.
+        known: what the user knows of the Jacobian of the whole state, which is one sample then.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class ImplicitSolver:
         differentiable: bool = True,
         samples: Samples | None = None,
         on_failure: OnFailure = "raise",
+        known: Known | None = None,
     ) -> None:
         self._rtol = rtol
         self._atol = atol
@@ -79,6 +83,7 @@ class ImplicitSolver:
         self._samples = samples
         self._differentiable = differentiable
         self._on_failure = on_failure
+        self._known = known
         self._blocks: BlockNewton | None = None
         self._krylov: KrylovNewton | None = None
         self._uses_matrix = False
@@ -94,6 +99,7 @@ class ImplicitSolver:
         slope: Slope,
         iterate: Slope,
         where: Callable[[], str],
+        time: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Solve d = c + b* f(x + d).
 
@@ -105,6 +111,7 @@ class ImplicitSolver:
             slope: f.
             iterate: f again, called once at every iterate; the last one is the solution, up to the tolerance.
             where: returns the step in words, for messages.
+            time: what func is given for it; needed where something is known of the Jacobian.
 
         Returns:
             d and f(x + d), with d = c + b* f to rounding, and f to the tolerance.
@@ -120,6 +127,8 @@ class ImplicitSolver:
                 f = iterate(x + starts[0])
                 return c + weight * f, f
             samples: Samples | None = Samples((x.shape,), 0) if self._samples is None else self._samples
+            if self._known is not None and not self._uses_matrix:
+                samples = None
             while samples is not None:
                 self._samples = samples
                 size = to_real(x).numel() // max(samples.count, 1)
@@ -129,7 +138,7 @@ class ImplicitSolver:
                     except CoupledError:
                         self._blocks = None
                 samples = samples.fewer() if samples.dims else None
-            return self._solve_krylov(Equation(x, c, weight, slope, iterate), starts, where)
+            return self._solve_krylov(Equation(x, c, weight, slope, iterate, time), starts, where)
 
     def _solve_blocks(
         self,
@@ -181,15 +190,17 @@ class ImplicitSolver:
         self, equation: Equation, starts: list[Tensor], where: Callable[[], str]
     ) -> tuple[Tensor, Tensor]:
         if self._krylov is None:
-            self._krylov = KrylovNewton(
-                self._rtol, self._atol, SAFETY, self._precision, MAX_ITERATIONS, self._differentiable
-            )
+            corrector = corrector_of(Jacobian(self._differentiable), self._known, self._precision)
+            self._krylov = KrylovNewton(self._rtol, self._atol, SAFETY, self._precision, MAX_ITERATIONS, corrector)
         found = self._krylov.solve(equation, starts)
         size = to_real(equation.x).numel()
         self._uses_matrix |= size <= FALLBACK_LIMIT and self._krylov.is_dear
         if not isinstance(found, Failure):
             return found
-        if found.entry is not None and size <= FALLBACK_LIMIT:
+        has_factors = not (self._known is None or isinstance(self._known, KnownPreconditioner))
+        if has_factors:
+            found = found._replace(entries=0)
+        elif found.entry is not None and size <= FALLBACK_LIMIT:
             self._uses_matrix = True
             whole = Samples((equation.x.shape,), 0)
             return self._solve_blocks(

@@ -10,6 +10,7 @@ and much of a smooth one. There the matrix is factored.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -126,6 +127,13 @@ class Counted:
         return len(like) <= FALLBACK_LIMIT and self._calls > _DEAR * len(like)
 
 
+class Factorised(Protocol):
+    """1 - A by its factors."""
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """The solution for a right-hand side; not finite where the matrix is singular, or is not finite itself."""
+
+
 class Factors:
     """1 - A by its factors, in double precision where the device has it."""
 
@@ -144,29 +152,37 @@ class Factors:
         return solution.to(rhs.dtype)
 
 
-def gmres(product: Product, rhs: Tensor, tolerance: float, restarts: int) -> tuple[Tensor, Tensor]:
-    """Solve (1 - A) z = r by GMRES, from z = r if A is small, else from 0; restarted where the Krylov space is full.
+def gmres(
+    product: Product, rhs: Tensor, tolerance: float, restarts: int, precondition: Product | None = None
+) -> tuple[Tensor, Tensor]:
+    """Solve (1 - A) z = r by GMRES, from z = P r if that is close, else from 0; restarted where the space is full.
 
     Args:
         product: from v to A v.
         rhs: r, a real vector.
         tolerance: for the norm of the residual, relative to that of r.
         restarts: at most so many times.
+        precondition: from v to P v, about (1 - A)⁻¹ v, from the right; None for P = 1. It need not be linear.
 
     Returns:
         z, and its residual, which is above the tolerance where the restarts did not suffice.
 
-    Source: Saad, Schultz, *GMRES: a generalized minimal residual algorithm* (SIAM J. Sci. Stat. Comput. 1986).
+    Source: Saad, Schultz, *GMRES: a generalized minimal residual algorithm* (SIAM J. Sci. Stat. Comput. 1986); Saad,
+    *A flexible inner-outer preconditioned GMRES algorithm* (SIAM J. Sci. Comput. 1993).
     """
     goal = tolerance * float(rhs.norm())
-    solution, residual = rhs, product(rhs)
+    if precondition is None:
+        solution, residual = rhs, product(rhs)
+    else:
+        solution = precondition(rhs)
+        residual = rhs - solution + product(solution)
     if not float(residual.norm()) <= float(rhs.norm()):
         solution, residual = torch.zeros_like(rhs), rhs
     for _ in range(restarts + 1):
         before = float(residual.norm())
         if not before > goal:
             break
-        correction, residual = _krylov(product, residual, goal)
+        correction, residual = _krylov(product, residual, goal, precondition)
         solution = solution + correction
         remaining = float(residual.norm())
         # What a whole Krylov space does not lessen is rounding, or beyond it.
@@ -176,12 +192,13 @@ def gmres(product: Product, rhs: Tensor, tolerance: float, restarts: int) -> tup
     return solution, residual
 
 
-def _krylov(product: Product, residual: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+def _krylov(product: Product, residual: Tensor, goal: float, precondition: Product | None) -> tuple[Tensor, Tensor]:
     """The best correction for a residual in its Krylov space, and what it leaves of the residual."""
     remaining = float(residual.norm())
     size = min(KRYLOV_LIMIT, len(residual))
     basis = residual.new_empty(size + 1, len(residual))
     basis[0] = residual / remaining
+    directions: list[Tensor] = []
     # The least-squares problem, and the same kept triangular by rotations.
     hessenberg, triangle = np.zeros((size + 1, size)), np.zeros((size, size))
     target = np.zeros(size + 1)
@@ -189,7 +206,10 @@ def _krylov(product: Product, residual: Tensor, goal: float) -> tuple[Tensor, Te
     cosines, sines = np.zeros(size), np.zeros(size)
     used = 0
     for j in range(size):
-        vector = basis[j] - product(basis[j])
+        direction = basis[j] if precondition is None else precondition(basis[j])
+        if precondition is not None:
+            directions.append(direction)
+        vector = direction - product(direction)
         # Twice, for orthogonality to rounding.
         for _ in range(2):
             components = basis[: j + 1] @ vector
@@ -221,7 +241,8 @@ def _krylov(product: Product, residual: Tensor, goal: float) -> tuple[Tensor, Te
     coefficients = np.linalg.solve(triangle[:used, :used], target[:used])
     left = -hessenberg[: used + 1, :used] @ coefficients
     left[0] += norm
-    correction = torch.from_numpy(coefficients).to(residual) @ basis[:used]
+    along = basis[:used] if precondition is None else torch.stack(directions[:used])
+    correction = torch.from_numpy(coefficients).to(residual) @ along
     return correction, torch.from_numpy(left).to(residual) @ basis[: used + 1]
 
 
@@ -232,10 +253,17 @@ class LinearSolver:
     """
 
     def __init__(self) -> None:
-        self._factors: dict[float, Factors] = {}
+        self._factors: dict[float, Factorised] = {}
         self._is_dear = False
 
-    def solve(self, product: Product, rhs: Tensor, precision: float, weight: float = 1.0) -> Tensor:
+    def solve(
+        self,
+        product: Product,
+        rhs: Tensor,
+        precision: float,
+        weight: float = 1.0,
+        factor: Callable[[], Factorised] | None = None,
+    ) -> Tensor:
         """Solve (1 - A) z = r.
 
         Args:
@@ -243,6 +271,7 @@ class LinearSolver:
             rhs: r, a real vector.
             precision: of the product, which may be less than that of r.
             weight: a number to which A is proportional, from equation to equation.
+            factor: makes the factors of 1 - A for less than its matrix would cost; always given, or never.
 
         Raises:
             RuntimeError: the equation is singular, or too ill-conditioned for GMRES and too large for its matrix.
@@ -257,6 +286,10 @@ class LinearSolver:
             exact: Tensor = torch.linalg.solve(matrix, rhs)
             return exact
         equation = _Equation(Counted(product), rhs, precision)
+        if factor is not None:
+            known = self._by_factors(equation, weight, factor)
+            if known is not None:
+                return known
         if len(rhs) > FALLBACK_LIMIT:
             found = equation.by_products(MAX_RESTARTS, is_last=True)
             if found is None:
@@ -265,7 +298,7 @@ class LinearSolver:
                     f"{FALLBACK_LIMIT}, too many for its matrix; use smaller steps, or double precision"
                 )
             return found
-        factors = self._factors.get(weight) or next(reversed(self._factors.values()), None)
+        factors = self._latest(weight)
         found = None
         if factors is not None:
             found = equation.by_factors(factors, is_own=False)
@@ -274,9 +307,17 @@ class LinearSolver:
             self._is_dear = equation.product.is_dear(rhs)
         return self._by_matrix(equation, weight) if found is None else found
 
-    def _by_matrix(self, equation: "_Equation", weight: float) -> Tensor:
-        self._is_dear = False
-        factors = Factors(matrix_of(equation.product, equation.rhs))
+    def _latest(self, weight: float) -> Factorised | None:
+        return self._factors.get(weight) or next(reversed(self._factors.values()), None)
+
+    def _by_factors(self, equation: "_Equation", weight: float, factor: Callable[[], Factorised]) -> Tensor | None:
+        """The solution by factors that are at hand, or by new ones."""
+        factors = self._latest(weight)
+        found = None if factors is None else equation.by_factors(factors, is_own=False)
+        return self._by_new(equation, weight, factor) if found is None else found
+
+    def _by_new(self, equation: "_Equation", weight: float, factor: Callable[[], Factorised]) -> Tensor | None:
+        factors = factor()
         self._factors.pop(weight, None)
         if len(self._factors) == _KEPT:
             del self._factors[next(iter(self._factors))]
@@ -284,6 +325,12 @@ class LinearSolver:
         found = equation.by_factors(factors, is_own=True)
         if found is None:
             self._factors.clear()
+        return found
+
+    def _by_matrix(self, equation: "_Equation", weight: float) -> Tensor:
+        self._is_dear = False
+        found = self._by_new(equation, weight, lambda: Factors(matrix_of(equation.product, equation.rhs)))
+        if found is None:
             raise RuntimeError(
                 f"a linear equation in {len(equation.rhs)} unknowns was not solved, because it is singular, or too "
                 f"ill-conditioned; use smaller steps, or double precision"
@@ -333,7 +380,7 @@ class _Equation:
                 z = z + sizes * scaled
         return None
 
-    def by_factors(self, factors: Factors, is_own: bool) -> Tensor | None:
+    def by_factors(self, factors: Factorised, is_own: bool) -> Tensor | None:
         """The solution by the factors of 1 - A, or of what is close to it, and by corrections with them.
 
         What is uncertain of it is known then: the last correction.

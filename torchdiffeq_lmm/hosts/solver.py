@@ -36,10 +36,17 @@ from torchdiffeq_lmm.forward.grid import (
 from torchdiffeq_lmm.forward.implicit import ImplicitSolver, OnFailure, check_on_failure
 from torchdiffeq_lmm.forward.interpolation import Interpolation, check_interpolation
 from torchdiffeq_lmm.forward.jumps import jumps_of
+from torchdiffeq_lmm.forward.known_jacobian import known_jacobian
 from torchdiffeq_lmm.forward.outputs import OutputRule, Trajectory
 from torchdiffeq_lmm.forward.samples import BatchDims, samples_of
 from torchdiffeq_lmm.forward.step_source import FixedSteps, Sides, StepSource, UnboundedSteps
-from torchdiffeq_lmm.forward.tolerances import check_max_num_steps, check_steps, event_tolerance, resolve_tolerance
+from torchdiffeq_lmm.forward.tolerances import (
+    check_equal,
+    check_max_num_steps,
+    check_steps,
+    event_tolerance,
+    resolve_tolerance,
+)
 from torchdiffeq_lmm.forward.vector_field import VectorField
 from torchdiffeq_lmm.schemes.methods import LEAPFROG, MultistepMethod
 from torchdiffeq_lmm.schemes.recurrence import Recurrence, unroll
@@ -69,6 +76,8 @@ class MultistepSolver:
             that are coupled are solved as one system.
         on_failure: "raise" an error where the equation of an implicit step is not solved; or "nan", to go on with NaN
             for that sample, after a warning.
+        jac_sparsity, jac, preconditioner: for implicit steps of large systems, what is known of the Jacobian of func:
+            see `known_jacobian`.
         max_num_steps: the most steps that are made, as the option of torchdiffeq's adaptive solvers. By default 20,000
             in the search for an event, as in torchdiffeq, and else 10 million, more of which are taken for a mistake.
         jump_t: times at which func jumps, a tensor of shape (m,) or a sequence of numbers, in any order: see below.
@@ -110,6 +119,9 @@ class MultistepSolver:
         max_num_steps: int | None = None,
         batch_dims: BatchDims = "auto",
         on_failure: OnFailure = "raise",
+        jac_sparsity: Any = None,
+        jac: Callable[[Tensor, Any], Any] | None = None,
+        preconditioner: Callable[[Tensor, Any, float], Any] | None = None,
         grad_filter: object = None,
         backward: object = "autograd",
         adjoint_params: Iterable[Tensor] | None = None,
@@ -155,7 +167,17 @@ class MultistepSolver:
         self._on_failure = on_failure
         self._reverse = hosted.reversed
         self._vector_field = VectorField(hosted, y0, perturb, copies=self.method.remembers_slopes)
-        self._samples = samples_of(self._vector_field.shapes, batch_dims)
+        self._known = known_jacobian(
+            jac_sparsity,
+            jac,
+            preconditioner,
+            self.method.name,
+            self.method.is_implicit,
+            self._vector_field,
+            y0,
+            batch_dims,
+        )
+        self._samples = samples_of(self._vector_field.shapes, batch_dims if self._known is None else 0)
         self._sides = Sides(self._vector_field, perturb)
         self._is_smooth = isinstance(self.grad_filter, SmoothFilter)
         left_slopes = perturb and not self.method.is_implicit
@@ -194,7 +216,7 @@ class MultistepSolver:
         check_steps(sum(len(piece.steps) for piece in pieces), self.max_num_steps)
         if self._is_smooth:
             for piece in pieces:
-                _check_equal(piece.steps)
+                check_equal(piece.steps)
         sources = [
             FixedSteps(piece, rows, self._sides, t) for piece, rows in zip(pieces, self._rows(pieces), strict=True)
         ]
@@ -345,8 +367,10 @@ class MultistepSolver:
                 differentiable,
                 self._samples,
                 self._on_failure,
+                self._known,
             ),
             samples=self._samples,
+            known=self._known,
             callback_step=self._callback_step,
             max_steps=self._max_event_steps,
         )
@@ -384,15 +408,6 @@ def solver_of(method: MultistepMethod | TwoStageMethod) -> type[MultistepSolver]
     summary = f"The method {method.name!r} as a solver of torchdiffeq: see `MultistepSolver`."
     members = {"method": method, "order": method.order, "__doc__": summary, "__module__": __name__}
     return type(method.name, (MultistepSolver,), members)
-
-
-def _check_equal(steps: Tensor) -> None:
-    shortest, longest = float(steps.detach().min()), float(steps.detach().max())
-    if shortest != longest:
-        raise ValueError(
-            f"grad_filter='smooth' is for equal steps, got steps from {shortest!r} to {longest!r}; use "
-            f"grad_filter='leapfrog', which is for any grid, or a step_size of which the interval is a multiple"
-        )
 
 
 def _equal_steps(h: float, count: int) -> Tensor:
