@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.forward import linear
+from torchdiffeq_lmm.forward import krylov
 from torchdiffeq_lmm.forward.linear import (
     DENSE_LIMIT,
     FALLBACK_LIMIT,
@@ -35,7 +35,7 @@ def contraction(size: int, norm: float = 0.8, dtype: torch.dtype = torch.float64
 @pytest.fixture
 def small_spaces(monkeypatch: pytest.MonkeyPatch) -> int:
     """The largest dimension of a Krylov space."""
-    monkeypatch.setattr(linear, "KRYLOV_LIMIT", 20)
+    monkeypatch.setattr(krylov, "KRYLOV_LIMIT", 20)
     return 20
 
 
@@ -45,7 +45,7 @@ def solve(product: Product, rhs: Tensor, eps: float) -> Tensor:
 
 def gmres(product: Product, rhs: Tensor, tolerance: float) -> tuple[Tensor, float]:
     """The solution, and the residual that is told, relative to r."""
-    found, residual = linear.gmres(product, rhs, tolerance, restarts=10)
+    found, residual = krylov.gmres(product, rhs, tolerance, restarts=10)
     torch.testing.assert_close(residual, rhs - found + product(found), rtol=1e-6, atol=1e-13)
     scale = float(rhs.norm())
     return found, float(residual.norm()) / scale if scale else 0.0

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .jacobian import Jacobian, Slope, to_real_sizes
 from .known_jacobian import Known, KnownJacobian, KnownPreconditioner, KnownSparsity
-from .linear import FEW_RESTARTS, Counted, Product, from_real, gmres, noise, to_real
+from .krylov import Product, gmres
+from .linear import FEW_RESTARTS, Counted, from_real, noise, to_real
 from .sparse_matrix import Matrix, SparseFactors
 
 _INEXACT = 1e-3

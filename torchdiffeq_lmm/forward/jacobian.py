@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .linear import Product, from_real, matrix_of, to_real
+from .krylov import Product
+from .linear import from_real, matrix_of, to_real
 
 Slope = Callable[[Tensor], Tensor]
 

@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .linear import Product
+from torchdiffeq_lmm.schemes.methods import MultistepMethod
+from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
+
+from .krylov import Product
 from .sparse_matrix import Matrix, Sparsity, scipy_sparse
 from .vector_field import VectorField
 
@@ -140,8 +143,7 @@ def known_jacobian(
     jac_sparsity: Any,
     jac: Any,
     preconditioner: Any,
-    method: str,
-    is_implicit: bool,
+    method: MultistepMethod | TwoStageMethod,
     field: VectorField,
     y0: Tensor,
     batch_dims: object,
@@ -155,7 +157,7 @@ def known_jacobian(
         jac: ``jac(t, y)`` returns the Jacobian, of that shape too: a dense tensor or array, a SciPy sparse matrix or a
             sparse tensor.
         preconditioner: see `KnownPreconditioner`. b is negative where the user's time is decreasing.
-        method, is_implicit: of the solver.
+        method: the solver's.
         field: f.
         y0: the solver's initial state. Its device must be the CPU for the first two to be used; elsewhere a warning
             says that they are not.
@@ -174,8 +176,10 @@ def known_jacobian(
     if len(given) > 1:
         raise ValueError(f"{', '.join(given)} are mutually exclusive options, got all of them; give one")
     (name,) = given
-    if not is_implicit:
-        raise ValueError(f"{name} is for implicit methods, whose steps are equations; method {method!r} is explicit")
+    if not method.is_implicit:
+        raise ValueError(
+            f"{name} is for implicit methods, whose steps are equations; method {method.name!r} is explicit"
+        )
     if batch_dims not in ("auto", 0):
         raise ValueError(
             f"batch_dims must be 'auto' or 0 where {name} is given, which is for the whole state as one system, got "

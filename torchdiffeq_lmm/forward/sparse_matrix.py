@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .linear import Product
+from .krylov import Product
 
 Matrix = Any
 """A ``scipy.sparse.csc_array``, real, in double precision unless it is a structure."""
@@ -109,7 +109,7 @@ class SparseFactors:
         if np.isfinite(system.data).all():
             # What it raises where the matrix is singular.
             with suppress(RuntimeError):
-                self._factors = sparse.linalg.splu(system)
+                self._factors = sparse.linalg.splu(system, **_ordering(system))
 
     def solve(self, rhs: Tensor) -> Tensor:
         """The solution for a right-hand side; NaN where the matrix is singular, or not finite."""
@@ -117,3 +117,11 @@ class SparseFactors:
             return rhs * torch.nan
         found: Tensor = torch.from_numpy(self._factors.solve(rhs.detach().double().cpu().numpy()))
         return found.to(rhs)
+
+
+def _ordering(matrix: Matrix) -> dict[str, Any]:
+    """How to order and pivot; the error of lesser pivots is corrected along with what is left of the equation."""
+    structure = matrix.astype(bool)
+    if (structure != structure.T).nnz:
+        return {}
+    return {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.1, "options": {"SymmetricMode": True}}

@@ -12,10 +12,9 @@ from torch import Tensor
 from torchdiffeq_lmm.autodiff.autograd_function import stack
 from torchdiffeq_lmm.autodiff.backward_modes import resolve_backward
 from torchdiffeq_lmm.autodiff.compilation import eager
-from torchdiffeq_lmm.autodiff.goals import Outputs, Search, UntilEvent
+from torchdiffeq_lmm.autodiff.goals import Outputs, Search, UntilEvent, smoothed
 from torchdiffeq_lmm.autodiff.piece import Piece, PieceSolver
 from torchdiffeq_lmm.filters.grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
-from torchdiffeq_lmm.filters.smoothed_observation import observed
 from torchdiffeq_lmm.forward.autograd_state import savable
 from torchdiffeq_lmm.forward.events import EventSign
 from torchdiffeq_lmm.forward.grid import (
@@ -37,7 +36,7 @@ from torchdiffeq_lmm.forward.implicit import ImplicitSolver, OnFailure, check_on
 from torchdiffeq_lmm.forward.interpolation import Interpolation, check_interpolation
 from torchdiffeq_lmm.forward.jumps import jumps_of
 from torchdiffeq_lmm.forward.known_jacobian import known_jacobian
-from torchdiffeq_lmm.forward.outputs import OutputRule, Trajectory
+from torchdiffeq_lmm.forward.outputs import OutputRule
 from torchdiffeq_lmm.forward.samples import BatchDims, samples_of
 from torchdiffeq_lmm.forward.step_source import FixedSteps, Sides, StepSource, UnboundedSteps
 from torchdiffeq_lmm.forward.tolerances import (
@@ -51,7 +50,6 @@ from torchdiffeq_lmm.forward.vector_field import VectorField
 from torchdiffeq_lmm.schemes.methods import LEAPFROG, MultistepMethod
 from torchdiffeq_lmm.schemes.recurrence import Recurrence, unroll
 from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
-from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 from .adjoint_params import resolve_adjoint_params
 from .torchdiffeq_host import MAX_EVENT_STEPS, find_event, unwrap, warn_of_unused_options
@@ -167,16 +165,7 @@ class MultistepSolver:
         self._on_failure = on_failure
         self._reverse = hosted.reversed
         self._vector_field = VectorField(hosted, y0, perturb, copies=self.method.remembers_slopes)
-        self._known = known_jacobian(
-            jac_sparsity,
-            jac,
-            preconditioner,
-            self.method.name,
-            self.method.is_implicit,
-            self._vector_field,
-            y0,
-            batch_dims,
-        )
+        self._known = known_jacobian(jac_sparsity, jac, preconditioner, self.method, self._vector_field, y0, batch_dims)
         self._samples = samples_of(self._vector_field.shapes, batch_dims if self._known is None else 0)
         self._sides = Sides(self._vector_field, perturb)
         self._is_smooth = isinstance(self.grad_filter, SmoothFilter)
@@ -228,7 +217,7 @@ class MultistepSolver:
             goal = Outputs(source, placed, self._rule, self._is_smooth)
             trajectory, made, keeper = solver.solve(source, x, goal, before, after)
             if self._is_smooth:
-                trajectory = _smoothed(trajectory, goal.nodes, made.steps)
+                trajectory = smoothed(trajectory, goal.nodes, made.steps)
             x = trajectory.states[source.count]
             outputs += [self._rule.output(placement, made.steps, trajectory) for placement in placed]
             keepers.append(keeper)
@@ -292,7 +281,7 @@ class MultistepSolver:
                     state_at, search.before, time(node), time(node + 1), search.sign.as_tensor, search.tolerance
                 )
         if self._is_smooth:
-            trajectory = _smoothed(trajectory, [node, node + 1], piece.steps.steps)
+            trajectory = smoothed(trajectory, [node, node + 1], piece.steps.steps)
         return event_time, trajectory.states[node + 1] if event_time is None else state_at(event_time)
 
     def _sources_until_event(self, t0: Tensor, h: float) -> Iterator[FixedSteps | UnboundedSteps]:
@@ -392,15 +381,6 @@ class Leapfrog(MultistepSolver):
 
     method = LEAPFROG
     order = LEAPFROG.order
-
-
-def _smoothed(trajectory: Trajectory, nodes: Iterable[int], steps: Sequence[Weight]) -> Trajectory:
-    states = dict(trajectory.states)
-    for node in nodes:
-        if node > 0:
-            of_node = trajectory.states[node], trajectory.states[node - 1], trajectory.start_slope(node)
-            states[node] = observed(*of_node, steps[node - 1])
-    return replace(trajectory, states=states)
 
 
 def solver_of(method: MultistepMethod | TwoStageMethod) -> type[MultistepSolver]:
