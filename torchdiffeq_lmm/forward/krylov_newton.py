@@ -69,10 +69,11 @@ class KrylovNewton:
             for beginning in starts:
                 if not isinstance(found, Solution):
                     found = self._newton(equation, beginning)
-            if isinstance(found, Failure) and (found.entry is None or self.is_dear or not jacobian.is_exact):
-                break
-            # What auto-differentiation does not see of func, differences do.
-            jacobian.use_differences()
+            if isinstance(found, Failure):
+                if found.entry is None or self.is_dear or not jacobian.is_exact:
+                    break
+                # What auto-differentiation does not see of func, differences do.
+                jacobian.use_differences()
         return found
 
     def _substitute(self, equation: Equation, d: Tensor) -> "Solution | None":
