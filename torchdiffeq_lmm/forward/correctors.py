@@ -27,6 +27,9 @@ _KEPT = 2
 _ROUNDING = 8
 """So many units in the last place are rounding."""
 
+_CURVED = 8
+"""By so many times what a change and its opposite differ by, differences may be wrong."""
+
 
 @dataclass(frozen=True)
 class Equation:
@@ -183,12 +186,11 @@ class SparseCorrector:
         matrix = self._known.matrix(product, scale, equation.time, x)
         at = _Checked(matrix, equation, x, f, sizes, scale, self._precision, self._made)
         row = at.wrong_row(product, self.jacobian.is_exact)
-        if row is not None and self.jacobian.is_exact and isinstance(self._known, KnownJacobian):
+        is_unseen = row is not None and self.jacobian.is_exact and isinstance(self._known, KnownJacobian)
+        if is_unseen and at.is_of_differences(product):
             # What auto-differentiation does not see of func, the user may know.
-            by_differences = Jacobian(False)
-            row = at.wrong_row(by_differences.product(equation.slope, x, f, sizes), False)
-            if row is None:
-                self.jacobian.use_differences()
+            self.jacobian.use_differences()
+            row = None
         if row is not None:
             column, found, wanted = at.wrong_entry(row, self.jacobian)
             raise ValueError(self._known.complaint(row, column, found, wanted))
@@ -236,22 +238,37 @@ class _Checked:
             product: from v to J v.
             is_exact: whether by auto-differentiation, else by differences.
         """
+        wrong = self._differs(self._times(self._changes), product, is_exact)
+        return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
+
+    def is_of_differences(self, exact: Product) -> bool:
+        """Whether differences agree with the matrix, and not with auto-differentiation, by which `exact` is J v."""
+        product = Jacobian(False).product(self.equation.slope, self.x, self.f, self.sizes)
+        if self.wrong_row(product, False) is not None:
+            return False
+        return bool(self._differs(exact(self._changes.to(self.scale.dtype)).double(), product, False).any())
+
+    @property
+    def _changes(self) -> Tensor:
         drawn = noise(to_real(self.x), self.seed)
         # No entry is so small that it would hide what is wrong in its column.
-        u = self.scale * torch.where(drawn < 0, drawn - 1, drawn + 1) / 2
-        u = u.double()
-        found, terms = self._times(u), self._times(u.abs(), absolute=True)
+        return (self.scale * torch.where(drawn < 0, drawn - 1, drawn + 1) / 2).double()
+
+    def _differs(self, found: Tensor, product: Product, is_exact: bool) -> Tensor:
+        """In which rows what was found for J u is wrong by a product."""
+        u = self._changes
         wanted = product(u.to(self.scale.dtype)).double()
+        terms = self._times(u.abs(), absolute=True)
         if is_exact:
             bound = self.precision**0.5 * terms + _ROUNDING * self.precision * terms.max()
         else:
             of_terms = self._times(to_real(self.sizes).double(), absolute=True)
             rounding = _ROUNDING * self.precision * (to_real(self.f).double().abs() + of_terms)
-            bound = self.precision**0.25 * terms + rounding
+            # What is not linear in u is in the entries of the matrix, too.
+            curved = (wanted + product(-u.to(self.scale.dtype)).double()).abs()
+            bound = self.precision**0.25 * terms + rounding + _CURVED * curved
         # What is not finite makes corrections that are not either.
-        known = torch.isfinite(terms) & torch.isfinite(wanted)
-        wrong = ((found - wanted).abs() > bound) & known
-        return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
+        return ((found - wanted).abs() > bound) & torch.isfinite(terms) & torch.isfinite(wanted)
 
     def wrong_entry(self, row: int, jacobian: Jacobian) -> tuple[int | None, float, float]:
         """The worst entry of a row, by its column, and what it is and should be; (None, 0, 0) where it is not known."""
@@ -272,7 +289,8 @@ class _Checked:
 
     def _times(self, u: Tensor, absolute: bool = False) -> Tensor:
         matrix = abs(self.matrix) if absolute else self.matrix
-        return torch.from_numpy(matrix @ u.cpu().numpy())
+        product: Tensor = torch.from_numpy(matrix @ u.cpu().numpy())
+        return product
 
 
 def corrector_of(jacobian: Jacobian, known: Known | None, precision: float) -> Corrector:
