@@ -137,7 +137,7 @@ class TestBrusselator:
 class TestGrayScott:
     """In two dimensions, on 64 × 64 points, periodic: products with the Jacobian alone."""
 
-    SIZE, END, STEPS = 64, 100.0, 50
+    SIZE, END, STEPS = 64, 40.0, 20
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
         u, v = y
