@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.forward import linear
+from torchdiffeq_lmm.forward import krylov
 from torchdiffeq_lmm.forward.linear import (
     DENSE_LIMIT,
     Factors,
@@ -42,7 +42,7 @@ def solve(product: Product, rhs: Tensor, eps: float, newton: Newton = DEFAULT_NE
 
 def gmres(product: Product, rhs: Tensor, tolerance: float, dimension: int = 100) -> tuple[Tensor, float]:
     """The solution, and the residual that is told, relative to r."""
-    found, residual = linear.gmres(product, rhs, tolerance, dimension, restarts=10)
+    found, residual = krylov.gmres(product, rhs, tolerance, dimension, restarts=10)
     torch.testing.assert_close(residual, rhs - found + product(found), rtol=1e-6, atol=1e-13)
     scale = float(rhs.norm())
     return found, float(residual.norm()) / scale if scale else 0.0

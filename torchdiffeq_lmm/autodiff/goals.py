@@ -1,14 +1,17 @@
 """What a piece of a solve is solved for: outputs at given times, or an event."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
 
+from torchdiffeq_lmm.filters.smoothed_observation import observed
 from torchdiffeq_lmm.forward.events import EventSign
 from torchdiffeq_lmm.forward.grid import Placement
 from torchdiffeq_lmm.forward.outputs import OutputRule, Trajectory
 from torchdiffeq_lmm.forward.step_source import FixedSteps, StepSource
+from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 from .piece import Slopes
 
@@ -140,3 +143,13 @@ class UntilEvent:
             else:
                 found.end_slopes[node] = slopes.at_end(node, state, x)
         return found
+
+
+def smoothed(trajectory: Trajectory, nodes: Iterable[int], steps: Sequence[Weight]) -> Trajectory:
+    """A trajectory whose states at some nodes are smoothed observations, with the lengths of all steps."""
+    states = dict(trajectory.states)
+    for node in nodes:
+        if node > 0:
+            of_node = trajectory.states[node], trajectory.states[node - 1], trajectory.start_slope(node)
+            states[node] = observed(*of_node, steps[node - 1])
+    return replace(trajectory, states=states)

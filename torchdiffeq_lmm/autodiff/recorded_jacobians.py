@@ -1,17 +1,27 @@
 """The transposed Jacobians along a solve, from its recorded evaluations, as the discrete adjoint asks for them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.forward.block_jacobian import real_rows, rows_like
 from torchdiffeq_lmm.forward.block_linear import BlockLinearSolver
-from torchdiffeq_lmm.forward.linear import LinearSolver, from_real, to_real
+from torchdiffeq_lmm.forward.known_jacobian import KnownPreconditioner
+from torchdiffeq_lmm.forward.linear import Factorised, LinearSolver, from_real, to_real
 from torchdiffeq_lmm.forward.samples import Systems
+from torchdiffeq_lmm.forward.sparse_matrix import SparseFactors
 from torchdiffeq_lmm.schemes.discrete_adjoint import Contributions, combine
 
 from .evaluation import Evaluation
 from .stored_evaluations import StoredEvaluations
 from .vjp import ParameterGradients, vector_jacobian
+
+_MANY = 0.25
+"""For more groups of rows than this, times the number of unknowns, a matrix is no sparse one."""
+
+_FEW = 16
+"""So few are always."""
 
 
 class RecordedJacobians:
@@ -39,6 +49,7 @@ class RecordedJacobians:
         self._by_blocks = BlockLinearSolver()
         self._samples = systems.samples
         self._largest_block = systems.newton.matrix_limit
+        self._known = systems.known
         self._precision = precision
         self._stored = stored
         self._parameters = parameters
@@ -115,7 +126,17 @@ class RecordedJacobians:
             pulled = self.product(state, from_real(vector, rhs))
             return torch.zeros_like(vector) if pulled is None else weight * to_real(pulled)
 
-        return from_real(self._equations.solve(product, to_real(rhs), self._precision, weight), rhs)
+        sparsity = None if isinstance(self._known, KnownPreconditioner | None) else self._known.sparsity
+        like = to_real(rhs)
+        factor: Callable[[], Factorised] | None = None
+        if sparsity is not None and sparsity.transposed.count <= _MANY * len(like) + _FEW:
+            transposed = sparsity.transposed
+
+            def factor() -> Factorised:
+                # By the same products, the weight counted.
+                return SparseFactors(transposed.matrix(product, torch.ones_like(like)), 1.0)
+
+        return from_real(self._equations.solve(product, like, self._precision, weight, factor), rhs)
 
     def _solve_blocks(self, state: int, weight: float, rhs: Tensor) -> Tensor | None:
         """The same for every sample by itself; None where they are coupled, or blocks too large."""

@@ -29,13 +29,3 @@ def observed(x: Tensor, before: Tensor, slope: Tensor, step: Weight) -> Tensor:
     smoothed = weighted_sum((0.5, 0.5, half), (x, before, slope))
     # The difference is 0, and the value exactly x.
     return x.detach() + (smoothed - smoothed.detach())
-
-
-def check_equal_steps(steps: Tensor) -> None:
-    """Raise a ValueError unless all steps are equal."""
-    shortest, longest = float(steps.detach().min()), float(steps.detach().max())
-    if shortest != longest:
-        raise ValueError(
-            f"grad_filter='smooth' is for equal steps, got steps from {shortest!r} to {longest!r}; use "
-            f"grad_filter='leapfrog', which is for any grid, or a step_size of which the interval is a multiple"
-        )

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from .block_jacobian import BlockJacobian
 from .block_newton import BlockNewton, CoupledError
+from .correctors import Equation, corrector_of
 from .implicit_equation import Equations, Tolerances, all_of, any_of
-from .jacobian import Slope
-from .krylov_newton import Equation, Failure, KrylovNewton
+from .jacobian import Jacobian, Slope
+from .known_jacobian import Known, KnownPreconditioner
+from .krylov_newton import Failure, KrylovNewton
 from .linear import to_real
 from .newton_iteration import Outcome
 from .newton_options import DEFAULT_NEWTON, Newton
@@ -51,6 +53,7 @@ class ImplicitSolver:
             dimensions count as samples from then on, and at last none.
         newton: how exactly, with how much work and in how much memory.
         on_failure: what to do where a sample cannot be solved: raise an error, or go on with NaN for that sample.
+        known: what the user knows of the Jacobian of the whole state, which is one sample then.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class ImplicitSolver:
         samples: Samples | None = None,
         newton: Newton = DEFAULT_NEWTON,
         on_failure: OnFailure = "raise",
+        known: Known | None = None,
     ) -> None:
         self._rtol = rtol
         self._atol = atol
@@ -72,6 +76,7 @@ class ImplicitSolver:
         self._differentiable = differentiable
         self._options = newton
         self._on_failure = on_failure
+        self._known = known
         self._blocks: BlockNewton | None = None
         self._krylov: KrylovNewton | None = None
         self._uses_matrix = False
@@ -85,6 +90,7 @@ class ImplicitSolver:
         slope: Slope,
         iterate: Slope,
         where: Callable[[], str],
+        time: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Solve d = c + b* f(x + d).
 
@@ -96,6 +102,7 @@ class ImplicitSolver:
             slope: f.
             iterate: f again, called once at every iterate; the last one is the solution, up to the tolerance.
             where: returns the step in words, for messages.
+            time: what func is given for it; needed where something is known of the Jacobian.
 
         Returns:
             d and f(x + d), with d = c + b* f to rounding, and f to the tolerance.
@@ -111,6 +118,8 @@ class ImplicitSolver:
                 f = iterate(x + starts[0])
                 return c + weight * f, f
             samples: Samples | None = Samples((x.shape,), 0) if self._samples is None else self._samples
+            if self._known is not None and not self._uses_matrix:
+                samples = None
             while samples is not None:
                 self._samples = samples
                 size = to_real(x).numel() // max(samples.count, 1)
@@ -120,7 +129,7 @@ class ImplicitSolver:
                     except CoupledError:
                         self._blocks = None
                 samples = samples.fewer() if samples.dims else None
-            return self._solve_krylov(Equation(x, c, weight, slope, iterate), starts, where)
+            return self._solve_krylov(Equation(x, c, weight, slope, iterate, time), starts, where)
 
     def _solve_blocks(
         self,
@@ -170,13 +179,17 @@ class ImplicitSolver:
         self, equation: Equation, starts: list[Tensor], where: Callable[[], str]
     ) -> tuple[Tensor, Tensor]:
         if self._krylov is None:
-            self._krylov = KrylovNewton(self._rtol, self._atol, self._precision, self._options, self._differentiable)
+            corrector = corrector_of(Jacobian(self._differentiable), self._options, self._known, self._precision)
+            self._krylov = KrylovNewton(self._rtol, self._atol, self._precision, self._options, corrector)
         found = self._krylov.solve(equation, starts)
         size = to_real(equation.x).numel()
         self._uses_matrix |= size <= self._options.largest_matrix and self._krylov.is_dear
         if not isinstance(found, Failure):
             return found
-        if found.entry is not None and size <= self._options.largest_matrix:
+        has_factors = not (self._known is None or isinstance(self._known, KnownPreconditioner))
+        if has_factors:
+            found = found._replace(entries=0)
+        elif found.entry is not None and size <= self._options.largest_matrix:
             self._uses_matrix = True
             whole = Samples((equation.x.shape,), 0)
             return self._solve_blocks(

@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .linear import Product, from_real, matrix_of, to_real
+from .krylov import Product
+from .linear import from_real, matrix_of, to_real
 
 Slope = Callable[[Tensor], Tensor]
 
@@ -59,7 +60,7 @@ class Jacobian:
             found = self._differentiated(lambda: _matrix(slope, x))
             if found is not None:
                 return found
-        increments = to_real_sizes(_difference_increments(x, sizes), x)
+        increments = self.increments(x, sizes)
         return matrix_of(lambda unit: _difference(slope, x, f, increments * unit), to_real(x)) / increments
 
     def product(self, slope: Slope, x: Tensor, f: Tensor, sizes: Tensor) -> Product:
@@ -68,7 +69,7 @@ class Jacobian:
             found = self._differentiated(lambda: _product(slope, x))
             if found is not None:
                 return found
-        increments = to_real_sizes(_difference_increments(x, sizes), x)
+        increments = self.increments(x, sizes)
 
         def product(v: Tensor) -> Tensor:
             # No entry is changed by more than its own increment.
@@ -76,6 +77,15 @@ class Jacobian:
             return _difference(slope, x, f, v / length) * length if length > 0 else torch.zeros_like(v)
 
         return product
+
+    @staticmethod
+    def increments(x: Tensor, sizes: Tensor) -> Tensor:
+        """By how much the entries of a real vector are changed for differences: see `matrix`."""
+        return to_real_sizes(_difference_increments(x, sizes), x)
+
+    def row(self, slope: Slope, x: Tensor, index: int) -> Tensor | None:
+        """A row of J by auto-differentiation; None where func does not allow it. Slopes are real."""
+        return self._differentiated(lambda: _row(slope, x, index)) if self._differentiable else None
 
     def _differentiated(self, make: Callable[[], _Made | None]) -> _Made | None:
         """What is made by auto-differentiation; None, now and from now on, where func does not allow it."""
@@ -115,6 +125,15 @@ def _matrix(slope: Slope, x: Tensor) -> Tensor | None:
             batches = [torch.stack(cotangents[i : i + _ROWS_AT_ONCE]) for i in range(0, len(cotangents), _ROWS_AT_ONCE)]
             return torch.stack([to_real(row) for batch in batches for row in pulled(batch, is_batched=True)])
     return torch.stack([to_real(pulled(cotangent)) for cotangent in cotangents])
+
+
+def _row(slope: Slope, x: Tensor, index: int) -> Tensor | None:
+    leaf = x.detach().requires_grad_()
+    f = slope(leaf)
+    if not f.requires_grad:
+        return None
+    (row,) = torch.autograd.grad(f.reshape(-1)[index], leaf, allow_unused=True)
+    return torch.zeros_like(to_real(x)) if row is None else to_real(row)
 
 
 def _product(slope: Slope, x: Tensor) -> Product | None:

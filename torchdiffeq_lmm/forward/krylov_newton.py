@@ -1,24 +1,20 @@
-"""The equation d = c + b* f(x + d) of one large state, by substitution, or by Newton's method in Krylov spaces.
+"""The equation d = c + b* f(x + d) of one large state, by substitution, or by Newton's method.
 
-When it is solved is said in `implicit`.
+Where the corrections of Newton's method come from is said in `correctors`. When it is solved is said in `implicit`.
 
 Source: Hairer, Wanner, *Solving Ordinary Differential Equations II*, IV.8, for the Newton iterations; Deuflhard,
 *Newton Methods for Nonlinear Problems*, 3.3, for their damping.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .correctors import Corrector, Equation
 from .implicit_equation import CAUTION, NEAR, PROBE, ROUNDING, SHORTEST, SLOW, least
-from .jacobian import Jacobian, Slope, to_real_sizes
-from .linear import Counted, from_real, gmres, is_rounding, noise, to_real
+from .linear import is_rounding, noise, to_real
 from .newton_options import Newton
-
-_INEXACT = 1e-3
-"""Newton corrections are solved to this relative residual."""
 
 
 class KrylovNewton:
@@ -28,10 +24,7 @@ class KrylovNewton:
         rtol, atol: torchdiffeq's tolerances, numbers or tensors that broadcast with the state.
         precision: the relative precision of func's values.
         newton: how exactly, and with how much work.
-        differentiable: whether func may be given states that require a gradient, for products with its Jacobian.
-
-    Attributes:
-        is_dear: whether a matrix of the Jacobian would have cost less.
+        corrector: makes the corrections of Newton's method.
     """
 
     def __init__(
@@ -40,18 +33,22 @@ class KrylovNewton:
         atol: float | Tensor,
         precision: float,
         newton: Newton,
-        differentiable: bool,
+        corrector: Corrector,
     ) -> None:
         self._rtol = rtol
         self._atol = atol
         self._precision = precision
         self._options = newton
-        self._jacobian = Jacobian(differentiable)
+        self._corrector = corrector
         self._uses_newton = False
         self._lipschitz = torch.inf
-        self.is_dear = False
 
-    def solve(self, equation: "Equation", starts: list[Tensor]) -> "Solution | Failure":
+    @property
+    def is_dear(self) -> bool:
+        """Whether a matrix of the Jacobian would have cost less."""
+        return self._corrector.is_dear
+
+    def solve(self, equation: Equation, starts: list[Tensor]) -> "Solution | Failure":
         """Solve one equation.
 
         Args:
@@ -59,6 +56,7 @@ class KrylovNewton:
             starts: first iterates d, in the order in which they are tried.
         """
         found: Solution | Failure | None = None
+        jacobian = self._corrector.jacobian
         if not self._uses_newton:
             found = self._substitute(equation, starts[0])
             if found is None:
@@ -69,13 +67,14 @@ class KrylovNewton:
             for beginning in starts:
                 if not isinstance(found, Solution):
                     found = self._newton(equation, beginning)
-            if isinstance(found, Failure) and (found.entry is None or self.is_dear or not self._jacobian.is_exact):
-                break
-            # What auto-differentiation does not see of func, differences do.
-            self._jacobian.use_differences()
+            if isinstance(found, Failure):
+                if found.entry is None or self.is_dear or not jacobian.is_exact:
+                    break
+                # What auto-differentiation does not see of func, differences do.
+                jacobian.use_differences()
         return found
 
-    def _substitute(self, equation: "Equation", d: Tensor) -> "Solution | None":
+    def _substitute(self, equation: Equation, d: Tensor) -> "Solution | None":
         weight = equation.weight
         previous = torch.inf
         for _ in range(self._options.max_iterations):
@@ -98,7 +97,7 @@ class KrylovNewton:
             d, previous = following, size
         return None
 
-    def _tolerance(self, equation: "Equation", d: Tensor) -> Tensor:
+    def _tolerance(self, equation: Equation, d: Tensor) -> Tensor:
         """Of each entry of a correction of d, its own tolerance or its own rounding, whichever is more."""
         x, change = equation.x, (d - equation.c).abs()
         # In the precision of a norm, for a small state may underflow in its own.
@@ -106,14 +105,14 @@ class KrylovNewton:
         rounding = ROUNDING * (torch.finfo(x.dtype).eps * level + self._precision * change + least(x.dtype))
         return torch.maximum(self._options.tolerance * (self._atol + self._rtol * level), rounding)
 
-    def _size(self, equation: "Equation", d: Tensor, correction: Tensor) -> float:
+    def _size(self, equation: Equation, d: Tensor, correction: Tensor) -> float:
         """The largest entry of a correction of d in terms of its tolerance; infinite where one is not a number."""
         if correction.numel() == 0:
             return 0.0
         return float(_excess(correction, self._tolerance(equation, d)).max())
 
-    def _newton(self, equation: "Equation", d: Tensor) -> "Solution | Failure":
-        x = equation.x
+    def _newton(self, equation: Equation, d: Tensor) -> "Solution | Failure":
+        x, corrector = equation.x, self._corrector
         # The same for all iterates, unlike the tolerance.
         scale = self._scale(equation, d)
 
@@ -121,16 +120,22 @@ class KrylovNewton:
             residual = equation.residual(d, f)
             if not bool(torch.isfinite(residual).all()):
                 return _Correction(residual, residual, torch.inf, torch.inf, False)
-            value, is_sure = self._solve_by_products(equation, d, f, residual, scale)
+            value, is_sure = corrector.correct(equation, d, f, residual, scale)
             size = self._size(equation, d, value)
             # By Jacobians of their own corrections cannot be compared.
-            level = float(_excess(residual, scale).max())
+            level = float(_excess(value if corrector.keeps else residual, scale).max())
             return _Correction(residual, value, size, level, is_sure and size < torch.inf)
+
+        def renewed(d: Tensor, f: Tensor) -> _Correction:
+            corrector.renew(equation, d, f)
+            return correct(d, f)
 
         f = equation.iterate(x + d)
         now = correct(d, f)
+        if now.size == torch.inf and not corrector.is_of(d) and bool(torch.isfinite(now.residual).all()):
+            now = renewed(d, f)
         if now.size <= 1 and self._size(equation, d, now.residual) <= 1:
-            return equation.solution(d + now.value)
+            return _solution(equation, d + now.value)
         damping, is_new = 1.0, True
         for iteration in range(self._options.max_iterations + 1):
             if now.size == torch.inf or damping < SHORTEST or iteration == self._options.max_iterations:
@@ -139,18 +144,24 @@ class KrylovNewton:
             trial_f = equation.iterate(x + trial)
             after = correct(trial, trial_f)
             if damping == 1.0 and self._is_solved(equation, trial, trial_f, now.value, after):
-                return equation.solution(trial + after.value)
+                return _solution(equation, trial + after.value)
             if after.level < now.level:
+                is_slow = after.level > corrector.stale * now.level
                 d, f, now = trial, trial_f, after
                 damping, is_new = min(1.0, 2 * damping), True
+                if is_slow:
+                    now = renewed(d, f)
             elif is_new and now.is_sure and self._is_rounding(equation, d, f, now.residual):
                 equation.iterate(x + d)
-                return equation.solution(d + now.value)
+                return _solution(equation, d + now.value)
+            elif not corrector.is_of(d):
+                now = renewed(d, f)
             else:
                 damping, is_new = damping / 2, False
+        corrector.forget()
         return self._failure(equation, d, now)._replace(has_run_out=iteration == self._options.max_iterations)
 
-    def _is_solved(self, equation: "Equation", d: Tensor, f: Tensor, before: Tensor, now: "_Correction") -> bool:
+    def _is_solved(self, equation: Equation, d: Tensor, f: Tensor, before: Tensor, now: "_Correction") -> bool:
         """Whether a correction leaves nothing to correct, entry by entry; `before` is the full one before it."""
         if not (now.is_sure and now.size <= NEAR):
             return False
@@ -163,7 +174,7 @@ class KrylovNewton:
         is_known = (rate <= SLOW) | (_excess(now.residual, tolerance) <= 1)
         return bool(is_known.all()) or self._is_rounding(equation, d, f, now.residual, is_known)
 
-    def _scale(self, equation: "Equation", d: Tensor) -> Tensor:
+    def _scale(self, equation: Equation, d: Tensor) -> Tensor:
         """Sizes by which corrections are compared, nowhere 0."""
         x = equation.x
         level = torch.maximum(x.abs(), (x + d).abs()).to(torch.promote_types(x.dtype.to_real(), torch.float32))
@@ -174,24 +185,8 @@ class KrylovNewton:
         least = torch.finfo(x.dtype).eps * level.max()
         return torch.where(scale > 0, scale, torch.where(least > 0, least, 1.0))
 
-    def _solve_by_products(
-        self, equation: "Equation", d: Tensor, f: Tensor, residual: Tensor, scale: Tensor
-    ) -> tuple[Tensor, bool]:
-        """The correction, and whether it is what the Jacobian makes of the residual."""
-        x = equation.x
-        product = self._jacobian.product(equation.slope, x + d, f, equation.sizes(d, f))
-        # In terms of their scale, no large entries hide small ones.
-        sizes = to_real_sizes(scale, x)
-        rhs = to_real(residual) / sizes
-
-        scaled = Counted(lambda v: equation.weight * product(sizes * v) / sizes)
-        found, left = gmres(scaled, rhs, _INEXACT, self._options.krylov_dimension, self._options.max_restarts)
-        if self._jacobian.is_exact and len(rhs) <= self._options.largest_matrix and scaled.is_dear(rhs):
-            self.is_dear = True
-        return from_real(sizes * found, x), bool(left.norm() <= 2 * _INEXACT * rhs.norm())
-
     def _is_rounding(
-        self, equation: "Equation", d: Tensor, f: Tensor, residual: Tensor, but_for: Tensor | None = None
+        self, equation: Equation, d: Tensor, f: Tensor, residual: Tensor, but_for: Tensor | None = None
     ) -> bool:
         """Whether a residual is no larger than what rounding of the state, and of all that is added up, makes of it.
 
@@ -213,7 +208,7 @@ class KrylovNewton:
 
         return is_rounding(residual, ROUNDING * own, change)
 
-    def _failure(self, equation: "Equation", d: Tensor, now: "_Correction") -> "Failure":
+    def _failure(self, equation: Equation, d: Tensor, now: "_Correction") -> "Failure":
         if not bool(torch.isfinite(now.residual).all()):
             return Failure(None, torch.nan, torch.nan, torch.inf)
         excess = _excess(now.value, self._tolerance(equation, d)).reshape(-1)
@@ -269,33 +264,9 @@ class _Correction(NamedTuple):
     is_sure: bool
 
 
-@dataclass(frozen=True)
-class Equation:
-    """d = c + b* f(x + d): see `ImplicitSolver.solve`."""
-
-    x: Tensor
-    c: Tensor
-    weight: float
-    slope: Slope
-    iterate: Slope
-
-    def residual(self, d: Tensor, f: Tensor) -> Tensor:
-        """By how much d misses the equation."""
-        return self.c + self.weight * f - d
-
-    def level(self, d: Tensor) -> float:
-        """The largest entry of the residual; infinite where one is not a number."""
-        residual = self.residual(d, self.slope(self.x + d)).abs()
-        return float(residual.nan_to_num(nan=torch.inf).max()) if residual.numel() else 0.0
-
-    def solution(self, d: Tensor) -> Solution:
-        """d, and the slope by the equation: f itself would amplify what is left of the error by the Jacobian."""
-        return Solution(d, (d - self.c) / self.weight)
-
-    def sizes(self, d: Tensor, f: Tensor) -> Tensor:
-        """What size the entries of a state and its corrections are of."""
-        sizes = torch.maximum((self.x + d).abs(), d.abs())
-        return torch.maximum(torch.maximum(sizes, self.c.abs()), abs(self.weight) * f.abs())
+def _solution(equation: Equation, d: Tensor) -> Solution:
+    """d, and the slope by the equation: f itself would amplify what is left of the error by the Jacobian."""
+    return Solution(d, (d - equation.c) / equation.weight)
 
 
 def _excess(correction: Tensor, tolerance: Tensor) -> Tensor:

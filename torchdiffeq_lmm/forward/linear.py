@@ -10,11 +10,12 @@ and much of a smooth one. There the matrix is factored.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .krylov import Product, gmres
 from .newton_options import DEFAULT_NEWTON, Newton
 
 DENSE_LIMIT = 32
@@ -46,8 +47,6 @@ _DEAR = 0.25
 
 _KEPT = 2
 """Of so many steps' matrices the factors are kept."""
-
-Product = Callable[[Tensor], Tensor]
 
 
 def to_real(x: Tensor) -> Tensor:
@@ -119,6 +118,13 @@ class Counted:
         return self._calls > _DEAR * len(like)
 
 
+class Factorised(Protocol):
+    """1 - A by its factors."""
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """The solution for a right-hand side; not finite where the matrix is singular, or is not finite itself."""
+
+
 class Factors:
     """1 - A by its factors, in double precision where the device has it."""
 
@@ -137,88 +143,6 @@ class Factors:
         return solution.to(rhs.dtype)
 
 
-def gmres(product: Product, rhs: Tensor, tolerance: float, dimension: int, restarts: int) -> tuple[Tensor, Tensor]:
-    """Solve (1 - A) z = r by GMRES, from z = r if A is small, else from 0; restarted where the Krylov space is full.
-
-    Args:
-        product: from v to A v.
-        rhs: r, a real vector.
-        tolerance: for the norm of the residual, relative to that of r.
-        dimension: of a full Krylov space.
-        restarts: at most so many times.
-
-    Returns:
-        z, and its residual, which is above the tolerance where the restarts did not suffice.
-
-    Source: Saad, Schultz, *GMRES: a generalized minimal residual algorithm* (SIAM J. Sci. Stat. Comput. 1986).
-    """
-    goal = tolerance * float(rhs.norm())
-    solution, residual = rhs, product(rhs)
-    if not float(residual.norm()) <= float(rhs.norm()):
-        solution, residual = torch.zeros_like(rhs), rhs
-    for _ in range(restarts + 1):
-        before = float(residual.norm())
-        if not before > goal:
-            break
-        correction, residual = _krylov(product, residual, goal, dimension)
-        solution = solution + correction
-        remaining = float(residual.norm())
-        # What a whole Krylov space does not lessen is rounding, or beyond it.
-        if remaining <= goal or not remaining < 0.99 * before:
-            break
-        residual = rhs - solution + product(solution)
-    return solution, residual
-
-
-def _krylov(product: Product, residual: Tensor, goal: float, dimension: int) -> tuple[Tensor, Tensor]:
-    """The best correction for a residual in its Krylov space, and what it leaves of the residual."""
-    remaining = float(residual.norm())
-    size = min(dimension, len(residual))
-    basis = residual.new_empty(size + 1, len(residual))
-    basis[0] = residual / remaining
-    # The least-squares problem, and the same kept triangular by rotations.
-    hessenberg, triangle = np.zeros((size + 1, size)), np.zeros((size, size))
-    target = np.zeros(size + 1)
-    target[0] = norm = remaining
-    cosines, sines = np.zeros(size), np.zeros(size)
-    used = 0
-    for j in range(size):
-        vector = basis[j] - product(basis[j])
-        # Twice, for orthogonality to rounding.
-        for _ in range(2):
-            components = basis[: j + 1] @ vector
-            vector = vector - components @ basis[: j + 1]
-            hessenberg[: j + 1, j] += components.double().cpu().numpy()
-        hessenberg[j + 1, j] = length = float(vector.norm())
-        column = hessenberg[: j + 2, j].copy()
-        for i in range(j):
-            column[i : i + 2] = (
-                cosines[i] * column[i] + sines[i] * column[i + 1],
-                cosines[i] * column[i + 1] - sines[i] * column[i],
-            )
-        radius = float(np.hypot(column[j], column[j + 1]))
-        if not radius > 0:
-            break
-        cosines[j], sines[j] = column[j] / radius, column[j + 1] / radius
-        column[j] = radius
-        triangle[: j + 1, j] = column[: j + 1]
-        target[j], target[j + 1] = cosines[j] * target[j], -sines[j] * target[j]
-        used, remaining = j + 1, abs(float(target[j + 1]))
-        if not length > 0:
-            basis[j + 1] = 0
-            break
-        basis[j + 1] = vector / length
-        if not remaining > goal:
-            break
-    if not used:
-        return torch.zeros_like(residual), residual
-    coefficients = np.linalg.solve(triangle[:used, :used], target[:used])
-    left = -hessenberg[: used + 1, :used] @ coefficients
-    left[0] += norm
-    correction = torch.from_numpy(coefficients).to(residual) @ basis[:used]
-    return correction, torch.from_numpy(left).to(residual) @ basis[: used + 1]
-
-
 def _cancelled(eps: float, change: Tensor, sizes: Tensor) -> Tensor:
     """What rounding may make of terms of A z that cancel; no more than √ε is put up with."""
     return torch.minimum(_PRODUCT_ULPS * eps * change, eps**0.5 * sizes)
@@ -235,10 +159,17 @@ class LinearSolver:
 
     def __init__(self, newton: Newton = DEFAULT_NEWTON) -> None:
         self._options = newton
-        self._factors: dict[float, Factors] = {}
+        self._factors: dict[float, Factorised] = {}
         self._is_dear = False
 
-    def solve(self, product: Product, rhs: Tensor, precision: float, weight: float = 1.0) -> Tensor:
+    def solve(
+        self,
+        product: Product,
+        rhs: Tensor,
+        precision: float,
+        weight: float = 1.0,
+        factor: Callable[[], Factorised] | None = None,
+    ) -> Tensor:
         """Solve (1 - A) z = r.
 
         Args:
@@ -246,6 +177,7 @@ class LinearSolver:
             rhs: r, a real vector.
             precision: of the product, which may be less than that of r.
             weight: a number to which A is proportional, from equation to equation.
+            factor: makes the factors of 1 - A for less than its matrix would cost; always given, or never.
 
         Raises:
             RuntimeError: the equation is singular, or too ill-conditioned for GMRES and too large for its matrix.
@@ -262,6 +194,10 @@ class LinearSolver:
             return exact
         equation = _LinearEquation(Counted(product), rhs, precision, self._options.krylov_dimension)
         restarts = self._options.max_restarts
+        if factor is not None:
+            known = self._by_factors(equation, weight, factor)
+            if known is not None:
+                return known
         if len(rhs) > largest:
             found = equation.by_products(max(restarts, LAST_RESTARTS), is_last=True)
             if found is None:
@@ -271,7 +207,7 @@ class LinearSolver:
                     f"fallback_limit of Newton"
                 )
             return found
-        factors = self._factors.get(weight) or next(reversed(self._factors.values()), None)
+        factors = self._latest(weight)
         found = None
         if factors is not None:
             found = equation.by_factors(factors, is_own=False)
@@ -280,9 +216,19 @@ class LinearSolver:
             self._is_dear = equation.product.is_dear(rhs)
         return self._by_matrix(equation, weight) if found is None else found
 
-    def _by_matrix(self, equation: "_LinearEquation", weight: float) -> Tensor:
-        self._is_dear = False
-        factors = Factors(matrix_of(equation.product, equation.rhs))
+    def _latest(self, weight: float) -> Factorised | None:
+        return self._factors.get(weight) or next(reversed(self._factors.values()), None)
+
+    def _by_factors(
+        self, equation: "_LinearEquation", weight: float, factor: Callable[[], Factorised]
+    ) -> Tensor | None:
+        """The solution by factors that are at hand, or by new ones."""
+        factors = self._latest(weight)
+        found = None if factors is None else equation.by_factors(factors, is_own=False)
+        return self._by_new(equation, weight, factor) if found is None else found
+
+    def _by_new(self, equation: "_LinearEquation", weight: float, factor: Callable[[], Factorised]) -> Tensor | None:
+        factors = factor()
         self._factors.pop(weight, None)
         if len(self._factors) == _KEPT:
             del self._factors[next(iter(self._factors))]
@@ -290,6 +236,12 @@ class LinearSolver:
         found = equation.by_factors(factors, is_own=True)
         if found is None:
             self._factors.clear()
+        return found
+
+    def _by_matrix(self, equation: "_LinearEquation", weight: float) -> Tensor:
+        self._is_dear = False
+        found = self._by_new(equation, weight, lambda: Factors(matrix_of(equation.product, equation.rhs)))
+        if found is None:
             raise RuntimeError(
                 f"a linear equation in {len(equation.rhs)} unknowns was not solved, because it is singular, or too "
                 f"ill-conditioned; use smaller steps, or double precision"
@@ -341,7 +293,7 @@ class _LinearEquation:
                 z = z + sizes * scaled
         return None
 
-    def by_factors(self, factors: Factors, is_own: bool) -> Tensor | None:
+    def by_factors(self, factors: Factorised, is_own: bool) -> Tensor | None:
         """The solution by the factors of 1 - A, or of what is close to it, and by corrections with them.
 
         What is uncertain of it is known then: the last correction.

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .known_jacobian import Known
 from .newton_options import Newton
 
 BatchDims = Literal["auto"] | int
@@ -18,10 +19,11 @@ BatchDims = Literal["auto"] | int
 
 
 class Systems(NamedTuple):
-    """Into which systems the equations of implicit steps fall, and how these are solved."""
+    """Into which systems the equations of implicit steps fall, how these are solved, and what is known of J."""
 
     samples: "Samples"
     newton: Newton
+    known: Known | None = None
 
 
 _NAMED = 5

@@ -63,4 +63,5 @@ class StepEvaluator:
             slope=lambda y: self._f(user_time, y),
             iterate=lambda y: self._evaluate(state, user_time, y),
             where=lambda: f"of method {self._name!r} at t = {float(user_time):.6g}",
+            time=user_time,
         )

@@ -70,3 +70,13 @@ def check_steps(count: int, max_num_steps: int | None) -> None:
             f"max_num_steps {max_num_steps} is exceeded: the grid has {count} steps; use larger steps, or a larger "
             f"max_num_steps"
         )
+
+
+def check_equal(steps: Tensor) -> None:
+    """Raise a ValueError unless steps, of shape (n,), are equal."""
+    shortest, longest = float(steps.detach().min()), float(steps.detach().max())
+    if shortest != longest:
+        raise ValueError(
+            f"grad_filter='smooth' is for equal steps, got steps from {shortest!r} to {longest!r}; use "
+            f"grad_filter='leapfrog', which is for any grid, or a step_size of which the interval is a multiple"
+        )

@@ -143,41 +143,63 @@ class VectorField:
                 or, outside autocast, another dtype than that of the state.
             ValueError: func returned another number of components, shape or device than the state has.
         """
-        if self._shapes is None:
-            slope = self._checked(self._call(user_time, x), x, x.shape, None)
-        else:
-            state = tuple(
-                x.narrow(0, offset, shape.numel()).view(shape)
-                for offset, shape in zip(self._offsets, self._shapes, strict=True)
-            )
-            slope = torch.cat([part.reshape(-1) for part in self._components(self._call(user_time, state), x)])
+        slope = self.flat_state(self._call(user_time, self.user_state(x)), x, "func")
         if self._reversed:
             return -slope
         copies, self._copies = self._copies, self._goes_on_copying
         return slope.clone() if copies else slope
 
-    def _components(self, slopes: Any, x: Tensor) -> tuple[Tensor, ...]:
+    @property
+    def direction(self) -> int:
+        """-1 where the solver's time is the negative of the user's, else 1."""
+        return -1 if self._reversed else 1
+
+    def user_state(self, x: Tensor) -> Any:
+        """The solver's state in the user's structure."""
+        if self._shapes is None:
+            return x
+        return tuple(
+            x.narrow(0, offset, shape.numel()).view(shape)
+            for offset, shape in zip(self._offsets, self._shapes, strict=True)
+        )
+
+    def flat_state(self, returned: Any, x: Tensor, by: str) -> Tensor:
+        """What a function of the user's returned in the user's structure of the state, as the solver's.
+
+        Args:
+            returned: it.
+            x: a state, whose shape, dtype and device it must have.
+            by: what the function is called in messages.
+
+        Raises:
+            TypeError, ValueError: it is not as it must be, which is what it must be of func.
+        """
+        if self._shapes is None:
+            return self._checked(returned, x, x.shape, None, by)
+        return torch.cat([part.reshape(-1) for part in self._components(returned, x, by)])
+
+    def _components(self, slopes: Any, x: Tensor, by: str) -> tuple[Tensor, ...]:
         assert self._shapes is not None
         try:
             components = tuple(slopes)
         except TypeError:
             raise TypeError(
-                f"func returned {type(slopes).__name__}; the state y is a tuple, so it must return a tuple of "
+                f"{by} returned {type(slopes).__name__}; the state y is a tuple, so it must return a tuple of "
                 f"{len(self._shapes)} tensors"
             ) from None
         if len(components) != len(self._shapes):
             raise ValueError(
-                f"func returned {len(components)} components; the state y is a tuple of {len(self._shapes)} tensors"
+                f"{by} returned {len(components)} components; the state y is a tuple of {len(self._shapes)} tensors"
             )
         return tuple(
-            self._checked(component, x, shape, index)
+            self._checked(component, x, shape, index, by)
             for index, (component, shape) in enumerate(zip(components, self._shapes, strict=True))
         )
 
-    def _checked(self, slope: Any, x: Tensor, shape: torch.Size, index: int | None) -> Tensor:
+    def _checked(self, slope: Any, x: Tensor, shape: torch.Size, index: int | None, by: str) -> Tensor:
         if isinstance(slope, Tensor) and (slope.dtype, slope.device, slope.shape) == (x.dtype, x.device, shape):
             return slope
-        returned = "func returned" if index is None else f"func returned, as component {index},"
+        returned = f"{by} returned" if index is None else f"{by} returned, as component {index},"
         state = "the state y" if index is None else f"the state y[{index}]"
         if not isinstance(slope, Tensor):
             raise TypeError(

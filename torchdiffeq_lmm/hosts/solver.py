@@ -12,10 +12,9 @@ from torch import Tensor
 from torchdiffeq_lmm.autodiff.autograd_function import stack
 from torchdiffeq_lmm.autodiff.backward_modes import resolve_backward
 from torchdiffeq_lmm.autodiff.compilation import eager
-from torchdiffeq_lmm.autodiff.goals import Outputs, Search, UntilEvent
+from torchdiffeq_lmm.autodiff.goals import Outputs, Search, UntilEvent, smoothed
 from torchdiffeq_lmm.autodiff.piece import Piece, PieceSolver
 from torchdiffeq_lmm.filters.grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
-from torchdiffeq_lmm.filters.smoothed_observation import check_equal_steps, observed
 from torchdiffeq_lmm.forward.autograd_state import savable
 from torchdiffeq_lmm.forward.events import EventSign
 from torchdiffeq_lmm.forward.grid import (
@@ -36,17 +35,23 @@ from torchdiffeq_lmm.forward.grid import (
 from torchdiffeq_lmm.forward.implicit import ImplicitSolver, OnFailure, check_on_failure
 from torchdiffeq_lmm.forward.interpolation import Interpolation, check_interpolation
 from torchdiffeq_lmm.forward.jumps import jumps_of
+from torchdiffeq_lmm.forward.known_jacobian import known_jacobian
 from torchdiffeq_lmm.forward.newton_options import DEFAULT_NEWTON, Newton, check_newton
-from torchdiffeq_lmm.forward.outputs import OutputRule, Trajectory
+from torchdiffeq_lmm.forward.outputs import OutputRule
 from torchdiffeq_lmm.forward.samples import BatchDims, Systems, samples_of, warn_of_failures
 from torchdiffeq_lmm.forward.step_source import FixedSteps, Sides, StepSource, UnboundedSteps
-from torchdiffeq_lmm.forward.tolerances import check_max_num_steps, check_steps, event_tolerance, resolve_tolerance
+from torchdiffeq_lmm.forward.tolerances import (
+    check_equal,
+    check_max_num_steps,
+    check_steps,
+    event_tolerance,
+    resolve_tolerance,
+)
 from torchdiffeq_lmm.forward.vector_field import VectorField
 from torchdiffeq_lmm.schemes.methods import LEAPFROG, MultistepMethod
 from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 from torchdiffeq_lmm.schemes.unrolling import unroll
-from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 from .adjoint_params import resolve_adjoint_params
 from .torchdiffeq_host import MAX_EVENT_STEPS, find_event, unwrap, warn_of_unused_options
@@ -72,6 +77,8 @@ class MultistepSolver:
         on_failure: "raise" an error where the equation of an implicit step is not solved; or "nan", to go on with NaN
             for that sample, with one warning in the end; a state of a single sample raises in any case.
         newton: for implicit steps, a `Newton`: how exactly, with how much work and in how much memory they are solved.
+        jac_sparsity, jac, preconditioner: for implicit steps of large systems, what is known of the Jacobian of func:
+            see `known_jacobian`.
         max_num_steps: the most steps that are made, as the option of torchdiffeq's adaptive solvers. By default 20,000
             in the search for an event, as in torchdiffeq, and else 10 million, more of which are taken for a mistake.
         jump_t: times at which func jumps, a tensor of shape (m,) or a sequence of numbers, in any order: see below.
@@ -114,6 +121,9 @@ class MultistepSolver:
         batch_dims: BatchDims = "auto",
         on_failure: OnFailure = "raise",
         newton: Newton = DEFAULT_NEWTON,
+        jac_sparsity: Any = None,
+        jac: Callable[[Tensor, Any], Any] | None = None,
+        preconditioner: Callable[[Tensor, Any, float], Any] | None = None,
         grad_filter: object = None,
         backward: object = "autograd",
         adjoint_params: Iterable[Tensor] | None = None,
@@ -161,7 +171,8 @@ class MultistepSolver:
         self._newton = newton
         self._reverse = hosted.reversed
         self._vector_field = VectorField(hosted, y0, perturb, copies=self.method.remembers_slopes)
-        self._samples = samples_of(self._vector_field.shapes, batch_dims)
+        self._known = known_jacobian(jac_sparsity, jac, preconditioner, self.method, self._vector_field, y0, batch_dims)
+        self._samples = samples_of(self._vector_field.shapes, batch_dims if self._known is None else 0)
         self._sides = Sides(self._vector_field, perturb)
         self._is_smooth = isinstance(self.grad_filter, SmoothFilter)
         left_slopes = perturb and not self.method.is_implicit
@@ -200,7 +211,7 @@ class MultistepSolver:
         check_steps(sum(len(piece.steps) for piece in pieces), self.max_num_steps)
         if self._is_smooth:
             for piece in pieces:
-                check_equal_steps(piece.steps)
+                check_equal(piece.steps)
         sources = [
             FixedSteps(piece, rows, self._sides, t) for piece, rows in zip(pieces, self._rows(pieces), strict=True)
         ]
@@ -212,7 +223,7 @@ class MultistepSolver:
             goal = Outputs(source, placed, self._rule, self._is_smooth)
             trajectory, made, keeper = solver.solve(source, x, goal, before, after)
             if self._is_smooth:
-                trajectory = _smoothed(trajectory, goal.nodes, made.steps)
+                trajectory = smoothed(trajectory, goal.nodes, made.steps)
             x = trajectory.states[source.count]
             outputs += [self._rule.output(placement, made.steps, trajectory) for placement in placed]
             keepers.append(keeper)
@@ -280,7 +291,7 @@ class MultistepSolver:
                     state_at, search.before, time(node), time(node + 1), search.sign.as_tensor, search.tolerance
                 )
         if self._is_smooth:
-            trajectory = _smoothed(trajectory, [node, node + 1], piece.steps.steps)
+            trajectory = smoothed(trajectory, [node, node + 1], piece.steps.steps)
         return event_time, trajectory.states[node + 1] if event_time is None else state_at(event_time)
 
     def _sources_until_event(self, t0: Tensor, h: float) -> Iterator[FixedSteps | UnboundedSteps]:
@@ -340,7 +351,7 @@ class MultistepSolver:
         field = self._vector_field
         # Once more, for the backward pass, steps are made without a graph, but by the same iterations.
         differentiable = not torch.is_inference_mode_enabled()
-        implicit = self._samples, self._newton, self._on_failure
+        implicit = self._samples, self._newton, self._on_failure, self._known
         return PieceSolver(
             vector_field=field,
             method=self.method,
@@ -350,7 +361,7 @@ class MultistepSolver:
             implicit=partial(
                 ImplicitSolver, self.rtol, self.atol, field.precision, field.entry, differentiable, *implicit
             ),
-            systems=Systems(self._samples, self._newton),
+            systems=Systems(self._samples, self._newton, self._known),
             callback_step=self._callback_step,
             max_steps=self._max_event_steps,
         )
@@ -372,15 +383,6 @@ class Leapfrog(MultistepSolver):
 
     method = LEAPFROG
     order = LEAPFROG.order
-
-
-def _smoothed(trajectory: Trajectory, nodes: Iterable[int], steps: Sequence[Weight]) -> Trajectory:
-    states = dict(trajectory.states)
-    for node in nodes:
-        if node > 0:
-            of_node = trajectory.states[node], trajectory.states[node - 1], trajectory.start_slope(node)
-            states[node] = observed(*of_node, steps[node - 1])
-    return replace(trajectory, states=states)
 
 
 def solver_of(method: MultistepMethod | TwoStageMethod) -> type[MultistepSolver]:
