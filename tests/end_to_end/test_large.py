@@ -80,6 +80,7 @@ class TestHeatEquation:
         torch.testing.assert_close(by_y0, decay * slow, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 class TestBrusselator:
     """In one dimension: Hairer, Wanner, *Solving Ordinary Differential Equations II*, IV.10, with 2 × 500 unknowns."""
 
@@ -134,6 +135,7 @@ class TestBrusselator:
         assert float((gradient * towards).sum()) == pytest.approx(slope, rel=1e-3)
 
 
+@pytest.mark.slow
 class TestGrayScott:
     """In two dimensions, on 64 × 64 points, periodic: products with the Jacobian alone."""
 
@@ -145,7 +147,6 @@ class TestGrayScott:
         diffusion = (self.SIZE / 0.5) ** 2 * around * torch.tensor([2e-5, 1e-5], dtype=F64)[:, None, None]
         return diffusion + torch.stack([0.04 * (1 - u) - u * v * v, u * v * v - 0.1 * v])
 
-    @pytest.mark.slow
     def test_solution_and_gradient(self) -> None:
         y0 = torch.stack([torch.ones(self.SIZE, self.SIZE, dtype=F64), torch.zeros(self.SIZE, self.SIZE, dtype=F64)])
         y0[0, 24:40, 24:40], y0[1, 24:40, 24:40] = 0.5, 0.25
