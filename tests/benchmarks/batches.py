@@ -1,7 +1,8 @@
 """Stiff problems in batches: evaluations and wall times of implicit steps, and errors of the worst sample.
 
-diffrax's Kvaerno5 takes part where it is installed, under vmap and jitted, with the tolerance at which its largest error
-is no larger than that of the fixed steps. One thread each.
+diffrax's Kvaerno5 takes part where it is installed, under vmap and jitted, with the loosest tolerance at which its
+largest error is no larger than that of the fixed steps. One thread each: for diffrax's set
+``XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"``.
 """
 
 import statistics

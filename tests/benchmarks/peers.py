@@ -129,8 +129,8 @@ def diffrax_batch(
         horizon: the end.
 
     Returns:
-        From the tolerance to the final states, of shape (S, D), NaN where it did not get there; and to the gradient of their mean square with respect
-        to the parameters, by diffrax's default adjoint.
+        From the tolerance to the final states, of shape (S, D), NaN where it did not get there; and to the gradient of
+        their mean square with respect to the parameters, by diffrax's default adjoint.
     """
     diffrax, jax, jnp = _diffrax()
     term = diffrax.ODETerm(lambda t, y, p: jnp.stack(field(jnp, y, p)))
