@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import batches
 import compilation
 import implicit
 import length
@@ -27,6 +28,7 @@ from report import markdown, write_json
 PARTS: dict[str, ModuleType] = {
     "speed": speed,
     "implicit": implicit,
+    "batches": batches,
     "length": length,
     "compile": compilation,
     "memory": memory,

@@ -80,3 +80,20 @@ def test_a_source_is_fitted_as_by_an_accurate_solver_with_a_filter_and_with_a_zi
     assert on_slope["filtered"]["distance"] < 0.3 * on_slope["auto-differentiation"]["distance"]
     assert on_size["filtered"]["error"] < 0.7 * on_size["auto-differentiation"]["error"]
     assert on_size["auto-differentiation"]["variation"] > 2 * on_size["filtered"]["variation"]
+
+
+def test_rates_of_a_stiff_reaction_are_fitted_and_an_explicit_method_gets_nowhere(tmp_path):
+    found, printed = run("stiff", tmp_path)
+    (fitted,) = found["fits"]
+    # From 2.5, 1/3 and 3 times the truth.
+    assert max(abs(error) for error in fitted["errors of rates"]) < 0.3
+    assert fitted["loss"] < fitted["losses"][0] / 20
+    assert f"{fitted['loss']:.4f}" in printed
+    ours, *by_scipy = found["gradients"]
+    assert ours["error of gradient"] < 0.03
+    accurate = [row for row in by_scipy if "rtol 1e-06" in row["by"]]
+    assert len(accurate) == 3
+    assert all(row["error of gradient"] < 0.01 and row["error of states"] < 1e-3 for row in accurate)
+    first, *_, last = found["dopri5"]
+    assert first["steps"] < first["most steps"]
+    assert "max_num_steps exceeded" in last["raises"]
