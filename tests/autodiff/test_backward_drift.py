@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from backward import DIM, Plain, assert_same, draw, loss, solve
+from methods import slow_but
 from torch import Tensor
 
 from torchdiffeq_lmm import DriftError, Reversible
@@ -55,7 +56,7 @@ def test_anchors_keep_the_drift_small() -> None:
     assert drifts[8] < 1e-13
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32], [torch.float32, torch.float64]))
 def test_a_gradient_is_right_or_an_error(dtype: torch.dtype) -> None:
     outcomes = []
     for value in range(4, 30, 2):

@@ -58,7 +58,7 @@ def gradients(field: Field, loss: Callable[[], Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("what", "way"),
     slow_but(
-        [("func", "filtered")],
+        [("func", "plain")],
         itertools.product(("func", "the training step"), WAYS),
     ),
 )

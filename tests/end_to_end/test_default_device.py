@@ -197,7 +197,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "finished gradients": finished_gradients,
 }  # fmt: skip
 MANY = set(ODE_SOLVERS) - {*FAMILIES, "filtered_midpoint"}
-FAST = [name for name in CASES if name.removesuffix(", filtered") not in MANY]
+FAST = [name for name in CASES if name.removesuffix(", filtered") not in MANY and not name.startswith("SDE, a")]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -138,7 +138,7 @@ def test_evaluations_per_step(name: str) -> None:
             *((grid, "four") for grid in GRIDS if grid != "uniform"),
         ],
         few=3,
-        fast=("leapfrog", "nystrom3", "ab3", "abm2", "bdf2"),
+        fast=("leapfrog", "nystrom3", "ab3", "abm2"),
     ),
 )
 def test_gradient_is_second_order_at_every_node(name: str, grid: str, observations: str) -> None:

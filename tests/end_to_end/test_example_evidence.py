@@ -82,8 +82,9 @@ def test_a_source_is_fitted_as_by_an_accurate_solver_with_a_filter_and_with_a_zi
     assert on_size["auto-differentiation"]["variation"] > 2 * on_size["filtered"]["variation"]
 
 
-def test_rates_of_a_stiff_reaction_are_fitted_and_an_explicit_method_gets_nowhere(tmp_path):
-    found, printed = run("stiff", tmp_path)
+@pytest.mark.slow
+def test_rates_of_a_stiff_reaction_are_fitted_and_an_explicit_method_gets_nowhere(tmp_path: Path) -> None:
+    found, printed = figures_of("stiff", tmp_path)
     (fitted,) = found["fits"]
     # From 2.5, 1/3 and 3 times the truth.
     assert max(abs(error) for error in fitted["errors of rates"]) < 0.3

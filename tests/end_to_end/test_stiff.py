@@ -280,7 +280,7 @@ FILTERED = {"grad_filter": "auto"}
     ("size", "func", "options", "grad"),
     [
         *itertools.product([2], [by_numpy, by_out], [{}, FILTERED], [True, False]),
-        (300, by_out, {}, True),
+        pytest.param(300, by_out, {}, True, marks=pytest.mark.slow),
         pytest.param(300, by_numpy, FILTERED, True, marks=pytest.mark.slow),
         pytest.param(300, by_numpy, {}, False, marks=pytest.mark.slow),
         pytest.param(300, by_out, FILTERED, False, marks=pytest.mark.slow),

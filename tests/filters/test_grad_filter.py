@@ -16,6 +16,7 @@ from torchdiffeq_lmm import LeapfrogFilter, filter_gradient, register_grad_filte
 from torchdiffeq_lmm.filters.filter_plan import cell_widths
 
 STEPS = (40, 80, 160)
+FEW_GRIDS = ("growing", "uniform")
 
 
 class PerStep:
@@ -56,7 +57,7 @@ def assert_second_order(errors: list[float], scatter: float = 0.3) -> None:
     assert min(orders(errors)) > 2 - scatter, errors
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", slow_but(FEW_GRIDS, GRIDS))
 @pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
 def test_second_order_at_every_node(problem: Problem, grid: str) -> None:
     reference = Reference(problem, [problem.horizon])
@@ -109,7 +110,7 @@ def test_steps_drawn_anew_keep_leapfrogs_own_order() -> None:
     assert np.mean(orders(medians)) > 1.25, medians
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", slow_but(FEW_GRIDS, GRIDS))
 @pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
 def test_second_order_with_observations_inside(problem: Problem, grid: str) -> None:
     errors = []
@@ -122,7 +123,7 @@ def test_second_order_with_observations_inside(problem: Problem, grid: str) -> N
     assert_second_order(errors)
 
 
-@pytest.mark.parametrize("grid", slow_but(["growing", "uniform"], GRIDS))
+@pytest.mark.parametrize("grid", slow_but(FEW_GRIDS, GRIDS))
 def test_second_order_with_an_observation_at_every_node(grid: str) -> None:
     errors = []
     for steps in STEPS:
@@ -181,7 +182,7 @@ def test_a_running_cost_summed_over_the_nodes_is_first_order_at_its_ends(method:
 
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
-@pytest.mark.parametrize("grid", slow_but(["growing", "uniform"], GRIDS))
+@pytest.mark.parametrize("grid", slow_but(FEW_GRIDS, GRIDS))
 def test_second_order_with_observations_off_the_grid(grid: str, interp: str) -> None:
     observed = [0.61803, 1.23607, PENDULUM.horizon]
     reference = Reference(PENDULUM, observed)

@@ -47,7 +47,7 @@ def gradient_errors(method: str, nodes: Tensor, observed: list[int], grad_filter
     return (theta.grad / widths[:, None] - exact).abs().amax(1)
 
 
-@pytest.mark.parametrize("observations", ["at the end", "four"])
+@pytest.mark.parametrize("observations", slow_but(["four"], ["at the end", "four"]))
 @pytest.mark.parametrize("grid", slow_but(["growing"], ["uniform", "truncated", "growing", "random"]))
 @pytest.mark.parametrize("method", STAGES)
 def test_second_order_at_all_stages(method: str, grid: str, observations: str) -> None:
