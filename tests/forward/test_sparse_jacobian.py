@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+import torchdiffeq
 from torch import Tensor
 
 from torchdiffeq_lmm import odeint
@@ -276,6 +277,13 @@ class TestErrors:
         given: Any = np.eye(2) if option == "jac_sparsity" else lambda t, y: np.eye(2)
         with pytest.raises(TypeError, match=f"{option} is for real states, got y0 of dtype torch.complex128"):
             solved(lambda t, y: 1j * y, torch.ones(2, dtype=torch.complex128), **{option: given})
+
+    def test_the_backward_solve_of_odeint_adjoint(self) -> None:
+        y0, t = torch.from_numpy(Y0).requires_grad_(), torch.tensor([0.0, 1.0], dtype=torch.float64)
+        options = {"jac_sparsity": A != 0}
+        y = torchdiffeq.odeint_adjoint(linear, y0, t, method="bdf1", options=options, adjoint_params=())
+        with pytest.raises(ValueError, match="jac_sparsity is of func, .* give adjoint_options without it"):
+            y.sum().backward()
 
     def test_without_scipy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)

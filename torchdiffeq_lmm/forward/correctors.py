@@ -16,8 +16,14 @@ from .linear import Counted, from_real, noise, to_real
 from .newton_options import Newton
 from .sparse_matrix import Matrix, SparseFactors
 
-_INEXACT = 1e-3
-"""Newton corrections are solved to this relative residual."""
+INEXACT = 1e-3
+"""Newton corrections that may end an iteration are solved to this relative residual."""
+
+FAR = 0.1
+"""Others to this one, at most."""
+
+_NEAR = 1e-2
+"""Residuals below this, in terms of atol + rtol |y|, may be the last ones."""
 
 _STALE = 0.1
 """Above this rate of convergence a Jacobian from another iterate gives way to a new one."""
@@ -82,8 +88,10 @@ class Corrector(Protocol):
     def forget(self) -> None:
         """Forget J."""
 
-    def correct(self, equation: Equation, d: Tensor, f: Tensor, residual: Tensor, scale: Tensor) -> tuple[Tensor, bool]:
-        """The correction at an iterate, and whether it is what J makes of the residual.
+    def correct(
+        self, equation: Equation, d: Tensor, f: Tensor, residual: Tensor, scale: Tensor
+    ) -> tuple[Tensor, float]:
+        """The correction at an iterate, and what it leaves of the linear equation, relative to the residual.
 
         Args:
             equation: the equation.
@@ -109,6 +117,10 @@ class KrylovCorrector:
         self._newton = newton
         self.is_dear = False
         self._known = known
+        self._equation: Equation | None = None
+        self._norm = 0.0
+        self._is_first = True
+        self._first_forcing = INEXACT
 
     def is_of(self, d: Tensor) -> bool:
         """See `Corrector`."""
@@ -121,7 +133,9 @@ class KrylovCorrector:
     def forget(self) -> None:
         """See `Corrector`."""
 
-    def correct(self, equation: Equation, d: Tensor, f: Tensor, residual: Tensor, scale: Tensor) -> tuple[Tensor, bool]:
+    def correct(
+        self, equation: Equation, d: Tensor, f: Tensor, residual: Tensor, scale: Tensor
+    ) -> tuple[Tensor, float]:
         """See `Corrector`."""
         x = equation.x
         product = self.jacobian.product(equation.slope, x + d, f, equation.sizes(d, f))
@@ -135,12 +149,34 @@ class KrylovCorrector:
             assert equation.time is not None
             apply = self._known.at(equation.time, x + d, equation.weight)
             precondition = _scaled(lambda v: to_real(apply(from_real(v, x))), sizes)
-        found, left = gmres(
-            scaled, rhs, _INEXACT, self._newton.krylov_dimension, self._newton.max_restarts, precondition
-        )
+        norm = float(rhs.norm())
+        forcing = self._forcing_of(equation, norm)
+        if bool((rhs.abs() <= _NEAR).all()):
+            forcing = INEXACT
+        spaces = self._newton.krylov_dimension, self._newton.max_restarts
+        found, left = gmres(scaled, rhs, forcing, *spaces, precondition)
         if self.jacobian.is_exact and len(rhs) <= self._newton.largest_matrix and scaled.is_dear(rhs):
             self.is_dear = True
-        return from_real(sizes * found, x), bool(left.norm() <= 2 * _INEXACT * rhs.norm())
+        return from_real(sizes * found, x), float(left.norm()) / norm if norm > 0 else 0.0
+
+    def _forcing_of(self, equation: Equation, norm: float) -> float:
+        """To what part of its norm a residual is to be solved: no more than Newton's method makes use of.
+
+        That is seen by how much the correction before it has lessened the residual, at first by that of the equation
+        before. Source: Eisenstat, Walker, *Choosing the forcing terms in an inexact Newton method* (SIAM J. Sci.
+        Comput. 1996), choice 2.
+        """
+        if self._equation is not equation:
+            self._equation, self._is_first = equation, True
+            forcing = self._first_forcing
+        else:
+            rate = norm / self._norm if self._norm > 0 else 0.0
+            if self._is_first:
+                self._first_forcing = min(max(0.5 * rate, INEXACT), FAR)
+            self._is_first = False
+            forcing = 0.9 * rate**2
+        self._norm = norm
+        return min(max(forcing, INEXACT), FAR)
 
 
 def _scaled(product: Product, sizes: Tensor) -> Product:
@@ -202,7 +238,9 @@ class SparseCorrector:
         self._matrix, self._made_at = matrix, d
         self._factors.clear()
 
-    def correct(self, equation: Equation, d: Tensor, f: Tensor, residual: Tensor, scale: Tensor) -> tuple[Tensor, bool]:
+    def correct(
+        self, equation: Equation, d: Tensor, f: Tensor, residual: Tensor, scale: Tensor
+    ) -> tuple[Tensor, float]:
         """See `Corrector`."""
         del scale
         if self._matrix is None:
@@ -212,7 +250,7 @@ class SparseCorrector:
             if len(self._factors) == _KEPT:
                 del self._factors[next(iter(self._factors))]
             self._factors[weight] = SparseFactors(self._matrix, weight)
-        return from_real(self._factors[weight].solve(to_real(residual)), residual), True
+        return from_real(self._factors[weight].solve(to_real(residual)), residual), 0.0
 
 
 @dataclass(frozen=True)
@@ -264,6 +302,7 @@ class _Checked:
         u = self._changes
         wanted = product(u.to(self.scale.dtype)).double()
         terms = self._times(u.abs(), absolute=True)
+        bound: Tensor
         if is_exact:
             bound = self.precision**0.5 * terms + _ROUNDING * self.precision * terms.max()
         else:
@@ -284,7 +323,7 @@ class _Checked:
         entries = self.matrix.tocsr()[[row], :].tocoo()
         of_row = torch.zeros_like(wanted, dtype=torch.float64)
         stored = torch.zeros_like(of_row, dtype=torch.bool)
-        columns = torch.from_numpy(entries.coords[-1]).long()
+        columns = torch.from_numpy(entries.col).long()
         of_row[columns] = torch.from_numpy(entries.data)
         stored[columns] = True
         missed = (of_row - wanted.double()).abs()

@@ -165,8 +165,8 @@ def known_jacobian(
 
     Raises:
         TypeError: one of the three is of a wrong type; or the state is complex, where J is real.
-        ValueError: more than one is given, or one to an explicit method; or jac_sparsity has a wrong shape or is not
-            finite.
+        ValueError: more than one is given, or one to an explicit method, or to the backward solve of odeint_adjoint; or
+            jac_sparsity has a wrong shape or is not finite.
         ImportError: SciPy is needed, and is not installed.
     """
     options = {"jac_sparsity": jac_sparsity, "jac": jac, "preconditioner": preconditioner}
@@ -179,6 +179,11 @@ def known_jacobian(
     if not method.is_implicit:
         raise ValueError(
             f"{name} is for implicit methods, whose steps are equations; method {method.name!r} is explicit"
+        )
+    if field.is_adjoint:
+        raise ValueError(
+            f"{name} is of func, and no option for the backward solve of odeint_adjoint, whose state is another; give "
+            f"adjoint_options without it, or use odeint"
         )
     if batch_dims not in ("auto", 0):
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .correctors import Corrector, Equation
+from .correctors import FAR, INEXACT, Corrector, Equation
 from .implicit_equation import CAUTION, NEAR, PROBE, ROUNDING, SHORTEST, SLOW, least
 from .linear import is_rounding, noise, to_real
 from .newton_options import Newton
@@ -119,12 +119,12 @@ class KrylovNewton:
         def correct(d: Tensor, f: Tensor) -> _Correction:
             residual = equation.residual(d, f)
             if not bool(torch.isfinite(residual).all()):
-                return _Correction(residual, residual, torch.inf, torch.inf, False)
-            value, is_sure = corrector.correct(equation, d, f, residual, scale)
+                return _Correction(residual, residual, torch.inf, torch.inf, torch.inf)
+            value, left = corrector.correct(equation, d, f, residual, scale)
             size = self._size(equation, d, value)
             # By Jacobians of their own corrections cannot be compared.
             level = float(_excess(value if corrector.keeps else residual, scale).max())
-            return _Correction(residual, value, size, level, is_sure and size < torch.inf)
+            return _Correction(residual, value, size, level, left)
 
         def renewed(d: Tensor, f: Tensor) -> _Correction:
             corrector.renew(equation, d, f)
@@ -151,7 +151,7 @@ class KrylovNewton:
                 damping, is_new = min(1.0, 2 * damping), True
                 if is_slow:
                     now = renewed(d, f)
-            elif is_new and now.is_sure and self._is_rounding(equation, d, f, now.residual):
+            elif is_new and now.left <= 2 * FAR and self._is_rounding(equation, d, f, now.residual):
                 equation.iterate(x + d)
                 return _solution(equation, d + now.value)
             elif not corrector.is_of(d):
@@ -163,7 +163,7 @@ class KrylovNewton:
 
     def _is_solved(self, equation: Equation, d: Tensor, f: Tensor, before: Tensor, now: "_Correction") -> bool:
         """Whether a correction leaves nothing to correct, entry by entry; `before` is the full one before it."""
-        if not (now.is_sure and now.size <= NEAR):
+        if not (now.left <= 2 * INEXACT and now.size <= NEAR):
             return False
         tolerance = self._tolerance(equation, d)
         # Where nothing was corrected, or little, nothing is known.
@@ -254,14 +254,14 @@ class _Correction(NamedTuple):
         value: of the correction.
         size: its largest entry in terms of the tolerance; infinite where one is not finite.
         level: what it has to lower.
-        is_sure: whether it is what the Jacobian makes of the residual.
+        left: what it leaves of the linear equation, relative to the residual.
     """
 
     residual: Tensor
     value: Tensor
     size: float
     level: float
-    is_sure: bool
+    left: float
 
 
 def _solution(equation: Equation, d: Tensor) -> Solution:

@@ -70,6 +70,7 @@ class VectorField:
 
     Attributes:
         time_dtype: the real dtype in which func is given its times.
+        is_adjoint: whether f is the backward dynamics of odeint_adjoint, whose components may have several dtypes.
     """
 
     def __init__(self, hosted: HostedFunction, y0: Tensor, perturb: bool, copies: bool = False) -> None:
@@ -77,7 +78,7 @@ class VectorField:
         self._reversed = hosted.reversed
         self._shapes = hosted.shapes
         self._offsets = [0, *accumulate(shape.numel() for shape in hosted.shapes or ())][:-1]
-        self._mixes_dtypes = hosted.is_adjoint
+        self.is_adjoint = hosted.is_adjoint
         self._perturb = perturb
         self._copies = hosted.shapes is None
         self._goes_on_copying = copies and hosted.shapes is None
@@ -209,6 +210,6 @@ class VectorField:
             raise ValueError(f"{returned} a tensor of shape {tuple(slope.shape)}; {state} has shape {tuple(shape)}")
         if slope.device != x.device:
             raise ValueError(f"{returned} a tensor on device {slope.device}; {state} is on device {x.device}")
-        if not (self._mixes_dtypes or torch.is_autocast_enabled(x.device.type)):
+        if not (self.is_adjoint or torch.is_autocast_enabled(x.device.type)):
             raise TypeError(f"{returned} a tensor of dtype {slope.dtype}; {state} has dtype {x.dtype}")
         return slope.to(dtype=x.dtype)
