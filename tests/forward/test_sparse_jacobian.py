@@ -282,7 +282,7 @@ class TestErrors:
         y0, t = torch.from_numpy(Y0).requires_grad_(), torch.tensor([0.0, 1.0], dtype=torch.float64)
         options = {"jac_sparsity": A != 0}
         y = torchdiffeq.odeint_adjoint(linear, y0, t, method="bdf1", options=options, adjoint_params=())
-        with pytest.raises(ValueError, match="jac_sparsity is of func, .* give adjoint_options without it"):
+        with pytest.raises(ValueError, match=r"jac_sparsity is of func, .* give adjoint_options without it"):
             y.sum().backward()
 
     def test_without_scipy(self, monkeypatch: pytest.MonkeyPatch) -> None:
