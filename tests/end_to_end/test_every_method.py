@@ -137,7 +137,7 @@ def test_evaluations_per_step(name: str) -> None:
             *(("uniform", observations) for observations in OBSERVATIONS),
             *((grid, "four") for grid in GRIDS if grid != "uniform"),
         ],
-        few=3,
+        few=2,
         fast=("leapfrog", "nystrom3", "ab3", "abm2"),
     ),
 )
