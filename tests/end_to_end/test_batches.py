@@ -85,8 +85,7 @@ def test_unlike_samples_take_few_more_evaluations_than_one(method: str, dtype: t
     calls = []
     for count in (1, 256):
         func = Robertson(rates(256, dtype)[:count])
-        with torch.no_grad():
-            solve(func, start(count, dtype), GRID.to(dtype), method)
+        solve(func, start(count, dtype), GRID.to(dtype), method)
         calls.append(func.calls)
     assert calls[1] <= 2 * calls[0]
 
@@ -382,5 +381,6 @@ def test_torchdiffeqs_own_interfaces_have_batches_too() -> None:
         y = odeint(func, y0, GRID, method="bdf3")
         y[-1, :, 0].sum().backward()
         found.append((y.detach(), func.logs.grad))
-    assert torch.equal(found[0][0], found[1][0])
+    # Without a graph there are differences for the Jacobians.
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-7, atol=1e-12)
     torch.testing.assert_close(found[1][1], found[0][1], rtol=0.2, atol=1e-6)

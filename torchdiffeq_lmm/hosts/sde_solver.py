@@ -220,7 +220,7 @@ class MultistepSDESolver:
             self._atol,
             precision,
             entry,
-            not torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
             samples,
             self._newton,
         )

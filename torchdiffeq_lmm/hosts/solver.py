@@ -350,7 +350,7 @@ class MultistepSolver:
         """What solves the pieces of one solve; it does not hold the solver, for the backward pass may hold it."""
         field = self._vector_field
         # Once more, for the backward pass, steps are made without a graph, but by the same iterations.
-        differentiable = not torch.is_inference_mode_enabled()
+        differentiable = torch.is_grad_enabled()
         implicit = self._samples, self._newton, self._on_failure, self._known
         return PieceSolver(
             vector_field=field,
