@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.forward.stepping import march
-from torchdiffeq_lmm.schemes.methods import MultistepMethod
+from torchdiffeq_lmm.schemes.methods import Method
 from torchdiffeq_lmm.schemes.recurrence import Layout
-from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 
 from .checkpoint_segment import SegmentGraph, segment_graph
 from .evaluation import Evaluation
@@ -64,7 +63,7 @@ class Checkpoint:
         """See `BackwardMode`."""
         return True
 
-    def check(self, method: MultistepMethod | TwoStageMethod, given: object) -> None:
+    def check(self, method: Method, given: object) -> None:
         """See `BackwardMode`."""
 
     def snapshots(self, steps: int, device: torch.device) -> Snapshots:

@@ -16,10 +16,10 @@ from torchdiffeq_lmm.forward.outputs import Trajectory
 from torchdiffeq_lmm.forward.samples import Systems
 from torchdiffeq_lmm.forward.step_evaluator import StepEvaluator
 from torchdiffeq_lmm.forward.step_source import FixedSteps, Made, StepSource
-from torchdiffeq_lmm.forward.stepping import History, march
+from torchdiffeq_lmm.forward.stepping import History
 from torchdiffeq_lmm.forward.vector_field import VectorField
-from torchdiffeq_lmm.schemes.methods import MultistepMethod
-from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
+from torchdiffeq_lmm.schemes.methods import Method, MultistepMethod
+from torchdiffeq_lmm.schemes.variable_order import VariableOrderFamily
 from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 from .autograd_function import Keeper
@@ -78,7 +78,7 @@ class PieceSolver:
     """
 
     vector_field: VectorField
-    method: MultistepMethod | TwoStageMethod
+    method: Method
     mode: BackwardMode
     parameters: Parameters | None
     costate_filter: CostateFilter | None
@@ -101,10 +101,10 @@ class PieceSolver:
         recorder = self._recorder(source, y0)
         slopes = Slopes(self, source, recorder, goal.slopes)
         history = History(y0 if recorder is None else y0.detach())
-        rows = source.rows(differentiable=recorder is None)
         node, is_reached = 0, False
         time, is_node, ends_at, pass_by = source.time_of, source.is_node, goal.is_reached, goal.pass_by
-        for state, x in chain([(0, history.x)], march(history, rows, slopes, slopes.solve_implicit)):
+        steps = source.states(history, slopes, slopes.solve_implicit, differentiable=recorder is None)
+        for state, x in chain([(0, history.x)], steps):
             if not is_node(state):
                 continue
             is_reached = ends_at is not None and ends_at(node, x)
@@ -119,12 +119,12 @@ class PieceSolver:
             node += 1
         trajectory = goal.trajectory(slopes)
         trajectory.states[0] = y0
-        steps = source.until(state, node)
+        made = source.until(state, node)
         if recorder is None:
-            return Piece(trajectory, steps, None)
-        plan = self._plan(steps, before, None if is_reached else after)
-        attached = recorder.attach(trajectory, steps.user_times, steps.recurrence, plan, history, slopes.again)
-        return Piece(attached[0], steps, attached[1])
+            return Piece(trajectory, made, None)
+        plan = self._plan(made, before, None if is_reached else after)
+        attached = recorder.attach(trajectory, made.user_times, made.recurrence, plan, history, slopes.again)
+        return Piece(attached[0], made, attached[1])
 
     def _recorder(self, source: StepSource, y0: Tensor) -> SolveRecorder | None:
         is_plain = self.costate_filter is None and not self.mode.evaluates_again and not self.method.is_implicit
@@ -139,7 +139,7 @@ class PieceSolver:
     def _plan(self, steps: Made, before: FixedSteps | None, after: StepSource | None) -> FilterPlan | None:
         if self.costate_filter is None:
             return None
-        method = None if isinstance(self.method, TwoStageMethod) else self.method
+        method = self.method if isinstance(self.method, MultistepMethod | VariableOrderFamily) else None
         step_before = None if before is None else step_to_end(before.recurrence, before.lengths, method)
         step_after = None if after is None else after.first_step
         return plan_filter(

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from torchdiffeq_lmm.forward.step_evaluator import StepEvaluator
 from torchdiffeq_lmm.forward.stepping import History, march
-from torchdiffeq_lmm.schemes.methods import MultistepMethod
+from torchdiffeq_lmm.schemes.methods import Method, MultistepMethod
 from torchdiffeq_lmm.schemes.recurrence import Keeps, Row
-from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 
 from .checkpoints import Checkpoint, Checkpoints, between
 from .evaluation import Evaluation
@@ -81,7 +80,7 @@ class Reversible:
         """See `BackwardMode`."""
         return True
 
-    def check(self, method: MultistepMethod | TwoStageMethod, given: object) -> None:
+    def check(self, method: Method, given: object) -> None:
         """See `BackwardMode`."""
         if not (isinstance(method, MultistepMethod) and is_reversible(method)):
             raise ValueError(

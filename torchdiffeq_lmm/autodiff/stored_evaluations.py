@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.forward.stepping import History
-from torchdiffeq_lmm.schemes.methods import MultistepMethod
-from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
+from torchdiffeq_lmm.schemes.methods import Method
 
 from .checkpoint_segment import SegmentGraph
 from .evaluation import Evaluation
@@ -61,7 +60,7 @@ class Record:
 class BackwardMode(Protocol):
     """A way to find the evaluations again, which users can ask for."""
 
-    def check(self, method: MultistepMethod | TwoStageMethod, given: object) -> None:
+    def check(self, method: Method, given: object) -> None:
         """Raise a ValueError where it is not for the method; `given` is what the user has asked for."""
 
     def snapshots(self, steps: int, device: torch.device) -> Snapshots | None:
@@ -84,7 +83,7 @@ class Autograd:
         """See `BackwardMode`."""
         return False
 
-    def check(self, method: MultistepMethod | TwoStageMethod, given: object) -> None:
+    def check(self, method: Method, given: object) -> None:
         """See `BackwardMode`."""
 
     def snapshots(self, steps: int, device: torch.device) -> None:  # noqa: ARG002

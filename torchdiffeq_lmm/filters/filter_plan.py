@@ -10,6 +10,7 @@ from typing import Literal
 from torchdiffeq_lmm.schemes.methods import MultistepMethod
 from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.stability import boundary_layer_of, coefficients
+from torchdiffeq_lmm.schemes.variable_order import VariableOrderFamily
 
 CellWeights = Literal["step", "trapezoid"]
 
@@ -51,7 +52,7 @@ def plan_filter(
     weights: CellWeights,
     recurrence: Recurrence,
     lengths: list[float],
-    method: MultistepMethod | None,
+    method: MultistepMethod | VariableOrderFamily | None,
     before: float | None = None,
     after: float | None = None,
 ) -> FilterPlan:
@@ -61,7 +62,8 @@ def plan_filter(
         weights: ω.
         recurrence: the rows.
         lengths: h, of length N.
-        method: the method; None for one-step methods, whose evaluations between the nodes have parameters of their own.
+        method: the method, or its family, where orders change; None for one-step methods, whose evaluations between the
+            nodes have parameters of their own.
         before: where f jumps at the first node, the step that ends there, if f is evaluated at its end too: see
             `step_to_end`. With step weights both share the cell of the node, as two evaluations at one time do; with
             trapezoid weights each has a half cell of its own anyway.
@@ -78,10 +80,12 @@ def plan_filter(
 
     # A formula with no slope but the new one is a BDF, or its like.
     is_damped = method is not None and not method.uses_first_slope
-    layer = None if method is None else boundary_layer_of(*coefficients(method.on_equal_steps, method.steps))
+    layer = None
+    if isinstance(method, MultistepMethod):
+        layer = boundary_layer_of(*coefficients(method.on_equal_steps, method.steps))
     is_uniform = all(_are_equal(length, lengths[0]) for length in lengths[:-1])
     # At second order μ_m / h is no better than the formula for any node, and two formulas are worse than one.
-    if method is None or layer is None or (method.order <= 2 and not is_uniform):
+    if not isinstance(method, MultistepMethod) or layer is None or (method.order <= 2 and not is_uniform):
         return FilterPlan(recurrence, lengths, widths, [False] * (len(lengths) + 1), 0, 0, False, is_damped)
     # A slope takes part in k steps, and the effects of first order of a change of the step reach as far again.
     reach = method.steps
@@ -89,13 +93,15 @@ def plan_filter(
     return FilterPlan(recurrence, lengths, widths, raw, layer.length + reach, layer.near, method.order > 1, is_damped)
 
 
-def step_to_end(recurrence: Recurrence, lengths: list[float], method: MultistepMethod | None) -> float | None:
+def step_to_end(
+    recurrence: Recurrence, lengths: list[float], method: MultistepMethod | VariableOrderFamily | None
+) -> float | None:
     """The last step, where f is evaluated at its end for a parameter there; else None."""
     is_at_end = recurrence.positions[_owners(recurrence, method)[-1]] == len(lengths)
     return lengths[-1] if is_at_end else None
 
 
-def _owners(recurrence: Recurrence, method: MultistepMethod | None) -> list[int]:
+def _owners(recurrence: Recurrence, method: MultistepMethod | VariableOrderFamily | None) -> list[int]:
     """The states whose slopes receive a costate, which own a part of the time; see `plan_filter`."""
     evaluated, at_node = recurrence.evaluated, set(recurrence.nodes)
     states = [state for state, flag in enumerate(evaluated) if flag and (method is None or state in at_node)]

@@ -154,9 +154,9 @@ def uniform_pieces(t: Tensor, step_size: float, jumps: Jumps, argument: str = "s
     """
     times = _in_float64(t)
     _check_count(times, step_size, argument)
-    inside, at_ends = _jumps_inside(jumps, t)
+    inside, at_ends = jumps_inside(jumps, t)
     bounds = [times[:1], *_each(inside), times[-1:]]
-    rounding = _jump_rounding(jumps, t)
+    rounding = jump_rounding(jumps, t)
     return _marked([_divided(begin, end, step_size, rounding) for begin, end in pairwise(bounds)], at_ends)
 
 
@@ -168,9 +168,9 @@ def pieces_until(t0: Tensor, end: float, step_size: float, jumps: Jumps) -> tupl
         at t0.
     """
     bounds = torch.cat([t0.detach(), t0.detach().new_tensor([end])])
-    inside, (at_start, _) = _jumps_inside(jumps, bounds)
+    inside, (at_start, _) = jumps_inside(jumps, bounds)
     times = [_in_float64(t0), *_each(inside)]
-    rounding = _jump_rounding(jumps, bounds)
+    rounding = jump_rounding(jumps, bounds)
     grids = (
         replace(_divided(begin, end, step_size, rounding), jumps=(at_start or n > 0, True))
         for n, (begin, end) in enumerate(pairwise(times))
@@ -189,12 +189,12 @@ def pieces_of(grid: Grid, t: Tensor, jumps: Jumps) -> list[Grid]:
     Returns:
         A grid from each jump to the next.
     """
-    inside, at_ends = _jumps_inside(jumps, t)
+    inside, at_ends = jumps_inside(jumps, t)
     if not len(inside):
         return _marked([grid], at_ends)
     nodes, times = grid.nodes.detach(), inside.detach()
     before = (torch.searchsorted(nodes, times) - 1).clamp(min=0)
-    tolerance = (0.01 * grid.steps.detach()[before]).clamp(max=_jump_rounding(jumps, t))
+    tolerance = (0.01 * grid.steps.detach()[before]).clamp(max=jump_rounding(jumps, t))
     is_other = torch.ones(len(nodes), dtype=torch.bool, device="cpu")
     for nearest in (before, before + 1):
         is_other[nearest[(nodes[nearest] - times).abs() <= tolerance]] = False
@@ -206,14 +206,15 @@ def pieces_of(grid: Grid, t: Tensor, jumps: Jumps) -> list[Grid]:
     return _marked([_grid(merged[begin : end + 1], eps) for begin, end in pairwise(bounds)], at_ends)
 
 
-def _jump_rounding(jumps: Jumps, t: Tensor) -> float:
+def jump_rounding(jumps: Jumps, t: Tensor) -> float:
+    """By how much a time of `t` may differ from a jump and be the same."""
     return max(_rounding(t), _TIME_ULPS * jumps.eps * float(t.detach().abs().max()))
 
 
-def _jumps_inside(jumps: Jumps, t: Tensor) -> tuple[Tensor, tuple[bool, bool]]:
+def jumps_inside(jumps: Jumps, t: Tensor) -> tuple[Tensor, tuple[bool, bool]]:
     """The jumps between t[0] and t[-1], and whether there are some at these."""
     begin, end = float(t[0].detach()), float(t[-1].detach())
-    tolerance = min(_jump_rounding(jumps, t), 0.01 * (end - begin))
+    tolerance = min(jump_rounding(jumps, t), 0.01 * (end - begin))
     exact = jumps.times.detach()
     at_ends = (bool(((exact - begin).abs() <= tolerance).any()), bool(((exact - end).abs() <= tolerance).any()))
     return jumps.times[(exact > begin + tolerance) & (exact < end - tolerance)], at_ends
@@ -299,7 +300,7 @@ def place_in(t: Tensor, pieces: Sequence[Grid], jumps: Jumps) -> list[list[Place
     nodes = torch.cat([pieces[0].nodes, *(piece.nodes[1:] for piece in pieces[1:])])
     starts = list(accumulate((len(piece.steps) for piece in pieces), initial=0))[:-1]
     roundings = torch.full((len(nodes),), _rounding(t), dtype=torch.float64, device="cpu")
-    roundings[starts[1:]] = _jump_rounding(jumps, t)
+    roundings[starts[1:]] = jump_rounding(jumps, t)
     placed: list[list[Placement]] = [[] for _ in pieces]
     for placement in place(t, Grid(nodes, torch.cat([piece.steps for piece in pieces])), roundings):
         is_at_node = placement.fraction is None

@@ -41,6 +41,10 @@ def check_on_failure(on_failure: object) -> None:
         raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {on_failure!r}")
 
 
+class NotSolvedError(RuntimeError):
+    """The equation of an implicit step was not solved."""
+
+
 class ImplicitSolver:
     """Solves the implicit steps of one solve, one after the other.
 
@@ -108,7 +112,7 @@ class ImplicitSolver:
             d and f(x + d), with d = c + b* f to rounding, and f to the tolerance.
 
         Raises:
-            RuntimeError: no iteration converges, or func gives what is not finite.
+            NotSolvedError: no iteration converges, or func gives what is not finite.
         """
         with torch.no_grad():
             c = torch.zeros_like(x) if known is None else known
@@ -168,7 +172,7 @@ class ImplicitSolver:
         )
         found = self._blocks.solve(equations, rows[2:], lost)
         if any_of(found.failed) and (self._on_failure == "raise" or samples.count == 1):
-            raise RuntimeError(self._complaint_of(samples, x, found, where()))
+            raise NotSolvedError(self._complaint_of(samples, x, found, where()))
         lost |= found.failed
         if not any_of(lost):
             return samples.join(found.d), samples.join(found.f)
@@ -195,7 +199,7 @@ class ImplicitSolver:
             return self._solve_blocks(
                 whole, equation.x, equation.c, equation.weight, starts, equation.slope, equation.iterate, where
             )
-        raise RuntimeError(self._complaint(found, where()))
+        raise NotSolvedError(self._complaint(found, where()))
 
     def _complaint_of(self, samples: Samples, x: Tensor, found: Outcome, where: str) -> str:
         worst_row = int(np.flatnonzero(found.failed)[0])

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.schemes.methods import MultistepMethod
-from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
+from torchdiffeq_lmm.schemes.methods import Method
 
 from .krylov import Product
 from .sparse_matrix import Matrix, Sparsity, scipy_sparse
@@ -143,7 +142,7 @@ def known_jacobian(
     jac_sparsity: Any,
     jac: Any,
     preconditioner: Any,
-    method: MultistepMethod | TwoStageMethod,
+    method: Method,
     field: VectorField,
     y0: Tensor,
     batch_dims: object,

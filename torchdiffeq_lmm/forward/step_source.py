@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.schemes.periodic_recurrence import PeriodicRecurrence
-from torchdiffeq_lmm.schemes.recurrence import Recurrence, Row
+from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 from .autograd_state import refuse_tangents
 from .grid import Grid
+from .stepping import Evaluate, History, SolveImplicit, march
 from .vector_field import VectorField
 
 
@@ -94,20 +95,26 @@ class StepSource(Protocol):
 
     Attributes:
         requires_grad: whether the times carry a gradient.
-        first_step: the length of the first step.
-        recurrence: the rows, or so many of them that the last ones are as all after them.
     """
 
     requires_grad: bool
-    first_step: float
-    recurrence: Recurrence
+
+    @property
+    def first_step(self) -> float:
+        """The length of the first step."""
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """The rows, or so many of them that the last ones are as all after them."""
 
     @property
     def count(self) -> int | None:
         """The number of steps; None where there is no end."""
 
-    def rows(self, differentiable: bool) -> Iterator[Row]:
-        """All rows; with the graph of their weights, if that is asked for."""
+    def states(
+        self, history: History, evaluate: Evaluate, solve_implicit: SolveImplicit, differentiable: bool
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Make the states by `stepping.march`; with the graph of the rows' weights, if that is asked for."""
 
     @property
     def is_node(self) -> Callable[[int], bool]:
@@ -179,9 +186,12 @@ class FixedSteps:
 
             self.time, self._seen, self.user_time = time, seen_blocks, _Blocks(numbers, user_times_of)
 
-    def rows(self, differentiable: bool) -> Iterator[Row]:
+    def states(
+        self, history: History, evaluate: Evaluate, solve_implicit: SolveImplicit, differentiable: bool
+    ) -> Iterator[tuple[int, Tensor]]:
         """See `StepSource`."""
-        return iter(self.recurrence.differentiable_rows() if differentiable else self.recurrence.rows)
+        rows = self.recurrence.differentiable_rows() if differentiable else self.recurrence.rows
+        return march(history, rows, evaluate, solve_implicit)
 
     def time_of(self, node: int) -> Tensor:
         """See `StepSource`."""
@@ -227,9 +237,15 @@ class UnboundedSteps:
         self._h = h
         self._sides = sides
 
-    def rows(self, differentiable: bool) -> Iterator[Row]:  # noqa: ARG002
+    def states(
+        self,
+        history: History,
+        evaluate: Evaluate,
+        solve_implicit: SolveImplicit,
+        differentiable: bool,  # noqa: ARG002
+    ) -> Iterator[tuple[int, Tensor]]:
         """See `StepSource`."""
-        return self._endless.rows()
+        return march(history, self._endless.rows(), evaluate, solve_implicit)
 
     def is_node(self, state: int) -> bool:
         """See `StepSource`."""

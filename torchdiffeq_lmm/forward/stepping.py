@@ -137,6 +137,10 @@ def _increment(row: Row, state: int, x: Tensor, history: History, solve_implicit
     guess = None
     if row.guess:
         guess = weighted_sum((weight for _, weight in row.guess), _pick(slopes, row.guess))
+    elif row.predictor:
+        # As a slope, by the row itself.
+        predicted = weighted_sum((weight for _, weight in row.predictor), _pick(history.increments, row.predictor))
+        guess = (predicted if known is None else predicted - known) / row.implicit
     increment, slope = solve_implicit(state, x, known, row.implicit, guess)
     slopes.insert(0, slope)
     return increment

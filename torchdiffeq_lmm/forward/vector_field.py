@@ -9,6 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+Callback = Callable[[Tensor, Tensor, Tensor], object]
+"""Of the user's, called at a step with t, y and dt."""
+
 Side = Literal["left", "right", "neither"]
 
 _DIRECTIONS: dict[Side, int] = {"left": -1, "right": 1, "neither": 0}
@@ -37,7 +40,8 @@ class HostedFunction:
         call: the user's ``func(t, y)``, in the user's time and with the user's structure of the state.
         reversed: whether the solver's time, always increasing, is the negative of the user's.
         shapes: the shapes of the components where the user's state is a tuple, else None.
-        callback_step: ``callback_step(t, y, dt)`` in the solver's time and state, or None where the user has none.
+        callback_step, callback_accept_step, callback_reject_step: ``callback_step(t, y, dt)`` in the solver's time and
+            state, or None where the user has none.
         in_adjoint: whether it is `torchdiffeq.odeint_adjoint` that solves, and will find the gradient by itself.
         is_adjoint: whether `call` is the backward dynamics that odeint_adjoint made, whose components may have
             different dtypes.
@@ -49,10 +53,12 @@ class HostedFunction:
     call: Callable[[Tensor, Any], Any]
     reversed: bool
     shapes: tuple[torch.Size, ...] | None
-    callback_step: Callable[[Tensor, Tensor, Tensor], object] | None
+    callback_step: Callback | None
     in_adjoint: bool
     is_adjoint: bool
     options_reversed: bool = False
+    callback_accept_step: Callback | None = None
+    callback_reject_step: Callback | None = None
 
 
 class VectorField:
@@ -71,6 +77,7 @@ class VectorField:
     Attributes:
         time_dtype: the real dtype in which func is given its times.
         is_adjoint: whether f is the backward dynamics of odeint_adjoint, whose components may have several dtypes.
+        evaluations: how many times func has been called.
     """
 
     def __init__(self, hosted: HostedFunction, y0: Tensor, perturb: bool, copies: bool = False) -> None:
@@ -85,6 +92,7 @@ class VectorField:
         self._shape = y0.shape
         self._device = y0.device
         self.time_dtype = y0.dtype.to_real()
+        self.evaluations = 0
 
     def user_times(self, times: Tensor, side: Side = "right") -> Tensor:
         """From the solver's times, of any shape, to what the user's function is given for them.
@@ -144,6 +152,7 @@ class VectorField:
                 or, outside autocast, another dtype than that of the state.
             ValueError: func returned another number of components, shape or device than the state has.
         """
+        self.evaluations += 1
         slope = self.flat_state(self._call(user_time, self.user_state(x)), x, "func")
         if self._reversed:
             return -slope

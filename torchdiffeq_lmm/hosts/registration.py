@@ -18,15 +18,18 @@ from torchdiffeq_lmm.schemes.methods import (
 )
 from torchdiffeq_lmm.schemes.runge_kutta import TWO_STAGE_METHODS
 from torchdiffeq_lmm.schemes.stability import order, unstable_root
+from torchdiffeq_lmm.schemes.variable_order import FAMILIES
 
+from .adaptive_solver import AdaptiveSolver, adaptive_solver_of
 from .sde_solver import MultistepSDESolver, sde_solver_of
 from .solver import Leapfrog, MultistepSolver, solver_of
 from .torchdiffeq_host import add_solvers, check_free, remove_solvers
 from .torchsde_host import add_sde_solvers, check_free_sde, remove_sde_solvers
 
-ODE_SOLVERS: dict[str, type[MultistepSolver]] = {
+ODE_SOLVERS: dict[str, type[MultistepSolver] | type[AdaptiveSolver]] = {
     **{method.name: Leapfrog if method is LEAPFROG else solver_of(method) for method in METHODS},
     **{method.name: solver_of(method) for method in TWO_STAGE_METHODS},
+    **{family.name: adaptive_solver_of(family) for family in FAMILIES},
 }
 
 SDE_SOLVERS: dict[str, type[MultistepSDESolver]] = {method.name: sde_solver_of(method) for method in METHODS}

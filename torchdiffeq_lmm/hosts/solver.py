@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain, pairwise
 from typing import Any, ClassVar
 
@@ -10,11 +9,10 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.autodiff.autograd_function import stack
-from torchdiffeq_lmm.autodiff.backward_modes import resolve_backward
 from torchdiffeq_lmm.autodiff.compilation import eager
 from torchdiffeq_lmm.autodiff.goals import Outputs, Search, UntilEvent, smoothed
 from torchdiffeq_lmm.autodiff.piece import Piece, PieceSolver
-from torchdiffeq_lmm.filters.grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
+from torchdiffeq_lmm.filters.grad_filter import SmoothFilter
 from torchdiffeq_lmm.forward.autograd_state import savable
 from torchdiffeq_lmm.forward.events import EventSign
 from torchdiffeq_lmm.forward.grid import (
@@ -32,32 +30,28 @@ from torchdiffeq_lmm.forward.grid import (
     uniform_grid,
     uniform_pieces,
 )
-from torchdiffeq_lmm.forward.implicit import ImplicitSolver, OnFailure, check_on_failure
+from torchdiffeq_lmm.forward.implicit import OnFailure
 from torchdiffeq_lmm.forward.interpolation import Interpolation, check_interpolation
-from torchdiffeq_lmm.forward.jumps import jumps_of
-from torchdiffeq_lmm.forward.known_jacobian import known_jacobian
-from torchdiffeq_lmm.forward.newton_options import DEFAULT_NEWTON, Newton, check_newton
+from torchdiffeq_lmm.forward.newton_options import DEFAULT_NEWTON, Newton
 from torchdiffeq_lmm.forward.outputs import OutputRule
-from torchdiffeq_lmm.forward.samples import BatchDims, Systems, samples_of, warn_of_failures
+from torchdiffeq_lmm.forward.samples import BatchDims
 from torchdiffeq_lmm.forward.step_source import FixedSteps, Sides, StepSource, UnboundedSteps
 from torchdiffeq_lmm.forward.tolerances import (
     check_equal,
     check_max_num_steps,
     check_steps,
     event_tolerance,
-    resolve_tolerance,
 )
-from torchdiffeq_lmm.forward.vector_field import VectorField
 from torchdiffeq_lmm.schemes.methods import LEAPFROG, MultistepMethod
 from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 from torchdiffeq_lmm.schemes.unrolling import unroll
 
-from .adjoint_params import resolve_adjoint_params
-from .torchdiffeq_host import MAX_EVENT_STEPS, find_event, unwrap, warn_of_unused_options
+from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
+from .torchdiffeq_host import MAX_EVENT_STEPS, find_event, warn_of_unused_options
 
 
-class MultistepSolver:
+class MultistepSolver(DifferentiableSolver):
     """A linear multistep method as a fixed-step solver of torchdiffeq.
 
     torchdiffeq makes one for every call of `odeint`, with the function, the state (flattened, where it is a tuple) and
@@ -129,12 +123,9 @@ class MultistepSolver:
         adjoint_params: Iterable[Tensor] | None = None,
         **unused: Any,
     ) -> None:
-        self.atol = unused.pop("atol", 1e-9)
-        self.rtol = unused.pop("rtol", 1e-7)
         unused.pop("norm", None)
+        tolerances = unused.pop("rtol", 1e-7), unused.pop("atol", 1e-9)
         warn_of_unused_options(self, unused)
-        if not (y0.is_floating_point() or y0.is_complex()):
-            raise TypeError(f"y0 must be a floating or complex tensor, got dtype {y0.dtype}; use y0.float()")
         if step_size is not None:
             check_step_size(step_size)
             if grid_constructor is not None:
@@ -143,46 +134,19 @@ class MultistepSolver:
             raise TypeError(f"grid_constructor must be a callable (func, y0, t) -> grid, got {grid_constructor!r}")
         check_interpolation(interp)
         check_max_num_steps(max_num_steps)
-        if self.method.is_implicit:
-            self.atol, self.rtol = (
-                resolve_tolerance(name, given, y0) for name, given in (("atol", self.atol), ("rtol", self.rtol))
-            )
-        self.grad_filter = resolve_grad_filter(grad_filter, self.method.name)
-        self.func = func
-        self.y0 = savable(y0)
+        equations = ImplicitOptions(batch_dims, on_failure, newton, jac_sparsity, jac, preconditioner)
+        gradients = GradientOptions(grad_filter, backward, adjoint_params)
+        super().__init__(func, y0, tolerances, perturb, jump_t, equations, gradients)
         self.step_size = step_size
         self.grid_constructor = grid_constructor
         self.interp = interp
         self.perturb = perturb
         self.max_num_steps = max_num_steps
         self._max_event_steps = MAX_EVENT_STEPS if max_num_steps is None else max_num_steps
-        hosted = unwrap(func)
-        self.backward = resolve_backward(backward)
-        self.backward.check(self.method, backward)
-        for option, value, plain in (("grad_filter", grad_filter, None), ("backward", backward, "autograd")):
-            if value != plain and hosted.in_adjoint:
-                raise ValueError(
-                    f"{option} must be {plain!r} in odeint_adjoint, got {value!r}: its gradient comes from a solve of "
-                    f"its own, which no {option} reaches. Use odeint"
-                )
-        check_on_failure(on_failure)
-        check_newton(newton)
-        self._on_failure = on_failure
-        self._newton = newton
-        self._reverse = hosted.reversed
-        self._vector_field = VectorField(hosted, y0, perturb, copies=self.method.remembers_slopes)
-        self._known = known_jacobian(jac_sparsity, jac, preconditioner, self.method, self._vector_field, y0, batch_dims)
-        self._samples = samples_of(self._vector_field.shapes, batch_dims if self._known is None else 0)
         self._sides = Sides(self._vector_field, perturb)
         self._is_smooth = isinstance(self.grad_filter, SmoothFilter)
         left_slopes = perturb and not self.method.is_implicit
         self._rule = OutputRule(interp, left_slopes, has_straight_gradient=self._is_smooth)
-        self._parameters = resolve_adjoint_params(hosted.call, adjoint_params, self.backward)
-        self._callback_step = hosted.callback_step
-        # torchdiffeq negates tensors alone.
-        is_tensor = isinstance(jump_t, Tensor)
-        negate = hosted.options_reversed if is_tensor else hosted.reversed != hosted.options_reversed
-        self._jumps = jumps_of(jump_t, is_negated=hosted.reversed and is_tensor, negate=negate)
 
     @classmethod
     def valid_callbacks(cls) -> set[str]:
@@ -218,7 +182,7 @@ class MultistepSolver:
         # No tensor that grows with the number of steps is held without need.
         del pieces
         x, outputs, keepers = self.y0, [], []
-        around, solver = [None, *sources, None], self._pieces()
+        around, solver = [None, *sources, None], self._solver()
         for source, placed, before, after in zip(sources, placements, around, around[2:], strict=False):
             goal = Outputs(source, placed, self._rule, self._is_smooth)
             trajectory, made, keeper = solver.solve(source, x, goal, before, after)
@@ -227,8 +191,7 @@ class MultistepSolver:
             x = trajectory.states[source.count]
             outputs += [self._rule.output(placement, made.steps, trajectory) for placement in placed]
             keepers.append(keeper)
-        if self._on_failure == "nan":
-            warn_of_failures(self._samples, x, self.method.name)
+        self._warn_of_failures(x)
         return stack(outputs, keepers)
 
     @eager
@@ -255,7 +218,7 @@ class MultistepSolver:
         h = float(self.step_size)
         # A copy, for the backward pass may need it when the caller has changed it.
         t0 = t0.to(self.y0.device, self._vector_field.time_dtype, copy=True)
-        x, made, keepers, solver = self.y0, 0, [], self._pieces()
+        x, made, keepers, solver = self.y0, 0, [], self._solver()
         search = Search(event_sign, event_sign.at_beginning(t0, x), tolerance, self._max_event_steps, h)
         before: FixedSteps | None = None
         event_time: Tensor | None = None
@@ -270,8 +233,7 @@ class MultistepSolver:
             assert isinstance(source, FixedSteps)
             made, before = made + source.count, source
         assert event_time is not None
-        if self._on_failure == "nan":
-            warn_of_failures(self._samples, x, self.method.name)
+        self._warn_of_failures(x)
         return event_time, stack([self.y0, x], keepers)
 
     def _end_of(
@@ -305,6 +267,9 @@ class MultistepSolver:
             last, sides = last_jump[0].to(t0), replace(sides, jumps=(is_jump, False))
         beginning = self._unroll(_equal_steps(h, 2 * self.method.steps + 2 * self.method.order + 2))
         yield UnboundedSteps(last, h, beginning, sides)
+
+    def _solver(self) -> PieceSolver:
+        return self._pieces(self._max_event_steps, self._hosted.callback_step)
 
     def _unroll(self, steps: Tensor) -> Recurrence:
         return self.method.unroll(steps) if isinstance(self.method, TwoStageMethod) else unroll(self.method, steps)
@@ -345,26 +310,6 @@ class MultistepSolver:
                 for placed, piece in zip(placements, pieces, strict=True)
             ]
         return pieces, placements
-
-    def _pieces(self) -> PieceSolver:
-        """What solves the pieces of one solve; it does not hold the solver, for the backward pass may hold it."""
-        field = self._vector_field
-        # Once more, for the backward pass, steps are made without a graph, but by the same iterations.
-        differentiable = torch.is_grad_enabled()
-        implicit = self._samples, self._newton, self._on_failure, self._known
-        return PieceSolver(
-            vector_field=field,
-            method=self.method,
-            mode=self.backward,
-            parameters=self._parameters,
-            costate_filter=self.grad_filter if isinstance(self.grad_filter, CostateFilter) else None,
-            implicit=partial(
-                ImplicitSolver, self.rtol, self.atol, field.precision, field.entry, differentiable, *implicit
-            ),
-            systems=Systems(self._samples, self._newton, self._known),
-            callback_step=self._callback_step,
-            max_steps=self._max_event_steps,
-        )
 
 
 class Leapfrog(MultistepSolver):

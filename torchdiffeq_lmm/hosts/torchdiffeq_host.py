@@ -30,9 +30,9 @@ MAX_EVENT_STEPS = 20_000
 
 def unwrap(func: Callable[..., Any]) -> HostedFunction:
     """Take the user's function out of the wrappers in which `torchdiffeq.odeint` hands it to a solver."""
-    callback = getattr(func, "callback_step", None)
-    if callback is _null_callback:
-        callback = None
+    names = ("callback_step", "callback_accept_step", "callback_reject_step")
+    callbacks = [getattr(func, name, _null_callback) for name in names]
+    on_step, on_accept, on_reject = (None if callback is _null_callback else callback for callback in callbacks)
     func, backwards, calls = _without_time(func)
     shapes = None
     if isinstance(func, _TupleFunc):
@@ -43,10 +43,12 @@ def unwrap(func: Callable[..., Any]) -> HostedFunction:
         func,
         backwards,
         shapes,
-        callback,
+        on_step,
         in_adjoint=calls > 1 or is_adjoint,
         is_adjoint=is_adjoint,
         options_reversed=is_adjoint and _without_time(_captured(func)["func"])[1],
+        callback_accept_step=on_accept,
+        callback_reject_step=on_reject,
     )
 
 

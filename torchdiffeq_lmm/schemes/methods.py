@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, partial
+from typing import Protocol
 
 from .polynomials import (
     Number,
@@ -40,6 +41,26 @@ class Formula:
 
 Nodes = Sequence[Number]
 """t_{n+1}, t_n, t_{n-1}, ... in the scale in which t_n = 0 and t_{n+1} = 1."""
+
+
+class Method(Protocol):
+    """What a solver needs to know of any method; see `MultistepMethod`."""
+
+    @property
+    def name(self) -> str:
+        """The name under which torchdiffeq knows it."""
+
+    @property
+    def order(self) -> int:
+        """Its order of convergence, or the highest one."""
+
+    @property
+    def is_implicit(self) -> bool:
+        """Whether every step has an equation to solve."""
+
+    @property
+    def remembers_slopes(self) -> bool:
+        """Whether it uses other slopes than the latest, for steps or for its start."""
 
 
 @dataclass(frozen=True)

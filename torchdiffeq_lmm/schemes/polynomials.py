@@ -75,3 +75,8 @@ def differentiation_weights(nodes: Sequence[Number], at: Number) -> list[Number]
 def extrapolation_weights(nodes: Sequence[Number], at: Number) -> list[Number]:
     """w_i with q(at) = Σ w_i q(s_i), for polynomials q of lower degree than there are nodes."""
     return [evaluate(polynomial, at) for polynomial in lagrange_basis(nodes)]
+
+
+def divided_difference_weights(nodes: Sequence[Number]) -> list[Number]:
+    """w_i with q[s_0, s_1, ...] = Σ w_i q(s_i), the leading coefficient of the polynomial through all nodes."""
+    return [polynomial[-1] for polynomial in lagrange_basis(nodes)]

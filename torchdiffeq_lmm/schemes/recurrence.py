@@ -37,6 +37,7 @@ class Row(NamedTuple):
         guess: for an implicit row, the weights of the slopes in a guess for f(X).
         is_node: whether X is the state of the next node.
         keeps: what of the past the rows after this one may use; None for all of it.
+        predictor: for an implicit row, the weights of the increments in a guess for its own, instead of `guess`.
     """
 
     evaluates: bool
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     guess: Terms
     is_node: bool
     keeps: Keeps | None
+    predictor: Terms = ()
 
     @property
     def weights(self) -> tuple[Weight, ...]:

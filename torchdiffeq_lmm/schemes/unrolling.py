@@ -107,7 +107,7 @@ def _swept_states(method: MultistepMethod, lengths: Sequence[Number]) -> Iterato
         yield from deferred_corrections(times, sweeps, method.is_implicit, method.uses_first_slope)
 
 
-def _scaled_nodes(lengths: Sequence[Number]) -> list[Number]:
+def scaled_nodes(lengths: Sequence[Number]) -> list[Number]:
     """t_{n+1}, t_n, t_{n-1}, ... in units of h_n from t_n, by h_n, h_{n-1}, ...; exact where these are equal."""
     if all(isinstance(length, float) and length == lengths[0] for length in lengths):
         return [Fraction(1 - i) for i in range(len(lengths) + 1)]
@@ -151,7 +151,7 @@ def _formula_of_step(
 
 @lru_cache(_PATTERNS)
 def _formula_of_pattern(formula: Callable[[Nodes], Formula], pattern: tuple[float, ...]) -> Formula:
-    h, weights = pattern[0], formula(_scaled_nodes(pattern))
+    h, weights = pattern[0], formula(scaled_nodes(pattern))
     return Formula(
         tuple(float(weight) for weight in weights.increments),
         tuple(h * float(weight) for weight in weights.slopes),
@@ -161,7 +161,7 @@ def _formula_of_pattern(formula: Callable[[Nodes], Formula], pattern: tuple[floa
 
 @lru_cache(_PATTERNS)
 def _guess_of_pattern(pattern: tuple[float, ...]) -> tuple[float, ...]:
-    new, *nodes = _scaled_nodes(pattern)
+    new, *nodes = scaled_nodes(pattern)
     return tuple(float(weight) for weight in extrapolation_weights(nodes, new))
 
 
@@ -297,7 +297,7 @@ def _differentiable_weights(method: MultistepMethod, steps: Tensor, lengths: Seq
             formula, reach = _formula_of_step(method, lengths, begin)
             # The steps h_n, h_{n-1}, ..., each for all n at once.
             behind = [steps[begin - i : end - i] for i in range(reach)]
-            nodes, h = _scaled_nodes(behind), behind[0]
+            nodes, h = scaled_nodes(behind), behind[0]
             weights = formula(nodes)
             increments = [torch.zeros_like(h) + _operand(e) for e in weights.increments]
             slopes = [h * _operand(b) for b in weights.slopes]
