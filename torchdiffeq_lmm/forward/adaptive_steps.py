@@ -23,8 +23,8 @@ from .vector_field import Callback, VectorField
 _SHORTEST = 8
 """No step is shorter than so many units in the last place of its time."""
 
-_EQUAL = 1e-12
-"""Lengths that differ by less, relatively, are equal but for the rounding of nodes."""
+_EQUAL = 1e-4
+"""The end of a step may be rounded by so much of its length."""
 
 
 class Callbacks(NamedTuple):
@@ -254,11 +254,12 @@ class AdaptiveSteps:
         """The length and the end of a step: cut short at the next stop; two where one would leave a short rest."""
         stop = next((stop for stop in self._stops if stop > t), self.end)
         rest = stop - t
-        if rest <= step * (1 + _EQUAL):
+        if rest <= step:
             return rest, stop
         if rest < 2 * step:
             step = rest / 2
         end = t + step
+        # Equal but for the rounding of times, steps are to be equal.
         return (step if math.isclose(end - t, step, rel_tol=_EQUAL) else end - t), end
 
     def _extend(self, rows: Sequence[Row], node: int, end: float) -> None:

@@ -74,10 +74,11 @@ class StepController:
 
     def proposed(self) -> float:
         """The length of the next attempt."""
-        control, step = self._control, self.step
+        control = self._control
         if self._last is not None:
-            step = min(step, self._last * min(control.ifactor, self._family.largest_growth(self.order)))
-        return min(max(step, control.min_step), control.max_step)
+            self.step = min(self.step, self._last * min(control.ifactor, self._family.largest_growth(self.order)))
+        self.step = min(max(self.step, control.min_step), control.max_step)
+        return self.step
 
     @property
     def compares(self) -> bool:
@@ -95,7 +96,7 @@ class StepController:
         compares, self._failures = self.compares, 0
         self._equal = self._equal + 1 if step == self._last else 1
         self._last = step
-        if step < self.step * (1 - 1e-9):
+        if step < self.step:
             # It was cut short, and tells little of the longer ones after it.
             self._equal = 0
             return
