@@ -94,7 +94,7 @@ class AdaptiveSolver(DifferentiableSolver):
         first_step: Any = None,
         min_step: Any = 0.0,
         max_step: Any = math.inf,
-        safety: Any = 0.9,
+        safety: Any = 0.75,
         ifactor: Any = 10.0,
         dfactor: Any = 0.2,
         max_num_steps: int | None = None,

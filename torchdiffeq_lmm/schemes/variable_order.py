@@ -19,19 +19,18 @@ ordinary differential equations* (1975); Shampine, Gordon, *Computer Solution of
 (1975).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate
 from math import prod
 from typing import Literal, NamedTuple
 
-from .methods import adams_bashforth_formula, adams_moulton_formula, bdf_formula
+from .methods import Formula, Nodes, adams_bashforth_formula, adams_moulton_formula, bdf_formula
 from .polynomials import divided_difference_weights, extrapolation_weights
 from .recurrence import Keeps, Row, Terms
 from .unrolling import scaled_nodes
 from .variable_step_stability import amplification
-from .weighted_sum import Weight
 
 _PATTERNS = 4096
 """Of so many patterns of steps the weights are remembered, from solve to solve."""
@@ -126,78 +125,93 @@ class VariableOrderFamily:
 
 @lru_cache(_PATTERNS)
 def _bdf_rows(order: int, lengths: tuple[float, ...], max_order: int) -> tuple[Row, ...]:
-    h, nodes = lengths[0], scaled_nodes(lengths[:order])
-    formula = bdf_formula(order, nodes)
     is_first = len(lengths) == 1
-    predictor: Terms = ()
-    if not is_first:
-        # In increments: the sum of the weights of the states is 1.
-        weights = extrapolation_weights(scaled_nodes(lengths)[1:], nodes[0])
-        sums = list(accumulate(weights))[:-1]
-        predictor = tuple((lag, float(s - 1)) for lag, s in enumerate(sums))
+    formula = _formula(bdf_formula, order, _ratios(lengths[:order]))
     row = Row(
         evaluates=is_first,
         increments=_terms(formula.increments),
         slopes=(),
-        implicit=h * float(formula.implicit),
+        implicit=lengths[0] * formula.implicit,
         # Euler's method is the polynomial through the first state with its slope.
         guess=((0, 1.0),) if is_first else (),
         is_node=True,
         keeps=None if is_first else Keeps(0, max_order + 1),
-        predictor=predictor,
+        predictor=() if is_first else _terms(_bdf_predictor(_ratios(lengths))),
     )
     return (row,)
 
 
 @lru_cache(_PATTERNS)
+def _bdf_predictor(ratios: tuple[float, ...]) -> tuple[float, ...]:
+    nodes = scaled_nodes(ratios)
+    # In increments: the sum of the weights of the states is 1.
+    sums = list(accumulate(extrapolation_weights(nodes[1:], nodes[0])))[:-1]
+    return tuple(float(s - 1) for s in sums)
+
+
+@lru_cache(_PATTERNS)
 def _bdf_error(lengths: tuple[float, ...]) -> Estimate:
-    h = lengths[0]
     if len(lengths) == 1:
         # As if there were a state before the first one, by its slope.
-        return Estimate(((0, 0.5),), ((1, -0.5 * h),))
-    nodes = scaled_nodes(lengths)
+        return Estimate(((0, 0.5),), ((1, -0.5 * lengths[0]),))
+    return Estimate(_terms(_bdf_error_weights(_ratios(lengths))), ())
+
+
+@lru_cache(_PATTERNS)
+def _bdf_error_weights(ratios: tuple[float, ...]) -> tuple[float, ...]:
+    nodes = scaled_nodes(ratios)
     scale = prod((nodes[0] - node for node in nodes[1:-1]), start=nodes[0] * 0 + 1)
     sums = list(accumulate(divided_difference_weights(nodes)))[:-1]
-    return Estimate(tuple((lag, float(scale * s)) for lag, s in enumerate(sums)), ())
+    return tuple(float(scale * s) for s in sums)
 
 
 @lru_cache(_PATTERNS)
 def _adams_rows(order: int, lengths: tuple[float, ...], max_order: int) -> tuple[Row, ...]:
-    h, nodes = lengths[0], scaled_nodes(lengths)
-    predictor = adams_bashforth_formula(order, nodes)
-    corrector = adams_moulton_formula(order + 1, nodes)
+    h, ratios = lengths[0], _ratios(lengths)
+    predictor = _formula(adams_bashforth_formula, order, ratios)
+    corrector = _formula(adams_moulton_formula, order + 1, ratios)
     # Of every step there are two slopes, one at what was predicted.
     predicted = Row(
         evaluates=True,
         increments=(),
-        slopes=tuple((2 * i, h * float(weight)) for i, weight in enumerate(predictor.slopes)),
+        slopes=tuple((2 * i, h * weight) for i, weight in enumerate(predictor.slopes)),
         implicit=None,
         guess=(),
         is_node=False,
         keeps=None,
     )
     corrected = predicted._replace(
-        slopes=_adams_terms(h, corrector.implicit, corrector.slopes),
-        is_node=True,
-        keeps=Keeps(2 * max_order - 2, 0),
+        slopes=_adams_terms(h, corrector.implicit, corrector.slopes), is_node=True, keeps=Keeps(2 * max_order, 0)
     )
     return predicted, corrected
 
 
 @lru_cache(_PATTERNS)
 def _adams_error(lengths: tuple[float, ...]) -> Estimate:
-    order, h, nodes = len(lengths), lengths[0], scaled_nodes(lengths)
-    higher, lower = adams_moulton_formula(order + 1, nodes), adams_moulton_formula(order, nodes)
-    slopes = [a - b for a, b in zip(higher.slopes, (*lower.slopes, 0), strict=True)]
-    return Estimate((), _adams_terms(h, higher.implicit - lower.implicit, slopes))
+    order, ratios = len(lengths), _ratios(lengths)
+    higher = _formula(adams_moulton_formula, order + 1, ratios)
+    lower = _formula(adams_moulton_formula, order, ratios[: order - 1] or ratios)
+    slopes = [a - b for a, b in zip(higher.slopes, (*lower.slopes, 0.0), strict=True)]
+    return Estimate((), _adams_terms(lengths[0], higher.implicit - lower.implicit, slopes))
 
 
-def _adams_terms(h: float, new: Weight, slopes: Sequence[Weight]) -> Terms:
-    return ((0, h * float(new)), *((2 * i + 1, h * float(weight)) for i, weight in enumerate(slopes)))
+@lru_cache(_PATTERNS)
+def _formula(formula: Callable[[int, Nodes], Formula], k: int, ratios: tuple[float, ...]) -> Formula:
+    """A formula as numbers, in units of the latest step; the same for all steps of equal lengths."""
+    exact = formula(k, scaled_nodes(ratios))
+    return Formula(tuple(map(float, exact.increments)), tuple(map(float, exact.slopes)), float(exact.implicit))
 
 
-def _terms(weights: Sequence[Weight]) -> Terms:
-    return tuple((lag, float(weight)) for lag, weight in enumerate(weights))
+def _ratios(lengths: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(length / lengths[0] for length in lengths)
+
+
+def _adams_terms(h: float, new: float, slopes: Sequence[float]) -> Terms:
+    return ((0, h * new), *((2 * i + 1, h * weight) for i, weight in enumerate(slopes)))
+
+
+def _terms(weights: Sequence[float]) -> Terms:
+    return tuple(enumerate(weights))
 
 
 @cache
