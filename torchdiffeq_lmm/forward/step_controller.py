@@ -70,7 +70,8 @@ class StepController:
         self._failures = 0
         self._last: float | None = None
         # Order and length rise with every step at first, until an error says otherwise.
-        self._starts = not family.is_implicit
+        self._starts = True
+        self._steps = 0
 
     def proposed(self) -> float:
         """The length of the next attempt."""
@@ -96,6 +97,7 @@ class StepController:
         compares, self._failures = self.compares, 0
         self._equal = self._equal + 1 if step == self._last else 1
         self._last = step
+        self._steps += 1
         if step < self.step:
             # It was cut short, and tells little of the longer ones after it.
             self._equal = 0
@@ -111,7 +113,7 @@ class StepController:
         if self._starts:
             self._starts = best >= self.order and self.order < self._control.max_order
             if self._starts:
-                best = self.order + 1
+                best = self.order + (self._steps > self.order or not self._family.is_implicit)
         factor = factors.get(best, factors[self.order])
         if best == self.order and 1 <= factor < _WORTH_IT:
             return
