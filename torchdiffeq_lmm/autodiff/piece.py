@@ -11,10 +11,9 @@ from torch import Tensor
 
 from torchdiffeq_lmm.filters.filter_plan import FilterPlan, plan_filter, step_to_end
 from torchdiffeq_lmm.filters.grad_filter import CostateFilter
-from torchdiffeq_lmm.forward.implicit import ImplicitSolver
 from torchdiffeq_lmm.forward.outputs import Trajectory
 from torchdiffeq_lmm.forward.samples import Systems
-from torchdiffeq_lmm.forward.step_evaluator import StepEvaluator
+from torchdiffeq_lmm.forward.step_evaluator import SolvesSteps, StepEvaluator
 from torchdiffeq_lmm.forward.step_source import FixedSteps, Made, StepSource
 from torchdiffeq_lmm.forward.stepping import History
 from torchdiffeq_lmm.forward.vector_field import VectorField
@@ -75,6 +74,7 @@ class PieceSolver:
         systems: into which implicit equations fall.
         callback_step: ``callback_step(t, x, step)``, called before every step; or None.
         max_steps: of a piece whose steps have no end.
+        tolerance: from a state to by how much its entries may differ where steps are made again; None for rounding.
     """
 
     vector_field: VectorField
@@ -82,10 +82,11 @@ class PieceSolver:
     mode: BackwardMode
     parameters: Parameters | None
     costate_filter: CostateFilter | None
-    implicit: Callable[[], ImplicitSolver]
+    implicit: Callable[[], SolvesSteps]
     systems: Systems
     callback_step: Callable[[Tensor, Tensor, Tensor], object] | None
     max_steps: int
+    tolerance: Callable[[Tensor], Tensor] | None = None
 
     def solve(
         self, source: StepSource, y0: Tensor, goal: Goal, before: FixedSteps | None, after: StepSource | None
@@ -133,7 +134,15 @@ class PieceSolver:
         steps = self.max_steps if source.count is None else source.count
         field = self.vector_field
         return SolveRecorder(
-            field, field.precision, self.systems, y0, source.requires_grad, self.mode, self.parameters, steps
+            field,
+            field.precision,
+            self.systems,
+            y0,
+            source.requires_grad,
+            self.mode,
+            self.parameters,
+            steps,
+            self.tolerance,
         )
 
     def _plan(self, steps: Made, before: FixedSteps | None, after: StepSource | None) -> FilterPlan | None:

@@ -69,6 +69,8 @@ class Rerun:
         recorder: evaluates f.
         context: of the forward pass.
         keeps_values: whether the states and slopes are needed besides the graphs.
+        tolerance: from a state to by how much its entries may differ, where they are not made by the same iterations;
+            None for rounding.
     """
 
     recurrence: Recurrence
@@ -76,6 +78,7 @@ class Rerun:
     recorder: Recorder
     context: ForwardContext
     keeps_values: bool
+    tolerance: Callable[[Tensor], Tensor] | None = None
 
     def snapshots(self, start: Snapshot, stride: int) -> list[Snapshot]:
         """Run all steps once more, for snapshots alone."""

@@ -52,6 +52,7 @@ class SolveRecorder:
         mode: how the backward pass finds the evaluations.
         parameters: what f depends on; None if the evaluations are kept.
         steps: how many steps there will be, or at most.
+        tolerance: see `Rerun`.
 
     Raises:
         RuntimeError: y0 has a tangent of forward mode, or the solve is inside a transform of torch.func.
@@ -67,11 +68,13 @@ class SolveRecorder:
         mode: BackwardMode,
         parameters: Parameters | None,
         steps: int,
+        tolerance: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         refuse_tangents(y0)
         self._differentiate_times = differentiate_times
         self._mode = mode
         self._parameters = parameters
+        self._tolerance = tolerance
         self._recorder = Recorder(f, y0, differentiate_times, *(parameters or ()))
         self._precision = precision
         self._systems = systems
@@ -175,7 +178,7 @@ class SolveRecorder:
             return trajectory, None
         at_node = recurrence.nodes
         outputs = [node for node in trajectory.states if node > first]
-        rerun = Rerun(recurrence, steps, self._recorder, self._context, self._differentiate_times)
+        rerun = Rerun(recurrence, steps, self._recorder, self._context, self._differentiate_times, self._tolerance)
         states = {0: y0.detach(), **self._states}
         solve = SolveAdjoint(
             recurrence=recurrence,

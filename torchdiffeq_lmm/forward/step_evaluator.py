@@ -1,15 +1,33 @@
 """f along one solve, as the stepping loop asks for it: slopes at states, and the solutions of implicit rows."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
 from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
-from .implicit import ImplicitSolver
+from .jacobian import Slope
 
 EvaluateAt = Callable[[int, Tensor, Tensor], Tensor]
 """From the number of a state, what func is given for its time, and the state to the slope."""
+
+
+class SolvesSteps(Protocol):
+    """See `implicit.ImplicitSolver`."""
+
+    def solve(
+        self,
+        x: Tensor,
+        known: Tensor | None,
+        weight: float,
+        guess: Tensor | None,
+        slope: Slope,
+        iterate: Slope,
+        where: Callable[[], str],
+        time: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Solve d = c + b* f(x + d)."""
 
 
 class StepEvaluator:
@@ -26,7 +44,7 @@ class StepEvaluator:
     def __init__(
         self,
         f: Callable[[Tensor, Tensor], Tensor],
-        implicit: Callable[[], ImplicitSolver],
+        implicit: Callable[[], SolvesSteps],
         name: str,
         user_time: Callable[[int], Tensor],
         evaluate: EvaluateAt,

@@ -125,6 +125,22 @@ class VectorField:
         return (self._shape,) if self._shapes is None else self._shapes
 
     @property
+    def part(self) -> slice | None:
+        """The entries of the flattened state that f depends on, and the time; None for all of them.
+
+        In the backward dynamics of odeint_adjoint they are y and its adjoint, after the gradient of the time and before
+        those of parameters, which are integrals of functions of these.
+        """
+        if not self.is_adjoint or self._shapes is None:
+            return None
+        return slice(self._offsets[1], self._offsets[2] + self._shapes[2].numel())
+
+    @property
+    def shapes_of_part(self) -> tuple[torch.Size, ...]:
+        """As `shapes`, of what f depends on."""
+        return self.shapes if self.part is None else self.shapes[1:3]
+
+    @property
     def precision(self) -> float:
         """The unit in the last place of func's values, under autocast too."""
         return precision_of(self.time_dtype, self._device)

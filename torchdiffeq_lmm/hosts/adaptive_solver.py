@@ -245,7 +245,7 @@ class AdaptiveSolver(DifferentiableSolver):
     def _begin(self) -> PieceSolver:
         self._report.begin()
         self._vector_field.evaluations = 0
-        return self._pieces(_SEGMENT, None)
+        return self._pieces(_SEGMENT, None, self._errors.scale)
 
     def _end(self) -> None:
         self._report.evaluations = self._vector_field.evaluations

@@ -15,6 +15,7 @@ from torchdiffeq_lmm.forward.implicit import ImplicitSolver, OnFailure, check_on
 from torchdiffeq_lmm.forward.jumps import Jumps, jumps_of
 from torchdiffeq_lmm.forward.known_jacobian import known_jacobian
 from torchdiffeq_lmm.forward.newton_options import Newton, check_newton
+from torchdiffeq_lmm.forward.quadrature import QuadratureSolver
 from torchdiffeq_lmm.forward.samples import BatchDims, Systems, samples_of, warn_of_failures
 from torchdiffeq_lmm.forward.tolerances import resolve_tolerance
 from torchdiffeq_lmm.forward.vector_field import VectorField
@@ -102,7 +103,9 @@ class DifferentiableSolver:
         self._vector_field = VectorField(hosted, y0, perturb, copies=self.method.remembers_slopes)
         known = (equations.jac_sparsity, equations.jac, equations.preconditioner)
         self._known = known_jacobian(*known, self.method, self._vector_field, y0, equations.batch_dims)
-        self._samples = samples_of(self._vector_field.shapes, equations.batch_dims if self._known is None else 0)
+        self._samples = samples_of(
+            self._vector_field.shapes_of_part, equations.batch_dims if self._known is None else 0
+        )
         self._parameters = resolve_adjoint_params(hosted.call, adjoint_params, self.backward)
         self._jumps = self._times_of(jump_t, "jump_t")
 
@@ -114,27 +117,54 @@ class DifferentiableSolver:
         negate = hosted.options_reversed if is_tensor else hosted.reversed != hosted.options_reversed
         return jumps_of(given, is_negated=hosted.reversed and is_tensor, negate=negate, argument=argument)
 
-    def _pieces(self, max_steps: int, callback_step: Callable[[Tensor, Tensor, Tensor], object] | None) -> PieceSolver:
-        """What solves the pieces of one solve; it does not hold the solver, for the backward pass may hold it."""
+    def _pieces(
+        self,
+        max_steps: int,
+        callback_step: Callable[[Tensor, Tensor, Tensor], object] | None,
+        tolerance: Callable[[Tensor], Tensor] | None = None,
+    ) -> PieceSolver:
+        """What solves the pieces of one solve; it does not hold the solver, for the backward pass may hold it.
+
+        Args:
+            max_steps, callback_step, tolerance: see `PieceSolver`.
+        """
         field, options = self._vector_field, self._equations
         # Once more, for the backward pass, steps are made without a graph, but by the same iterations.
         differentiable = torch.is_grad_enabled()
-        implicit = self._samples, options.newton, options.on_failure, self._known
+        part = field.part
+        rtol, atol = (_of_part(tolerance, part) for tolerance in (self.rtol, self.atol))
+        first = 0 if part is None else part.start
+        solver = partial(
+            ImplicitSolver,
+            rtol,
+            atol,
+            field.precision,
+            lambda entry: field.entry(first + entry),
+            differentiable,
+            self._samples,
+            options.newton,
+            options.on_failure,
+            self._known,
+        )
         return PieceSolver(
             vector_field=field,
             method=self.method,
             mode=self.backward,
             parameters=self._parameters,
             costate_filter=self.grad_filter if isinstance(self.grad_filter, CostateFilter) else None,
-            implicit=partial(
-                ImplicitSolver, self.rtol, self.atol, field.precision, field.entry, differentiable, *implicit
-            ),
+            implicit=solver if part is None else lambda: QuadratureSolver(solver(), part),
             systems=Systems(self._samples, options.newton, self._known),
             callback_step=callback_step,
             max_steps=max_steps,
+            tolerance=tolerance,
         )
 
     def _warn_of_failures(self, x: Tensor) -> None:
         """Warn of samples that were lost, where they were to become NaN."""
         if self._equations.on_failure == "nan":
             warn_of_failures(self._samples, x, self.method.name)
+
+
+def _of_part(tolerance: float | Tensor, part: slice | None) -> float | Tensor:
+    is_of_entries = isinstance(tolerance, Tensor) and tolerance.ndim == 1 and len(tolerance) > 1
+    return tolerance[part] if part is not None and is_of_entries else tolerance  # type: ignore[index]
