@@ -9,6 +9,7 @@ from .autodiff.reversal import DriftError, Reversible
 from .filters.grad_filter import CostateFilter, LeapfrogFilter, SmoothFilter
 from .filters.stack_filter import filter_gradient, register_grad_filter
 from .forward.newton_options import Newton
+from .forward.solve_report import SolveReport
 from .hosts.interface import odeint
 from .hosts.registration import method_info, register, register_method, unregister
 from .parameters.grid_parameter import GridParameter
@@ -27,6 +28,7 @@ __all__ = [
     "OscillationReport",
     "Reversible",
     "SmoothFilter",
+    "SolveReport",
     "filter_gradient",
     "method_info",
     "odeint",
