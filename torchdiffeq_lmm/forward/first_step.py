@@ -29,8 +29,8 @@ def first_step(later: Callable[[float], Tensor], x: Tensor, slope: Tensor, error
     if not 0 < trial < float("inf"):
         return small
     change = errors.size(later(trial) - slope, scale) / trial
-    largest = max(speed, change)
-    if not largest < float("inf"):
+    if not change < float("inf"):
         return 1e-3 * trial
+    largest = max(speed, change)
     step = max(small, 1e-3 * trial) if largest <= 1e-15 else (0.01 / largest) ** 0.5
     return min(100 * trial, step, interval)
