@@ -23,6 +23,9 @@ from .vector_field import Callback, VectorField
 _SHORTEST = 8
 """No step is shorter than so many units in the last place of its time."""
 
+_SHORTEST_OF_FIRST = 1e-20
+"""Nor is one shorter than so much of the first one: near t = 0 the last place limits nothing."""
+
 _EQUAL = 1e-4
 """The end of a step may be rounded by so much of its length."""
 
@@ -182,6 +185,7 @@ class AdaptiveSteps:
         if not self._report.times:
             self._report.times.append(self._shown(self.times[0]))
         first_step = self._first_step(slope(0, history.x), history.x)
+        self._shortest = _SHORTEST_OF_FIRST * first_step
         controller = StepController(self._family, self._control, first_step)
         while self.count is None:
             state = len(self._rows)
@@ -294,7 +298,11 @@ class AdaptiveSteps:
         if step > max(_SHORTEST * math.ulp(t), self._control.min_step, self._shortest):
             return
         if failure is not None:
-            raise failure
+            raise RuntimeError(
+                f"method {self._family.name!r} found no step whose equation can be solved at t = {self._shown(t):.6g}: "
+                f"the step has become {step:.3g}. func may have returned NaN or infinity, or the solution or func may "
+                f"have a singularity or a jump there (say where in jump_t)"
+            ) from failure
         with torch.no_grad():
             estimate = self._family.error(order, lengths)
             assert estimate is not None
