@@ -34,7 +34,7 @@ class StepControl:
         safety: a factor for steps that errors would just allow.
         ifactor: the largest factor from one step to the next.
         dfactor: the smallest.
-        max_num_steps: the most attempts.
+        max_num_steps: the most attempts from one output to the next.
         max_order: the highest order.
     """
 

@@ -67,7 +67,7 @@ class AdaptiveSolver(DifferentiableSolver):
         max_step: the longest step.
         safety: steps are shorter by this factor than errors would just allow.
         ifactor, dfactor: the largest and smallest factor from one step to the next.
-        max_num_steps: the most attempts in one solve.
+        max_num_steps: the most attempts from one output to the next.
         max_order: the highest order that is used.
         step_t: times that are to be nodes, as `jump_t`.
         jump_t: times at which func jumps, where steps and order begin anew: see `MultistepSolver`.
