@@ -99,9 +99,11 @@ def samples_of(shapes: Sequence[torch.Size], batch_dims: object) -> Samples:
                 f"batch_dims must be at most {common}, the number of leading dimensions that all components of y0 have "
                 f"in common, got {batch_dims} for shapes {[tuple(shape) for shape in shapes]}"
             )
-        return Samples(tuple(shapes), batch_dims)
-    found = Samples(tuple(shapes), max(0, common - 1) if len(shapes) == 1 else common)
-    return Samples(found.shapes, 0) if found.count == 0 else found
+        dims = batch_dims
+    else:
+        dims = max(0, common - 1) if len(shapes) == 1 else common
+    # A state without entries is one sample.
+    return Samples(tuple(shapes), dims if any(shape.numel() for shape in shapes) else 0)
 
 
 def warn_of_failures(samples: Samples, x: Tensor, method: str) -> None:
