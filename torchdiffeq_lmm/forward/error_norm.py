@@ -21,6 +21,8 @@ Norm = Callable[[Tensor], Tensor | float]
 class ErrorNorm:
     """The norm of errors over atol + rtol |y|; over so many units in the last place of y, where that is more.
 
+    It is 0 where the state has no entries.
+
     Attributes:
         rtol, atol: torchdiffeq's, numbers or tensors that broadcast with the state.
         norm: torchdiffeq's, of the state.
@@ -48,6 +50,8 @@ class ErrorNorm:
             history: the past, with the step.
         """
         assert history.previous is not None
+        if history.x.numel() == 0:
+            return [None if estimate is None else 0.0 for estimate in estimates]
         scale = self.scale(history.previous, history.x)
         sizes = [self.norm(self.error(estimate, history) / scale) for estimate in estimates if estimate is not None]
         numbers = iter(self._read(sizes))
@@ -63,7 +67,7 @@ class ErrorNorm:
 
     def size(self, y: Tensor, scale: Tensor) -> float:
         """The norm of something in terms of a scale."""
-        return abs(float(self.norm(y / scale)))
+        return abs(float(self.norm(y / scale))) if y.numel() > 0 else 0.0
 
     @staticmethod
     def _read(sizes: Sequence[Tensor | float]) -> list[float]:
