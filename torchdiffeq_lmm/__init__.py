@@ -1,6 +1,7 @@
 """Linear multistep methods for torchdiffeq, with gradients that converge to those of the underlying flow.
 
-Importing the package registers its methods: ``torchdiffeq.odeint(..., method="ab3")``, ``"bdf2"``, ``"leapfrog"``, ...
+Importing the package registers its methods: ``torchdiffeq.odeint(..., method="ab3")``, ``"bdf2"``, ``"leapfrog"``, ...,
+and ``"bdf"`` and ``"adams"``, which choose their steps.
 `method_info` tells of each.
 """
 
@@ -9,6 +10,7 @@ from .autodiff.reversal import DriftError, Reversible
 from .filters.grad_filter import CostateFilter, LeapfrogFilter, SmoothFilter
 from .filters.stack_filter import filter_gradient, register_grad_filter
 from .forward.newton_options import Newton
+from .forward.solve_report import SolveReport
 from .hosts.interface import odeint
 from .hosts.registration import method_info, register, register_method, unregister
 from .parameters.grid_parameter import GridParameter
@@ -27,6 +29,7 @@ __all__ = [
     "OscillationReport",
     "Reversible",
     "SmoothFilter",
+    "SolveReport",
     "filter_gradient",
     "method_info",
     "odeint",

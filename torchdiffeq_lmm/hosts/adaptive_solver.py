@@ -30,7 +30,7 @@ from torchdiffeq_lmm.schemes.variable_order import VariableOrderFamily
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
 from .torchdiffeq_host import find_event, warn_of_unused_options
 
-ADAPTIVE_NEWTON = Newton(tolerance=0.01)
+ADAPTIVE_NEWTON = Newton(tolerance=0.03)
 """Equations need not be solved much more exactly than the step is accurate."""
 
 _MOST_STEPS = 2**31 - 1
