@@ -36,13 +36,13 @@ class Network(nn.Module):
     def features(self, y: Tensor) -> Tensor:
         return torch.tanh(self.hidden(logarithms(y) / 10))
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
         return torch.exp(self.last(self.features(y))) @ STOICHIOMETRY.T
 
 
 @cache
 def learned() -> Network:
-    """A network whose last layer is fitted to the rates near one trajectory; 0.13 % is the most that they are off by."""
+    """A network whose last layer is fitted to the rates near one trajectory, off by at most 0.13 %."""
     network = Network()
     truth = solve_ivp(
         lambda t, y: (STOICHIOMETRY @ torch.exp(log_rates(torch.from_numpy(y)))).numpy(),
@@ -74,7 +74,7 @@ def by_scipy(start: tuple[float, ...], shift: tuple[float, ...] = (0.0, 0.0, 0.0
     """The end from one state, with something added to the last biases."""
     network, added = learned(), torch.tensor(shift, dtype=F64)
 
-    def f(t: float, y: np.ndarray) -> np.ndarray:  # noqa: ARG001
+    def f(t: float, y: np.ndarray) -> np.ndarray:
         state = torch.from_numpy(y)
         rates = network.last(network.features(state)) + added
         return (torch.exp(rates) @ STOICHIOMETRY.T).numpy()
