@@ -90,6 +90,20 @@ def test_unlike_samples_take_few_more_evaluations_than_one(method: str, dtype: t
     assert calls[1] <= 2 * calls[0]
 
 
+def test_without_a_graph_unlike_samples_are_no_coupled_ones() -> None:
+    """Their Jacobians, by differences, are of different iterates; taken for coupled they cost ten times as much."""
+    calls = []
+    for count in (1, 128):
+        func = Robertson(rates(128, torch.float32)[:count])
+        with torch.no_grad():
+            y = solve(func, start(count, torch.float32), GRID.float())
+        calls.append(func.calls)
+    with torch.no_grad():
+        alone = solve(Robertson(rates(128, torch.float32)[127:]), start(1, torch.float32), GRID.float())
+    assert torch.equal(y[:, 127], alone[:, 0])
+    assert calls[1] <= 3 * calls[0]
+
+
 def test_equal_samples_take_no_more_evaluations_than_one() -> None:
     calls = []
     for count in (1, 128):

@@ -103,6 +103,7 @@ class NewtonIteration:
         self._iterations = np.zeros(count, int)
         # Of Newton's method: the last iterate that was accepted, f, its residual and correction.
         self._base, self._base_f, self._base_residual, self._base_value = (starts[0],) * 4
+        self._has_begun = False
         self._base_level: Numbers = np.full(count, np.inf)
         self._damping: Numbers = np.ones(count)
         self._is_new: Flags = np.ones(count, bool)
@@ -144,6 +145,9 @@ class NewtonIteration:
         substitutes, first, newton = (self.way == way for way in (_SUBSTITUTION, _FIRST, _NEWTON))
         f = equations.iterate(equations.x + self.at)
         self._is_current = True
+        if not self._has_begun:
+            # Of all samples, for a Jacobian by differences starts from f at all of them.
+            self._base, self._base_f, self._has_begun = self.at, f, True
         residual = equations.c + equations.weight * f - self.at
         missing = first & ~solver.has_block()
         if any_of(missing):
