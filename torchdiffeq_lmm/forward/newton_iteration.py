@@ -109,9 +109,10 @@ class NewtonIteration:
             self.equations.iterate(self.equations.x + self.at)
         solver = self.solver
         is_slow = (self._iterations > self._few) | self._was_unclear
-        solver.slow = np.where(is_slow, _REMEMBERED, np.maximum(solver.slow - 1, 0))
         if solver.is_due:
-            solver.uses_newton |= ~solver.uses_newton & (self._iterations > self._few)
+            # Not after one step, which may have had a poor guess.
+            solver.uses_newton |= is_slow & (solver.slow == _REMEMBERED)
+        solver.slow = np.where(is_slow, _REMEMBERED, np.maximum(solver.slow - 1, 0))
         return Outcome(self._d, self._f, self.failed, self.failed & self._ran_out, self._residual, self._excess)
 
     def _iterate(self) -> None:
