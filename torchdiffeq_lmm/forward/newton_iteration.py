@@ -60,10 +60,9 @@ class NewtonIteration:
         count = len(skipped)
         self.way = np.where(skipped, _SOLVED, np.where(solver.uses_newton, _FIRST, _SUBSTITUTION)).astype(np.int8)
         self.at = starts[0]
-        self._d, self._f = starts[0], torch.zeros_like(starts[0])
-        self._residual = torch.zeros_like(starts[0])
-        self._excess = torch.zeros_like(self._residual.abs())
         self._x_size = size_of(equations.x)
+        # Of samples that are not done they mean nothing.
+        self._d, self._f, self._residual, self._excess = starts[0], starts[0], starts[0], self._x_size
         # Of substitution: the last size, the residual at the first start, and how many iterations serve.
         self._previous: Numbers = np.full(count, np.inf)
         self._first_residual: Rows | None = None
@@ -73,7 +72,7 @@ class NewtonIteration:
         self._iterations = np.zeros(count, int)
         # Of Newton's method: the last iterate that was accepted, f, its residual and correction.
         self._base, self._base_f, self._base_residual, self._base_value = (starts[0],) * 4
-        self._seen = torch.full_like(self._x_size, torch.inf)
+        self._seen = self._x_size
         self._has_begun = False
         self._base_level: Numbers = np.full(count, np.inf)
         self._damping: Numbers = np.ones(count)
@@ -100,8 +99,10 @@ class NewtonIteration:
 
     def run(self) -> None:
         """Iterate until every sample is solved or has failed."""
-        while any_of(self.way < _SOLVED):
-            self._iterate()
+        # What is not finite is dealt with.
+        with np.errstate(invalid="ignore", divide="ignore"):
+            while any_of(self.way < _SOLVED):
+                self._iterate()
 
     def outcome(self) -> Outcome:
         """What has become of the equations."""
@@ -132,8 +133,9 @@ class NewtonIteration:
         self.way[solved] = _SOLVED
         if any_of(first | newton):
             self._advance(first & ~solved, newton & ~solved, renewed, now)
-        if any_of(substitutes):
-            self.at = self._rows(substitutes & ~solved, self.at + residual, self.at)
+        going_on = substitutes & ~solved
+        if any_of(going_on):
+            self.at = self._rows(going_on, self.at + residual, self.at)
             if any_of(slow):
                 self._switch(slow)
 
@@ -180,7 +182,8 @@ class NewtonIteration:
                 seen = torch.fmin(rate, self._seen)
                 known = torch.fmin(seen / SLOW, excess_of_residual)
                 sizes += [small, known]
-        read = torch.stack(sizes).amax(2).nan_to_num_(nan=torch.inf, posinf=torch.inf).cpu().numpy().astype(np.float64)
+        largest = torch.stack(sizes).amax(2) if len(sizes) > 1 else excess.amax(1)[None]
+        read = largest.nan_to_num_(nan=torch.inf, posinf=torch.inf).cpu().numpy().astype(np.float64)
         return Iterate(f, residual, value, direction, excess, known, seen, *read, *[read[0]] * (5 - len(read)))
 
     def _accelerated(self, value: Rows, samples: Flags) -> tuple[Rows, Tensor]:
@@ -221,18 +224,17 @@ class NewtonIteration:
         lost &= first
         forgets, refreshed = begins, np.zeros(len(lost), bool)
         if any_of(accepted):
-            with np.errstate(invalid="ignore", divide="ignore"):
-                rate = now.level / self._base_level
-                slow = accepted & (rate > SLOW)
-                # What a Jacobian has shown, another may not.
-                forgets = begins | slow
-                if solver.is_exact:
-                    # The next one, which is in proportion to the correction where the Jacobian is of this iterate.
-                    rate = np.where(renewed, rate * rate, rate)
-                    slow |= accepted & (np.log(CAUTION * now.size) > -self._few * np.log(rate))
-                    self._wanted[accepted] = slow[accepted]
-                else:
-                    refreshed |= slow
+            rate = now.level / self._base_level
+            slow = accepted & (rate > SLOW)
+            # What a Jacobian has shown, another may not.
+            forgets = begins | slow
+            if solver.is_exact:
+                # The next one, which is in proportion to the correction where the Jacobian is of this iterate.
+                rate = np.where(renewed, rate * rate, rate)
+                slow |= accepted & (np.log(CAUTION * now.size) > -self._few * np.log(rate))
+                self._wanted[accepted] = slow[accepted]
+            else:
+                refreshed |= slow
             updated = accepted & ~slow & ~renewed & (self._damping == 1.0) & (now.level > _UPDATED * self._base_level)
             if any_of(updated):
                 solver.update(now.residual, now.value, now.direction, updated, self.equations.weight)
@@ -307,17 +309,13 @@ class NewtonIteration:
         telling = samples & (previous > NEAR) & (previous < np.inf)
         solver.lipschitz[telling] = size[telling] / (previous[telling] * weight)
         # What is left of the error is this correction times the rate, seen before if not now.
-        with np.errstate(invalid="ignore", divide="ignore"):
-            rate = CAUTION * solver.lipschitz * weight
-            solved = (size == 0) | ((size <= 1) & ((rate < 1) | (previous <= 1)))
-            solved |= (size <= NEAR) & (rate * size <= 1)
-            slow = ~(size <= np.maximum(SLOW * previous, 1)) | (self._iterations >= self.solver.max_iterations)
-            # So many iterations are to come.
-            slow |= (
-                telling
-                & self.solver.is_due
-                & (np.log(size) > (self._most - self._iterations) * np.log(previous / size))
-            )
+        rate = CAUTION * solver.lipschitz * weight
+        solved = (size == 0) | ((size <= 1) & ((rate < 1) | (previous <= 1)))
+        solved |= (size <= NEAR) & (rate * size <= 1)
+        slow = ~(size <= np.maximum(SLOW * previous, 1)) | (self._iterations >= self.solver.max_iterations)
+        if solver.is_due and any_of(telling):
+            # More iterations are to come than there should be.
+            slow |= telling & (np.log(size) > (self._most - self._iterations) * np.log(previous / size))
         solved &= samples
         slow &= samples & ~solved
         near = slow & (previous <= NEAR) & (size <= NEAR) & (rate <= CAUTION * SLOW)
@@ -355,10 +353,10 @@ class NewtonIteration:
         if not any_of(samples):
             return
         d = self.at + value
-        # By the equation: f itself would amplify what is left of the error by the Jacobian.
-        slope = (d - self.equations.c) / self.equations.weight
-        if any_of(substitutes):
-            slope = self._rows(substitutes, f, slope)
+        slope = f
+        if not all_of(substitutes):
+            # By the equation: f itself would amplify what is left of the error by the Jacobian.
+            slope = self._rows(substitutes, f, (d - self.equations.c) / self.equations.weight)
         self._d, self._f = self._rows(samples, d, self._d), self._rows(samples, slope, self._f)
 
     def _lose(self, samples: Flags, now: Iterate) -> None:
