@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .block_jacobian import BlockJacobian
-from .block_newton import BlockNewton, CoupledError
+from .block_jacobian import BlockJacobian, CoupledError
+from .block_newton import BlockNewton
 from .correctors import Equation, corrector_of
 from .implicit_equation import Equations, Tolerances, all_of, any_of
 from .jacobian import Jacobian, Slope
 from .known_jacobian import Known, KnownPreconditioner
 from .krylov_newton import Failure, KrylovNewton
 from .linear import to_real
-from .newton_iteration import Outcome
+from .newton_memory import Outcome
 from .newton_options import DEFAULT_NEWTON, Newton
 from .samples import Samples
 
@@ -152,9 +152,8 @@ class ImplicitSolver:
                 samples.split(of.expand_as(x)) if isinstance(of, Tensor) else of for of in (self._rtol, self._atol)
             )
             tolerances = Tolerances(rtol, atol, self._options.tolerance, self._precision)
-            self._blocks = BlockNewton(
-                samples.count, tolerances, BlockJacobian(self._differentiable), self._options.max_iterations
-            )
+            jacobian = BlockJacobian(self._differentiable, self._precision)
+            self._blocks = BlockNewton(samples.count, tolerances, jacobian, self._options.max_iterations)
         lost = np.zeros(samples.count, bool)
         if self._on_failure == "nan":
             # Those that have failed before; f is evaluated where another sample is, so that no gradient is NaN.
