@@ -10,6 +10,8 @@ Source: Hairer, Wanner, *Solving Ordinary Differential Equations II*, IV.8, for 
 rates; Deuflhard, *Newton Methods for Nonlinear Problems*, 3.3, for their damping.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,12 +33,21 @@ class BlockNewton:
         tolerances: see there.
         jacobian: makes the Jacobians.
         max_iterations: of substitution, and of Newton's method from one starting point.
+        on_jacobian: called at every Jacobian, of all samples or some.
     """
 
-    def __init__(self, count: int, tolerances: Tolerances, jacobian: BlockJacobian, max_iterations: int) -> None:
+    def __init__(
+        self,
+        count: int,
+        tolerances: Tolerances,
+        jacobian: BlockJacobian,
+        max_iterations: int,
+        on_jacobian: Callable[[], object],
+    ) -> None:
         self.tolerances = tolerances
         self._jacobian = jacobian
         self.max_iterations = max_iterations
+        self._on_jacobian = on_jacobian
         self.uses_newton: Flags = np.zeros(count, bool)
         self.slow: Numbers = np.zeros(count)
         self.lipschitz: Numbers = np.full(count, np.inf)
@@ -140,6 +151,7 @@ class BlockNewton:
         return self._has_block
 
     def _keep(self, blocks: Tensor, weight: float, samples: Flags) -> None:
+        self._on_jacobian()
         if self._blocks is None or self._inverses is None or all_of(samples):
             self._blocks, self._inverses = blocks, inverses_of(blocks, weight)
         else:

@@ -244,11 +244,12 @@ class AdaptiveSolver(DifferentiableSolver):
 
     def _begin(self) -> PieceSolver:
         self._report.begin()
-        self._vector_field.evaluations = 0
+        self._vector_field.evaluations = self._vector_field.jacobians = 0
         return self._pieces(_SEGMENT, None, self._errors.scale)
 
     def _end(self) -> None:
         self._report.evaluations = self._vector_field.evaluations
+        self._report.jacobians = self._vector_field.jacobians
 
     def _steps_until_event(self, begin: Tensor) -> Iterator[tuple[AdaptiveSteps, Tensor]]:
         """Steps from one jump to the next, the last of them without an end."""
