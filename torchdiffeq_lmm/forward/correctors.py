@@ -3,6 +3,7 @@
 The first are made by a Jacobian of each iterate's own, the second by one that is kept from step to step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
