@@ -1,6 +1,7 @@
 """Linear multistep methods for torchdiffeq, with gradients that converge to those of the underlying flow.
 
-Importing the package registers its methods: ``torchdiffeq.odeint(..., method="ab3")``, ``"bdf2"``, ``"leapfrog"``, ...
+Importing the package registers its methods: ``torchdiffeq.odeint(..., method="ab3")``, ``"bdf2"``, ``"leapfrog"``, ...,
+and ``"bdf"`` and ``"adams"``, which choose their steps.
 `method_info` tells of each.
 """
 

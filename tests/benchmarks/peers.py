@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -115,6 +116,37 @@ def diffrax_solves(field: Callable[[Any, Any], Any], start: Any, horizon: float)
     fixed = jax.jit(lambda step: end(diffrax.LeapfrogMidpoint(), diffrax.ConstantStepSize(), step))
     adaptive = jax.jit(lambda tol: end(diffrax.Tsit5(), diffrax.PIDController(rtol=tol, atol=tol), None))
     return (lambda step: jax.block_until_ready(fixed(step))), (lambda tol: jax.block_until_ready(adaptive(tol)))
+
+
+@cache
+def diffrax_adaptive(
+    field: Callable[[Any, Any, Any], Any], start: tuple[float, ...], horizon: float, solver: str
+) -> Callable[[float, float], Any]:
+    """An adaptive solver of diffrax for one problem in double precision, jitted.
+
+    Args:
+        field: ``field(xp, t, y)``.
+        start: y(0).
+        horizon: the end.
+        solver: the name of its class.
+
+    Returns:
+        From rtol and atol to the final state, once it is there.
+    """
+    diffrax, jax, jnp = _diffrax()
+    term = diffrax.ODETerm(lambda t, y, args: field(jnp, t, y))
+    y0 = jnp.asarray(start, dtype=jnp.float64)
+
+    def end(rtol: Any, atol: Any) -> Any:
+        controller = diffrax.PIDController(rtol=rtol, atol=atol)
+        method = getattr(diffrax, solver)()
+        solution = diffrax.diffeqsolve(
+            term, method, 0.0, horizon, None, y0, stepsize_controller=controller, max_steps=1_000_000
+        )
+        return solution.ys[-1]
+
+    jitted = jax.jit(end)
+    return lambda rtol, atol: jax.block_until_ready(jitted(rtol, atol))
 
 
 def diffrax_batch(

@@ -37,6 +37,16 @@ CURVES: dict[str, dict[str, Any]] = {
     "diffrax LeapfrogMidpoint, jitted": {"color": BLUE, "marker": "*", "linestyle": "-."},
     "diffrax Tsit5, jitted": {"color": BLACK, "marker": "*", "linestyle": "-."},
 }
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "bdf": {"color": BLUE, "marker": "o", "linestyle": "-"},
+    "adams": {"color": RED, "marker": "s", "linestyle": "-"},
+    "SciPy BDF": {"color": BLUE, "marker": "x", "linestyle": "--"},
+    "SciPy Radau": {"color": ORANGE, "marker": "+", "linestyle": "--"},
+    "SciPy LSODA": {"color": GREEN, "marker": "2", "linestyle": "--"},
+    "SciPy DOP853": {"color": PURPLE, "marker": "3", "linestyle": "--"},
+    "torchdiffeq dopri5": {"color": BLACK, "marker": "1", "linestyle": "--"},
+    "torchdiffeq dopri8": {"color": SKY, "marker": "4", "linestyle": "--"},
+}
 MODES: dict[str, dict[str, Any]] = {
     "leapfrog, autograd": {"color": BLACK, "marker": "s", "linestyle": "-"},
     "leapfrog, reversible": {"color": BLUE, "marker": "o", "linestyle": "-"},
@@ -80,6 +90,28 @@ def draw_memory(results: dict[str, Any], path: Path) -> None:
         panel.set_ylabel(f"relative error of the {of}")
     _legend(figure, panels, columns=3)
     _save(figure, path, bottom=0.12)
+
+
+def draw_adaptive(results: dict[str, Any], path: Path) -> None:
+    """Error against evaluations, a panel for each problem: stiff ones above."""
+    names = list(results["problems"])
+    columns = (len(names) + 1) // 2
+    figure, panels = plt.subplots(2, columns, figsize=(3.3 * columns, 7.4), squeeze=False)
+    for panel in panels.flat[len(names) :]:
+        panel.set_axis_off()
+    for panel, name in zip(panels.flat, names, strict=False):
+        for solver, points in results["problems"][name].items():
+            known = [point for point in points if point["evaluations"] is not None]
+            if known:
+                x, y = ([point[key] for point in known] for key in ("evaluations", "error"))
+                panel.loglog(x, y, label=solver, linewidth=1.2, markersize=5, **ADAPTIVE[solver])
+        panel.set_title(name)
+        panel.set_xlabel("evaluations of func")
+        panel.grid(alpha=0.3)
+    for row in panels:
+        row[0].set_ylabel("relative error at the end")
+    _legend(figure, panels, columns=4)
+    _save(figure, path, bottom=0.09)
 
 
 def draw_summary(memory: dict[str, Any], precision: dict[str, Any], path: Path) -> None:

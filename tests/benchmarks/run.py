@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import adaptive
 import batches
 import compilation
 import implicit
@@ -22,7 +23,7 @@ import precision
 import speed
 import summary
 from machine import machine
-from pictures import draw_memory, draw_precision, draw_summary
+from pictures import draw_adaptive, draw_memory, draw_precision, draw_summary
 from report import markdown, write_json
 
 PARTS: dict[str, ModuleType] = {
@@ -33,8 +34,13 @@ PARTS: dict[str, ModuleType] = {
     "compile": compilation,
     "memory": memory,
     "precision": precision,
+    "adaptive": adaptive,
 }
-PICTURES: dict[str, Callable[[dict[str, Any], Path], None]] = {"memory": draw_memory, "precision": draw_precision}
+PICTURES: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "memory": draw_memory,
+    "precision": draw_precision,
+    "adaptive": draw_adaptive,
+}
 
 
 def names(given: str) -> list[str]:

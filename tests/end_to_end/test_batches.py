@@ -87,6 +87,20 @@ def test_unlike_samples_take_few_more_evaluations_than_one(method: str, dtype: t
         func = Robertson(rates(256, dtype)[:count])
         solve(func, start(count, dtype), GRID.to(dtype), method)
         calls.append(func.calls)
+    assert calls[1] <= 1.5 * calls[0]
+
+
+def test_without_a_graph_unlike_samples_are_no_coupled_ones() -> None:
+    """Their Jacobians, by differences, are of different iterates; taken for coupled they cost ten times as much."""
+    calls = []
+    for count in (1, 128):
+        func = Robertson(rates(128, torch.float32)[:count])
+        with torch.no_grad():
+            y = solve(func, start(count, torch.float32), GRID.float())
+        calls.append(func.calls)
+    with torch.no_grad():
+        alone = solve(Robertson(rates(128, torch.float32)[127:]), start(1, torch.float32), GRID.float())
+    assert torch.equal(y[:, 127], alone[:, 0])
     assert calls[1] <= 2 * calls[0]
 
 
@@ -184,6 +198,51 @@ def test_the_worst_sample_is_as_accurate_as_alone(name: str, dtype: torch.dtype)
             )
             assert error <= 10 * error_alone + 1e-6
             assert error < 0.1
+
+
+def hires(k: Any) -> Callable[[Any], list[Any]]:
+    """From the components of y to those of y': high irradiance responses, after Hairer and Wanner."""
+
+    def slopes(y: Any) -> list[Any]:
+        bound = k * y[5] * y[7] - 1.81 * y[6]
+        return [
+            -1.71 * y[0] + 0.43 * y[1] + 8.32 * y[2] + 0.0007,
+            1.71 * y[0] - 8.75 * y[1],
+            -10.03 * y[2] + 0.43 * y[3] + 0.035 * y[4],
+            8.32 * y[1] + 1.71 * y[2] - 1.12 * y[3],
+            -1.745 * y[4] + 0.43 * y[5] + 0.43 * y[6],
+            -k * y[5] * y[7] + 0.69 * y[3] + 1.71 * y[4] - 0.43 * y[5] + 0.69 * y[6],
+            bound,
+            -bound,
+        ]
+
+    return slopes
+
+
+@pytest.mark.parametrize("method", ["bdf2", pytest.param("bdf3", marks=pytest.mark.slow)])
+def test_the_worst_sample_of_hires_in_single_precision(method: str) -> None:
+    """By the steps of this grid it is about 1e-3 from the solution at most."""
+    values = torch.logspace(2, 3, 32)
+    start = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0.0057])
+    t = torch.cat([torch.zeros(1), torch.logspace(-4, 0, 30), torch.linspace(1, 20, 40)[1:]])
+
+    def ends(k: Tensor) -> np.ndarray:
+        y0 = start.repeat(len(k), 1)
+        with torch.no_grad():
+            y = solve(lambda t, y: torch.stack(hires(k)(y.unbind(-1)), -1), y0, t, method)
+        return y[-1].double().numpy()
+
+    found = ends(values)
+    errors = {}
+    for sample in (0, 31):
+        slopes = hires(float(values[sample]))
+        wanted = solve_ivp(
+            lambda t, y, slopes=slopes: slopes(y), (0, 20.0), start.double(), method="Radau", rtol=1e-8, atol=1e-12
+        ).y[:, -1]
+        alone = ends(values[sample : sample + 1])[0]
+        errors[sample], error_alone = (float(np.abs(x / wanted - 1).max()) for x in (found[sample], alone))
+        assert errors[sample] <= 10 * error_alone + 1e-6
+    assert max(errors.values()) < 2e-3
 
 
 class TestGradients:

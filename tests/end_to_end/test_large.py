@@ -80,6 +80,35 @@ class TestHeatEquation:
         torch.testing.assert_close(by_y0, decay * slow, rtol=0, atol=1e-4)
 
 
+class TestRods:
+    """Rods of 300 points each that cool at unlike rates, from the slowest mode of their matrix."""
+
+    SIZE, END, STEPS = 300, 0.02, 40
+
+    @pytest.mark.parametrize("count", [2, 12])
+    def test_every_rod_has_a_matrix(self, count: int) -> None:
+        x = torch.arange(1, self.SIZE + 1, dtype=F64) / (self.SIZE + 1)
+        rate = 4 * (self.SIZE + 1) ** 2 * sin(pi / 2 / (self.SIZE + 1)) ** 2
+        diffusivity = torch.logspace(-1, 1, count, dtype=F64, requires_grad=True)
+
+        def cool(t: Tensor, y: Tensor) -> Tensor:
+            p = torch.nn.functional.pad(y, (1, 1))
+            return diffusivity[:, None] * (self.SIZE + 1) ** 2 * (p[:, 2:] - 2 * y + p[:, :-2])
+
+        f, calls = counted(cool)
+        t = torch.tensor([0.0, self.END], dtype=F64)
+        y = odeint(
+            f, torch.sin(pi * x).expand(count, -1), t, method="bdf3", options={"step_size": self.END / self.STEPS}
+        )
+        # By products with the Jacobian of all of them they were not solved at all.
+        assert calls[0] < 5 * self.STEPS
+        decay = torch.exp(-diffusivity.detach() * rate * self.END)
+        assert (y[-1] - decay[:, None] * torch.sin(pi * x)).abs().max() < 2e-4
+        (gradient,) = torch.autograd.grad(y[-1, :, self.SIZE // 2].sum(), diffusivity)
+        exact = -rate * self.END * decay * torch.sin(pi * x[self.SIZE // 2])
+        assert (gradient - exact).abs().max() < 2e-3
+
+
 @pytest.mark.slow
 class TestBrusselator:
     """In one dimension: Hairer, Wanner, *Solving Ordinary Differential Equations II*, IV.10, with 2 × 500 unknowns."""

@@ -107,9 +107,9 @@ def test_substitution_newton_and_krylov_agree() -> None:
     def mild(x: Tensor) -> Tensor:
         return -0.3 * x - x**3 / 20 + torch.sin(x)
 
-    expected = reference(mild, x, 0.1, known)
+    expected = reference(mild, x, 0.003, known)
     by_substitution = Counted(mild)
-    torch.testing.assert_close(solved(tight(), by_substitution, x, 0.1, known)[0], expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(solved(tight(), by_substitution, x, 0.003, known)[0], expected, rtol=1e-9, atol=1e-10)
     assert by_substitution.slopes == 0
     for company in (4, LIMIT):
 
@@ -118,9 +118,9 @@ def test_substitution_newton_and_krylov_agree() -> None:
 
         wide, beside = torch.cat([x, torch.ones(company)]), torch.cat([known, torch.zeros(company)])
         by_newton = Counted(f)
-        d, _ = solved(tight(), by_newton, wide, 0.1, beside)
+        d, _ = solved(tight(), by_newton, wide, 0.003, beside)
         torch.testing.assert_close(d[:4], expected, rtol=1e-9, atol=1e-10)
-        torch.testing.assert_close(d[4:], torch.full((company,), 1 / 1001 - 1, dtype=torch.float64), rtol=1e-9, atol=0)
+        torch.testing.assert_close(d[4:], torch.full((company,), 1 / 31 - 1, dtype=torch.float64), rtol=1e-9, atol=0)
         # One evaluation makes a dense Jacobian, one each product in a Krylov space.
         assert (by_newton.slopes == 1) == (company == 4)
 
@@ -186,11 +186,11 @@ def test_nothing_to_solve() -> None:
 @pytest.mark.parametrize("rtol", [1e-3, 1e-6, 1e-9])
 def test_the_tolerance_is_relative_to_the_state(rtol: float) -> None:
     x = torch.tensor([1e-3, 1.0, 1e4], dtype=torch.float64)
-    f = Counted(lambda x: -0.9 * x)
+    f = Counted(lambda x: -0.02 * x)
     d, _ = solved(ImplicitSolver(rtol, 0.0, EPS, name), f, x, 0.3)
-    error = ((d + x * 0.27 / 1.27) / x).abs()
+    error = ((d + x * 0.006 / 1.006) / x).abs()
     assert float(error.max()) <= 1e-4 * rtol
-    looser = Counted(lambda x: -0.9 * x)
+    looser = Counted(lambda x: -0.02 * x)
     solved(ImplicitSolver(100 * rtol, 0.0, EPS, name), looser, x, 0.3)
     assert looser.iterates < f.iterates
 
@@ -220,30 +220,36 @@ def test_a_good_guess_is_one_iterate_once_the_rate_is_known() -> None:
 
 def test_the_jacobian_is_kept_as_long_as_it_serves() -> None:
     solver, f = tight(), Counted(lambda x: -1e3 * x + torch.sin(x))
-    x = torch.ones(2, dtype=torch.float64)
+    x = torch.ones(12, dtype=torch.float64)
     for step in range(10):
         before = f.iterates
         d, _ = solved(solver, f, x, 0.1)
         x = x + d
         # Newton's method from the start, once substitution has failed.
-        assert step == 0 or f.iterates - before <= 5
+        assert step == 0 or f.iterates - before <= 3
     assert f.slopes == 1
+
+
+def test_a_small_jacobian_is_made_anew_where_that_saves_iterations() -> None:
+    """By the evaluation that gives f at the first iterate, so that it costs none."""
+    solver, f = tight(), Counted(lambda x: -1e3 * x + torch.sin(x))
+    x = torch.ones(2, dtype=torch.float64)
+    for step in range(10):
+        before = f.iterates + f.slopes
+        d, _ = solved(solver, f, x, 0.1)
+        x = x + d
+        assert f.iterates + f.slopes - before <= (6 if step == 0 else 3 if step == 1 else 2)
 
 
 def test_a_jacobian_that_serves_no_longer_is_replaced() -> None:
     solver = tight()
     x = torch.ones(2, dtype=torch.float64)
-    for rate, jacobians in ((-100.0, 1), (-1.0, 1), (-1e4, 1)):
-        differentiated = 0
-
-        def slope(x: Tensor) -> Tensor:
-            nonlocal differentiated
-            differentiated += x.requires_grad
-            return rate * x
-
-        d, _ = solver.solve(x, None, 0.1, None, slope, lambda x: rate * x, str)
+    # A Jacobian of what is stiffer makes small corrections, which another iterate has to show.
+    for rate, most in ((-100.0, 4), (-1.0, 5), (-1e4, 2)):
+        f = Counted(lambda x, rate=rate: rate * x)  # type: ignore[misc]
+        d, _ = solved(solver, f, x, 0.1)
         torch.testing.assert_close(x + d, x / (1 - 0.1 * rate), rtol=1e-8, atol=0)
-        assert differentiated <= jacobians
+        assert f.iterates + f.slopes <= most
 
 
 def test_every_solver_has_its_own_jacobian() -> None:

@@ -48,7 +48,7 @@ class RecordedJacobians:
         self._equations = LinearSolver(systems.newton)
         self._by_blocks = BlockLinearSolver()
         self._samples = systems.samples
-        self._largest_block = systems.newton.matrix_limit
+        self._newton = systems.newton
         self._known = systems.known
         self._precision = precision
         self._stored = stored
@@ -143,7 +143,7 @@ class RecordedJacobians:
         samples = self._samples
         rows = samples.split(rhs)
         like = real_rows(rows)
-        if like.shape[1] > self._largest_block:
+        if not self._newton.allows_blocks(samples.count, like.shape[1]):
             return None
 
         def product(of: Tensor) -> Tensor:

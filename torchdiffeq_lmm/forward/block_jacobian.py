@@ -37,54 +37,74 @@ def rows_like(real: Tensor, like: Tensor) -> Tensor:
     return torch.view_as_complex(real.unflatten(1, (-1, 2))) if like.is_complex() else real
 
 
+class CoupledError(Exception):
+    """f does not act on samples independently."""
+
+
 class BlockJacobian:
     """The blocks at one state after another, by auto-differentiation for as long as func allows, else by differences.
 
+    Where other samples have a part in f of a sample, there are no blocks. With auto-differentiation that is seen by a
+    random product, which is compared with that of the blocks; with differences, by changing half of the samples.
+
     Args:
         differentiable: whether auto-differentiation may be tried: func is then given a state that requires a gradient.
+        precision: of func's values, relative.
     """
 
-    def __init__(self, differentiable: bool) -> None:
+    def __init__(self, differentiable: bool, precision: float) -> None:
         self._differentiable = differentiable
+        self._precision = precision
+        self._noise: Tensor | None = None
 
     @property
     def is_exact(self) -> bool:
-        """Whether the last blocks were made by auto-differentiation."""
+        """Whether the next blocks are to be made by auto-differentiation."""
         return self._differentiable
 
     def by_differences(self) -> "BlockJacobian":
         """One that uses differences alone."""
-        return BlockJacobian(False)
+        return BlockJacobian(False, self._precision)
 
-    def blocks(
-        self, slope: Callable[[Tensor], Tensor], x: Tensor, f: Tensor, sizes: Tensor, precision: float
-    ) -> Tensor | None:
-        """∂f_i/∂x_j of every sample, of shape (S, D, D); None where other samples have a part in it.
-
-        That is seen by a random product, which is compared with that of the blocks; with differences, by changing half
-        of the samples.
+    def differentiated(self, slope: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """F, and ∂f_i/∂x_j of every sample, of shape (S, D, D), by one evaluation; None where func has no graph.
 
         Args:
             slope: f, of all rows at once.
             x: the states, of shape (S, D).
+
+        Raises:
+            CoupledError: other samples have a part in it.
+        """
+        if not self._differentiable:
+            return None
+        try:
+            with torch.enable_grad():
+                f, blocks, product = _differentiated(slope, x)
+        except (RuntimeError, _NoGraphError):
+            # As func that uses NumPy or out= raises; an error of another cause, differences will meet again.
+            self._differentiable = False
+            return None
+        if len(x) > 1:
+            real = real_rows(x)
+            if self._noise is None:
+                self._noise = noise(real, 1)
+            found, wanted = product(self._noise), (self._noise[:, None, :] @ blocks)[:, 0]
+            terms = (self._noise.abs()[:, None, :] @ blocks.abs()).amax((1, 2))
+            _check_agreement(found, wanted, self._precision**0.5 * terms)
+        return f, blocks
+
+    def differences(self, slope: Callable[[Tensor], Tensor], x: Tensor, f: Tensor, sizes: Tensor) -> Tensor:
+        """The same blocks by differences.
+
+        Args:
+            slope, x: see above.
             f: f there.
             sizes: what size the entries of a state and its corrections are of, of shape (S, D), real.
-            precision: of func's values, relative.
+
+        Raises:
+            CoupledError: see above.
         """
-        if self._differentiable:
-            try:
-                with torch.enable_grad():
-                    blocks, product = _differentiated(slope, x)
-            except (RuntimeError, _NoGraphError):
-                # As func that uses NumPy or out= raises; an error of another cause, differences will meet again.
-                self._differentiable = False
-            else:
-                if len(x) == 1:
-                    return blocks
-                u = noise(real_rows(x), 1)
-                found, wanted = product(u), (u[:, None, :] @ blocks)[:, 0]
-                terms = (u.abs()[:, None, :] @ blocks.abs()).amax((1, 2))
-                return blocks if _agree(found, wanted, terms, precision**0.5) else None
         increments = real_rows(
             torch.complex(*(2 * [_increments(x, sizes)])) if x.is_complex() else _increments(x, sizes)
         )
@@ -95,36 +115,39 @@ class BlockJacobian:
             return real_rows(slope(x + rows_like(change, x))) - start
 
         blocks = torch.stack([difference(increments * unit) for unit in units], 2) / increments[:, None, :]
-        if len(x) == 1:
-            return blocks
-        # Where half of the samples change, nothing does in the others.
-        changes = noise(increments[:, :1], 1) > 0
-        left = difference(torch.where(changes, increments, 0.0)).masked_fill(changes, 0.0)
-        rounding = _ROUNDING * precision * start.abs().amax(1)
-        return blocks if _agree(left, torch.zeros_like(left), rounding, 1.0) else None
+        if len(x) > 1:
+            # Where half of the samples change, nothing does in the others.
+            changes = noise(increments[:, :1], 1) > 0
+            left = difference(torch.where(changes, increments, 0.0)).masked_fill(changes, 0.0)
+            _check_agreement(left, torch.zeros_like(left), _ROUNDING * self._precision * start.abs().amax(1))
+        return blocks
 
 
 class _NoGraphError(Exception):
     """What func returns does not depend on the state by auto-differentiation."""
 
 
-def _agree(found: Tensor, wanted: Tensor, terms: Tensor, tolerance: float) -> bool:
+def _check_agreement(found: Tensor, wanted: Tensor, tolerance: Tensor) -> None:
     missed = (found - wanted).abs().amax(1)
     # What is not finite tells nothing of the others.
-    return bool((missed <= tolerance * terms).logical_or(~torch.isfinite(terms)).all())
+    if not bool((missed <= tolerance).logical_or(~torch.isfinite(tolerance)).all()):
+        raise CoupledError
 
 
-def _differentiated(slope: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _differentiated(slope: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
     leaf = x.detach().requires_grad_()
     f = slope(leaf)
     if not f.requires_grad:
         raise _NoGraphError
     like = real_rows(x)
-    if torch.autograd.grad(f, leaf, torch.zeros_like(f), retain_graph=True, allow_unused=True)[0] is None:
-        raise _NoGraphError
 
     def pulled(cotangent: Tensor, is_batched: bool = False) -> Tensor:
-        return torch.autograd.grad(f, leaf, cotangent, retain_graph=True, is_grads_batched=is_batched)[0]
+        (found,) = torch.autograd.grad(
+            f, leaf, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=is_batched
+        )
+        if found is None:
+            raise _NoGraphError
+        return found
 
     def product(u: Tensor) -> Tensor:
         return real_rows(pulled(rows_like(u, f)))
@@ -139,7 +162,7 @@ def _differentiated(slope: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tenso
             rows = [real_rows(row) for batch in batches for row in pulled(batch, is_batched=True)]
     if rows is None:
         rows = [real_rows(pulled(cotangent)) for cotangent in cotangents]
-    return torch.stack(rows, 1).detach(), product
+    return f.detach(), torch.stack(rows, 1).detach(), product
 
 
 def _increments(x: Tensor, sizes: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from .block_jacobian import real_rows, rows_like
 from .block_newton import inverses_of
 
 _ROUNDING = 64
-"""So many units in the last place are rounding."""
+"""So many units in the last place are rounding; more where sums have many terms."""
 
 _REFINEMENTS = 20
 """A solution by blocks is corrected so often, at most."""
@@ -73,6 +73,7 @@ class BlockLinearSolver:
             return rows_like((inverses @ real_rows(rows).to(inverses.dtype)[..., None])[..., 0], rows)
 
         z = by_blocks(given)
+        rounding = _ROUNDING * eps * max(1.0, self._blocks.shape[-1] / _FEW)
         before = torch.inf
         for _ in range(_REFINEMENTS):
             correction = by_blocks(given - z + weight * product(z))
@@ -85,7 +86,7 @@ class BlockLinearSolver:
             if not size < torch.inf:
                 return None
             z = z + correction
-            if size <= _ROUNDING * eps:
+            if size <= rounding:
                 return z.where(is_finite, torch.nan)
             if size > rate * before:
                 return None

@@ -10,17 +10,19 @@ Source: Hairer, Wanner, *Solving Ordinary Differential Equations II*, IV.8, for 
 rates; Deuflhard, *Newton Methods for Nonlinear Problems*, 3.3, for their damping.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from .block_jacobian import BlockJacobian, real_rows, rows_like
 from .implicit_equation import Equations, Flags, Numbers, Rows, Tolerances, all_of, any_of
-from .newton_iteration import NewtonIteration, Outcome
+from .newton_iteration import NewtonIteration
+from .newton_memory import Outcome
 
-
-class CoupledError(Exception):
-    """f does not act on samples independently."""
+_PERIOD = 4
+"""Jacobians that take evaluations are made at once for all samples that want one, in every step of this number."""
 
 
 class BlockNewton:
@@ -31,15 +33,26 @@ class BlockNewton:
         tolerances: see there.
         jacobian: makes the Jacobians.
         max_iterations: of substitution, and of Newton's method from one starting point.
+        on_jacobian: called at every Jacobian, of all samples or some.
     """
 
-    def __init__(self, count: int, tolerances: Tolerances, jacobian: BlockJacobian, max_iterations: int) -> None:
+    def __init__(
+        self,
+        count: int,
+        tolerances: Tolerances,
+        jacobian: BlockJacobian,
+        max_iterations: int,
+        on_jacobian: Callable[[], object],
+    ) -> None:
         self.tolerances = tolerances
         self._jacobian = jacobian
         self.max_iterations = max_iterations
+        self._on_jacobian = on_jacobian
         self.uses_newton: Flags = np.zeros(count, bool)
+        self.slow: Numbers = np.zeros(count)
         self.lipschitz: Numbers = np.full(count, np.inf)
         self._has_block: Flags = np.zeros(count, bool)
+        self._steps = 0
         self._blocks: Tensor | None = None
         self._inverses: Tensor | None = None
         self._weights: Numbers = np.full(count, np.nan)
@@ -57,6 +70,7 @@ class BlockNewton:
         """
         with torch.no_grad():
             self._reweigh(equations.weight)
+            self._steps += 1
             solving = NewtonIteration(self, equations, starts, skipped)
             solving.run()
             if len(starts) > 1 and any_of(solving.failed):
@@ -74,6 +88,16 @@ class BlockNewton:
                     self._jacobian = exact
             return solving.outcome()
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether Jacobians are made by auto-differentiation."""
+        return self._jacobian.is_exact
+
+    @property
+    def is_due(self) -> bool:
+        """Whether Jacobians may be made anew before they fail: in few steps where that takes evaluations."""
+        return self._jacobian.is_exact or self._steps % _PERIOD == 0
+
     def correct(self, residual: Rows, newton: Flags) -> Rows:
         """The Newton correction for a residual, of some samples; of the others the residual itself."""
         if self._inverses is None or not any_of(newton):
@@ -81,22 +105,42 @@ class BlockNewton:
         solved = rows_like((self._inverses @ real_rows(residual).to(self._inverses.dtype)[..., None])[..., 0], residual)
         return solved if all_of(newton) else torch.where(self._mask(newton, residual), solved, residual)
 
+    def evaluate(self, equations: Equations, d: Rows, samples: Flags) -> Rows | None:
+        """f at d, and by the same evaluation the Jacobians of some samples anew; None where func has no graph."""
+        found = self._jacobian.differentiated(equations.slope, equations.x + d)
+        if found is None:
+            return None
+        self._keep(found[1], equations.weight, samples)
+        return found[0]
+
     def refresh(self, equations: Equations, d: Rows, f: Rows, samples: Flags) -> None:
         """Make the Jacobians of some samples anew, at d."""
-        sizes = torch.maximum(torch.maximum((equations.x + d).abs(), d.abs()), equations.c.abs())
-        sizes = torch.maximum(sizes, abs(equations.weight) * f.abs())
-        blocks = self._jacobian.blocks(equations.slope, equations.x + d, f, sizes, self.tolerances.precision)
-        if blocks is None:
-            raise CoupledError
-        inverses = inverses_of(blocks, equations.weight)
-        if self._blocks is None or self._inverses is None or all_of(samples):
-            self._blocks, self._inverses = blocks, inverses
-        else:
-            mask = torch.from_numpy(samples).to(blocks.device)[:, None, None]
-            self._blocks = torch.where(mask, blocks, self._blocks)
-            self._inverses = torch.where(mask, inverses, self._inverses)
-        self._has_block |= samples
-        self._weights[samples] = equations.weight
+        if self.evaluate(equations, d, samples) is None:
+            sizes = torch.maximum(torch.maximum((equations.x + d).abs(), d.abs()), equations.c.abs())
+            sizes = torch.maximum(sizes, abs(equations.weight) * f.abs())
+            blocks = self._jacobian.differences(equations.slope, equations.x + d, f, sizes)
+            self._keep(blocks, equations.weight, samples)
+
+    def update(self, residual: Rows, correction: Rows, direction: Tensor, samples: Flags, weight: float) -> None:
+        """Add to the Jacobians of some samples what the last step has shown of them, by Broyden's rank-one update.
+
+        Args:
+            residual: after the step.
+            correction: by the updated Jacobians.
+            direction: the step s in terms of its own length, s / |s|², which products with it are made of.
+            samples: which.
+            weight: b*.
+        """
+        assert self._blocks is not None
+        assert self._inverses is not None
+        row = real_rows(direction)[:, None, :]
+        blocks = torch.addcmul(self._blocks, real_rows(residual / weight)[..., None], row.to(self._blocks.dtype))
+        to = self._inverses.dtype
+        inverses = torch.addcmul(self._inverses, real_rows(correction).to(to)[..., None], row.to(to) @ self._inverses)
+        if not all_of(samples):
+            mask = self._mask(samples, blocks)[..., None]
+            blocks, inverses = torch.where(mask, blocks, self._blocks), torch.where(mask, inverses, self._inverses)
+        self._blocks, self._inverses = blocks, inverses
 
     def forget(self, samples: Flags) -> None:
         """Forget the Jacobians of some samples."""
@@ -105,6 +149,18 @@ class BlockNewton:
     def has_block(self) -> Flags:
         """Which samples have a Jacobian."""
         return self._has_block
+
+    def _keep(self, blocks: Tensor, weight: float, samples: Flags) -> None:
+        self._on_jacobian()
+        if self._blocks is None or self._inverses is None or all_of(samples):
+            self._blocks, self._inverses = blocks, inverses_of(blocks, weight)
+        else:
+            index = torch.from_numpy(np.flatnonzero(samples)).to(blocks.device)
+            chosen = blocks[index]
+            self._blocks.index_copy_(0, index, chosen)
+            self._inverses.index_copy_(0, index, inverses_of(chosen, weight))
+        self._has_block |= samples
+        self._weights[samples] = weight
 
     def _reweigh(self, weight: float) -> None:
         stale = self._has_block & (self._weights != weight)

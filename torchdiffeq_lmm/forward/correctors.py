@@ -3,6 +3,7 @@
 The first are made by a Jacobian of each iterate's own, the second by one that is kept from step to step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -190,14 +191,22 @@ class SparseCorrector:
         jacobian: makes products with J, for its entries and for a check of them.
         known: the structure of J, or J itself.
         precision: the relative precision of func's values.
+        on_jacobian: called whenever J is made.
     """
 
     keeps = True
     stale = _STALE
     is_dear = False
 
-    def __init__(self, jacobian: Jacobian, known: KnownSparsity | KnownJacobian, precision: float) -> None:
+    def __init__(
+        self,
+        jacobian: Jacobian,
+        known: KnownSparsity | KnownJacobian,
+        precision: float,
+        on_jacobian: Callable[[], object],
+    ) -> None:
         self.jacobian = jacobian
+        self._on_jacobian = on_jacobian
         self._known = known
         self._precision = precision
         self._made = 0
@@ -221,6 +230,7 @@ class SparseCorrector:
         """
         assert equation.time is not None
         self._made += 1
+        self._on_jacobian()
         x, sizes = equation.x + d, equation.sizes(d, f)
         scale = self.jacobian.increments(x, sizes)
         product = self.jacobian.product(equation.slope, x, f, sizes)
@@ -338,8 +348,10 @@ class _Checked:
         return product
 
 
-def corrector_of(jacobian: Jacobian, newton: Newton, known: Known | None, precision: float) -> Corrector:
+def corrector_of(
+    jacobian: Jacobian, newton: Newton, known: Known | None, precision: float, on_jacobian: Callable[[], object]
+) -> Corrector:
     """What makes the corrections, by what the user knows of J."""
     if known is None or isinstance(known, KnownPreconditioner):
         return KrylovCorrector(jacobian, newton, known)
-    return SparseCorrector(jacobian, known, precision)
+    return SparseCorrector(jacobian, known, precision, on_jacobian)

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .block_jacobian import BlockJacobian
-from .block_newton import BlockNewton, CoupledError
+from .block_jacobian import BlockJacobian, CoupledError
+from .block_newton import BlockNewton
 from .correctors import Equation, corrector_of
 from .implicit_equation import Equations, Tolerances, all_of, any_of
 from .jacobian import Jacobian, Slope
 from .known_jacobian import Known, KnownPreconditioner
 from .krylov_newton import Failure, KrylovNewton
 from .linear import to_real
-from .newton_iteration import Outcome
+from .newton_memory import Outcome
 from .newton_options import DEFAULT_NEWTON, Newton
 from .samples import Samples
 
@@ -58,6 +58,7 @@ class ImplicitSolver:
         newton: how exactly, with how much work and in how much memory.
         on_failure: what to do where a sample cannot be solved: raise an error, or go on with NaN for that sample.
         known: what the user knows of the Jacobian of the whole state, which is one sample then.
+        on_jacobian: called whenever a matrix is made for the Jacobian, of all samples or some.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ImplicitSolver:
         newton: Newton = DEFAULT_NEWTON,
         on_failure: OnFailure = "raise",
         known: Known | None = None,
+        on_jacobian: Callable[[], object] = lambda: None,
     ) -> None:
         self._rtol = rtol
         self._atol = atol
@@ -81,6 +83,7 @@ class ImplicitSolver:
         self._options = newton
         self._on_failure = on_failure
         self._known = known
+        self._on_jacobian = on_jacobian
         self._blocks: BlockNewton | None = None
         self._krylov: KrylovNewton | None = None
         self._uses_matrix = False
@@ -127,7 +130,7 @@ class ImplicitSolver:
             while samples is not None:
                 self._samples = samples
                 size = to_real(x).numel() // max(samples.count, 1)
-                if size <= self._options.matrix_limit or (samples.dims == 0 and self._uses_matrix):
+                if self._options.allows_blocks(samples.count, size) or (samples.dims == 0 and self._uses_matrix):
                     try:
                         return self._solve_blocks(samples, x, c, weight, starts, slope, iterate, where)
                     except CoupledError:
@@ -152,8 +155,9 @@ class ImplicitSolver:
                 samples.split(of.expand_as(x)) if isinstance(of, Tensor) else of for of in (self._rtol, self._atol)
             )
             tolerances = Tolerances(rtol, atol, self._options.tolerance, self._precision)
+            jacobian = BlockJacobian(self._differentiable, self._precision)
             self._blocks = BlockNewton(
-                samples.count, tolerances, BlockJacobian(self._differentiable), self._options.max_iterations
+                samples.count, tolerances, jacobian, self._options.max_iterations, self._on_jacobian
             )
         lost = np.zeros(samples.count, bool)
         if self._on_failure == "nan":
@@ -183,7 +187,8 @@ class ImplicitSolver:
         self, equation: Equation, starts: list[Tensor], where: Callable[[], str]
     ) -> tuple[Tensor, Tensor]:
         if self._krylov is None:
-            corrector = corrector_of(Jacobian(self._differentiable), self._options, self._known, self._precision)
+            jacobian = Jacobian(self._differentiable)
+            corrector = corrector_of(jacobian, self._options, self._known, self._precision, self._on_jacobian)
             self._krylov = KrylovNewton(self._rtol, self._atol, self._precision, self._options, corrector)
         found = self._krylov.solve(equation, starts)
         size = to_real(equation.x).numel()

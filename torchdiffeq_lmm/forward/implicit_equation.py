@@ -19,13 +19,7 @@ Flags = NDArray[np.bool_]
 Numbers = NDArray[np.float64]
 
 SLOW = 0.3
-"""Above this rate of convergence substitution gives way to Newton's method."""
-
-STALE = 0.003
-"""Above this rate of convergence for each entry, and at most the above, an old Jacobian gives way to a new one.
-
-The more entries, the more products it takes.
-"""
+"""Above this rate of convergence substitution gives way to Newton's method, and an old Jacobian to a new one."""
 
 NEAR = 30
 """By corrections of more tolerances than that no iteration ends, however fast it converges."""
@@ -65,41 +59,43 @@ class Equations:
     iterate: RowsFunction
 
 
-@dataclass(frozen=True)
 class Tolerances:
     """By how much d may be wrong, entry by entry.
 
-    Attributes:
+    Args:
         rtol, atol: torchdiffeq's, numbers or of shape (S, D).
         fraction: to this part of atol + rtol |y| equations are solved.
         precision: the relative precision of func's values.
     """
 
-    rtol: float | Tensor
-    atol: float | Tensor
-    fraction: float
-    precision: float
+    def __init__(self, rtol: float | Tensor, atol: float | Tensor, fraction: float, precision: float) -> None:
+        self._rtol, self._atol = rtol, atol
+        self._part_of_rtol, self._part_of_atol = fraction * rtol, fraction * atol
+        self.precision = precision
 
-    def of(self, equations: Equations, d: Rows) -> Rows:
-        """Of each entry of a correction of d, its own tolerance or its own rounding, whichever is more."""
-        x, change = equations.x, (d - equations.c).abs()
-        level = self._level(x, d)
-        rounding = ROUNDING * (torch.finfo(x.dtype).eps * level + self.precision * change + least(x.dtype))
-        return torch.maximum(self.fraction * (self.atol + self.rtol * level), rounding)
+    def of(self, level: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of each entry of a correction of d, its own tolerance or its own rounding, whichever is more.
 
-    def scale(self, equations: Equations, d: Rows) -> Rows:
-        """Sizes by which corrections of one sample are compared, nowhere 0."""
-        x = equations.x
-        level = self._level(x, d)
-        eps = torch.finfo(x.dtype).eps
-        rounding = eps * torch.maximum(level, torch.maximum(d.abs(), equations.c.abs()))
-        scale = torch.maximum(self.atol + self.rtol * level, rounding)
+        Args:
+            level: max(|x|, |x + d|), from `level_of`.
+            change: |d - c|.
+            dtype: of the state.
+        """
+        rounding = (ROUNDING * torch.finfo(dtype).eps) * level + (ROUNDING * self.precision) * change
+        return torch.maximum(self._part_of_rtol * level + self._part_of_atol, rounding + ROUNDING * least(dtype))
+
+    def scale(self, level: Tensor, d: Rows, c: Rows) -> Tensor:
+        """Sizes by which corrections of one sample are compared, nowhere 0; `level` as above."""
+        eps = torch.finfo(d.dtype).eps
+        rounding = eps * torch.maximum(level, torch.maximum(d.abs(), c.abs()))
+        scale = torch.maximum(self._atol + self._rtol * level, rounding)
         floor = eps * level.amax(1, keepdim=True)
         return torch.where(scale > 0, scale, torch.where(floor > 0, floor, 1.0))
 
-    def _level(self, x: Rows, d: Rows) -> Rows:
-        # In the precision of a norm, for a small state may underflow in its own.
-        return torch.maximum(x.abs(), (x + d).abs()).to(torch.promote_types(x.dtype.to_real(), torch.float32))
+
+def size_of(x: Rows) -> Tensor:
+    """|x| in the precision of a norm, for a small state may underflow in its own."""
+    return x.abs().to(torch.promote_types(x.dtype.to_real(), torch.float32))
 
 
 def is_rounding(
@@ -110,6 +106,7 @@ def is_rounding(
     f: Rows,
     residual: Rows,
     but_for: Tensor | None,
+    probed: Flags,
 ) -> Flags:
     """Which samples' residuals are no larger than what rounding makes of them: of the state, and of all that is added.
 
@@ -118,6 +115,7 @@ def is_rounding(
         samples: those asked for.
         d, f, residual: iterates, f there and their residuals.
         but_for: entries that are not looked at.
+        probed: samples for which f may be evaluated nearby.
     """
     x, c, weight = equations.x, equations.c, equations.weight
     y = x + d
@@ -128,7 +126,7 @@ def is_rounding(
     sizes = residual.abs() if but_for is None else residual.abs().where(~but_for, 0.0)
     largest = torch.zeros_like(own)
     left = (~(sizes <= own)).sum(1).cpu().numpy()
-    pending = samples & (left > 0)
+    pending = samples & probed & (left > 0)
     found = samples & (left == 0)
     for seed in range(PROBES):
         if not any_of(pending):
@@ -159,6 +157,8 @@ def least(dtype: torch.dtype) -> float:
 
 
 def excess_of(correction: Tensor, tolerance: Tensor) -> Tensor:
-    """A correction in terms of the tolerance; nothing to correct is no excess, even over a tolerance of 0."""
-    excess = (correction.abs() / tolerance).where(correction != 0, 0.0)
-    return excess.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    """A correction in terms of the tolerance; nothing to correct is no excess, even over a tolerance of 0.
+
+    Not a number where the correction is none.
+    """
+    return (correction.abs() / tolerance).masked_fill(correction == 0, 0.0)

@@ -3,8 +3,6 @@
 All decisions of an iteration take one read by the host.
 """
 
-from typing import NamedTuple, Protocol
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,67 +12,35 @@ from .implicit_equation import (
     NEAR,
     SHORTEST,
     SLOW,
-    STALE,
     Equations,
     Flags,
     Numbers,
     Rows,
-    Tolerances,
     all_of,
     any_of,
     excess_of,
     is_rounding,
+    size_of,
 )
+from .newton_memory import Iterate, Memory, Outcome
 
 _SUBSTITUTION, _FIRST, _NEWTON, _SOLVED, _FAILED = range(5)
 """What is being done with a sample: substitution; Newton's method, at its starting point or on its way; or no more."""
 
+_UPDATED = 1e-3
+"""Above this rate of convergence a Jacobian is updated by what the last step has shown of it."""
 
-class Outcome(NamedTuple):
-    """What has become of the equations.
+_SECANT = 0.5
+"""By no more than this part of itself may a correction go on along the last step, for an update to be trusted."""
 
-    Attributes:
-        d, f: the solutions, and the slopes by the equation; of failed samples what was reached.
-        failed: which samples have failed, of shape (S,).
-        ran_out: which of them because there were no more iterations.
-        residual, correction, excess: where these have ended, entry by entry; `excess` is the last correction in terms
-            of the tolerance. Of solved samples they mean nothing.
-    """
+_FEW = 2
+"""So many iterations are few for one step, and more where a Jacobian takes many products."""
 
-    d: Rows
-    f: Rows
-    failed: Flags
-    ran_out: Flags
-    residual: Rows
-    excess: Rows
+_PRODUCTS = 4
+"""So many products with the Jacobian cost as much as an iteration."""
 
-
-class Memory(Protocol):
-    """What is remembered of the samples from step to step; see `block_newton.BlockNewton`.
-
-    Attributes:
-        tolerances: see there.
-        max_iterations: of substitution, and of Newton's method from one starting point.
-        uses_newton: whether substitution has failed for a sample.
-        lipschitz: of f, as seen by substitution.
-    """
-
-    tolerances: Tolerances
-    max_iterations: int
-    uses_newton: Flags
-    lipschitz: Numbers
-
-    def correct(self, residual: Rows, newton: Flags) -> Rows:
-        """Return the Newton correction for a residual, of some samples; of the others the residual itself."""
-
-    def refresh(self, equations: Equations, d: Rows, f: Rows, samples: Flags) -> None:
-        """Make the Jacobians of some samples anew, at d."""
-
-    def forget(self, samples: Flags) -> None:
-        """Forget the Jacobians of some samples."""
-
-    def has_block(self) -> Flags:
-        """Return which samples have a Jacobian."""
+_REMEMBERED = 4
+"""For so many steps."""
 
 
 class NewtonIteration:
@@ -92,29 +58,33 @@ class NewtonIteration:
         self.first, self.other = starts[0], starts[-1]
         self._two_starts = len(starts) > 1
         count = len(skipped)
-        self.way = np.where(skipped, _SOLVED, np.where(solver.uses_newton, _FIRST, _SUBSTITUTION))
+        self.way = np.where(skipped, _SOLVED, np.where(solver.uses_newton, _FIRST, _SUBSTITUTION)).astype(np.int8)
         self.at = starts[0]
-        self._d, self._f = starts[0], torch.zeros_like(starts[0])
-        self._residual = torch.zeros_like(starts[0])
-        self._excess = torch.zeros_like(self._residual.abs())
-        # Of substitution: the last size, and the residual's at the first start.
+        self._x_size = size_of(equations.x)
+        # Of samples that are not done they mean nothing.
+        self._d, self._f, self._residual, self._excess = starts[0], starts[0], starts[0], self._x_size
+        # Of substitution: the last size, the residual at the first start, and how many iterations serve.
         self._previous: Numbers = np.full(count, np.inf)
-        self._level_first: Numbers = np.full(count, np.inf)
+        self._first_residual: Rows | None = None
+        self._few = _FEW + starts[0].shape[1] * (1 + starts[0].is_complex()) // _PRODUCTS
+        self._most = starts[0].shape[1] * (1 + starts[0].is_complex()) + 3
+        self._diverging: Flags = np.zeros(count, bool)
         self._iterations = np.zeros(count, int)
         # Of Newton's method: the last iterate that was accepted, f, its residual and correction.
         self._base, self._base_f, self._base_residual, self._base_value = (starts[0],) * 4
+        self._seen = self._x_size
+        self._has_begun = False
         self._base_level: Numbers = np.full(count, np.inf)
         self._damping: Numbers = np.ones(count)
         self._is_new: Flags = np.ones(count, bool)
+        self._unclear: Flags = np.zeros(count, bool)
+        self._was_unclear: Flags = np.zeros(count, bool)
         self._is_fresh: Flags = np.zeros(count, bool)
+        # Whose Jacobians are to be made anew by the next evaluation.
+        self._wanted: Flags = (solver.slow > 0) & solver.is_due
         self._ran_out: Flags = np.zeros(count, bool)
-        self._scale = self._tolerances.scale(equations, starts[0])
+        self._scale = self._x_size
         self._is_current = True
-        self._stale = min(SLOW, STALE * starts[0].shape[1])
-
-    @property
-    def _tolerances(self) -> Tolerances:
-        return self.solver.tolerances
 
     @property
     def failed(self) -> Flags:
@@ -126,184 +96,275 @@ class NewtonIteration:
         self.way[samples] = _FIRST
         self._iterations[samples] = 0
         self.at = self._rows(samples, start, self.at)
-        self._scale = self._rows(samples, self._tolerances.scale(self.equations, start), self._scale)
 
     def run(self) -> None:
         """Iterate until every sample is solved or has failed."""
-        while any_of(self.way < _SOLVED):
-            self._iterate()
+        # What is not finite is dealt with.
+        with np.errstate(invalid="ignore", divide="ignore"):
+            while any_of(self.way < _SOLVED):
+                self._iterate()
 
     def outcome(self) -> Outcome:
         """What has become of the equations."""
         if not self._is_current:
             self.equations.iterate(self.equations.x + self.at)
+        solver = self.solver
+        is_slow = (self._iterations > self._few) | self._was_unclear
+        if solver.is_due:
+            # Not after one step, which may have had a poor guess.
+            solver.uses_newton |= is_slow & (solver.slow == _REMEMBERED)
+        solver.slow = np.where(is_slow, _REMEMBERED, np.maximum(solver.slow - 1, 0))
         return Outcome(self._d, self._f, self.failed, self.failed & self._ran_out, self._residual, self._excess)
 
     def _iterate(self) -> None:
-        equations, solver = self.equations, self.solver
         substitutes, first, newton = (self.way == way for way in (_SUBSTITUTION, _FIRST, _NEWTON))
-        f = equations.iterate(equations.x + self.at)
-        self._is_current = True
-        residual = equations.c + equations.weight * f - self.at
-        missing = first & ~solver.has_block()
-        if any_of(missing):
-            finite = torch.isfinite(residual).all(1).cpu().numpy()
-            if any_of(missing & finite):
-                solver.refresh(equations, self.at, f, missing & finite)
-        self._is_fresh[first] = missing[first]
-        value = solver.correct(residual, first | newton)
-        tolerance = self._tolerances.of(equations, self.at)
-        excess, excess_of_residual = excess_of(value, tolerance), excess_of(residual, tolerance)
-        measured = [excess.amax(1), excess_of_residual.amax(1), excess_of(value, self._scale).amax(1)]
-        measured.append(residual.abs().amax(1).nan_to_num(nan=torch.inf))
-        known: Tensor | None = None
-        if any_of(newton):
-            # Where nothing was corrected, or little, nothing is known.
-            rate = (value.abs() / self._base_value.abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
-            small = (excess * torch.clamp(CAUTION * rate, max=1.0) <= 1).all(1)
-            # Some entries may converge while a Jacobian that does not fit others hides what they lack.
-            known = (rate <= SLOW) | (excess_of_residual <= 1)
-            measured += [small, known.all(1)]
-        read = torch.stack([row.to(torch.float64) for row in measured]).cpu().numpy()
-        size, residual_size, level, distance = read[:4]
-        self._iterations += 1
-
-        solved = np.zeros(len(size), bool)
-        switches = np.zeros(len(size), bool)
+        renewed = (first & ~self.solver.has_block()) | (self._wanted & (first | newton))
+        f, residual = self._evaluate(renewed)
+        now = self._measured(f, residual, first, newton, renewed)
+        self._iterations += self.way < _SOLVED
+        solved = np.zeros(len(now.size), bool)
         if any_of(substitutes):
-            solved_now, switches = self._substituted(substitutes, size, distance, f, residual)
-            solved |= solved_now
-        solved |= first & (size <= 1) & (residual_size <= 1)
-        lost = (first | newton) & (size == np.inf)
+            solved, slow = self._substituted(substitutes, now)
+        if any_of(first):
+            solved |= first & (now.size <= 1) & (now.residual_size <= 1)
         if any_of(newton):
-            assert known is not None
-            is_small, is_known = read[4] > 0, read[5] > 0
-            near = newton & (self._damping == 1.0) & (size <= NEAR) & is_small
-            solved |= near & is_known
-            unclear = near & ~is_known
-            if any_of(unclear):
-                solved |= self._is_rounding(unclear, self.at, f, residual, known)
-        self._take(solved, f, value, substitutes)
+            solved |= self._converged(newton, now)
+        self._take(solved, now.f, now.value, substitutes)
         self.way[solved] = _SOLVED
+        if any_of(first | newton):
+            self._advance(first & ~solved, newton & ~solved, renewed, now)
+        going_on = substitutes & ~solved
+        if any_of(going_on):
+            self.at = self._rows(going_on, self.at + residual, self.at)
+            if any_of(slow):
+                self._switch(slow)
 
-        begins = first & ~solved & ~lost
-        accepted = newton & ~solved & ~lost & (level < self._base_level)
-        worse = newton & ~solved & ~accepted & ~lost
-        worse |= newton & lost
+    def _evaluate(self, renewed: Flags) -> tuple[Rows, Rows]:
+        """f and the residual; the Jacobians of some samples are made anew, where f is finite."""
+        equations, solver = self.equations, self.solver
+        f = solver.evaluate(equations, self.at, renewed) if any_of(renewed) else None
+        self._is_current = f is None
+        if f is None:
+            f = equations.iterate(equations.x + self.at)
+        residual = equations.c + equations.weight * f - self.at
+        if self._is_current and any_of(renewed):
+            renewed = renewed & torch.isfinite(residual).all(1).cpu().numpy()
+            if any_of(renewed):
+                solver.refresh(equations, self.at, f, renewed)
+        self._wanted &= ~renewed
+        if not self._has_begun:
+            # Of all samples, for a Jacobian by differences starts from f at all of them.
+            self._base, self._base_f, self._has_begun = self.at, f, True
+        return f, residual
+
+    def _measured(self, f: Rows, residual: Rows, first: Flags, newton: Flags, renewed: Flags) -> Iterate:
+        equations, solver = self.equations, self.solver
+        level = self._level_of(self.at)
+        tolerance = solver.tolerances.of(level, (self.at - equations.c).abs(), residual.dtype)
+        value = direction = residual
+        seen = self._seen
+        excess = known = excess_of(residual, tolerance)
+        sizes = [excess]
+        if any_of(first):
+            scale = solver.tolerances.scale(level, self.at, equations.c)
+            self._scale = self._rows(first, scale, self._scale)
+        if any_of(first | newton):
+            value = solver.correct(residual, first | newton)
+            if any_of(newton):
+                value, direction = self._accelerated(value, newton & (self._damping == 1.0) & ~renewed)
+            excess_of_residual, excess = excess, excess_of(value, tolerance)
+            sizes = [excess, excess_of_residual, value.abs() / self._scale]
+            if any_of(newton):
+                # Where nothing was corrected, or little, nothing is known.
+                rate = value.abs() / self._base_value.abs()
+                small = excess * torch.fmin(CAUTION * rate, torch.ones_like(rate))
+                # Some entries may converge while a Jacobian that does not fit others hides what they lack.
+                seen = torch.fmin(rate, self._seen)
+                known = torch.fmin(seen / SLOW, excess_of_residual)
+                sizes += [small, known]
+        largest = torch.stack(sizes).amax(2) if len(sizes) > 1 else excess.amax(1)[None]
+        read = largest.nan_to_num_(nan=torch.inf, posinf=torch.inf).cpu().numpy().astype(np.float64)
+        return Iterate(f, residual, value, direction, excess, known, seen, *read, *[read[0]] * (5 - len(read)))
+
+    def _accelerated(self, value: Rows, samples: Flags) -> tuple[Rows, Tensor]:
+        """Corrections by the Jacobians that the last step of some samples updates, and its directions: see `update`.
+
+        Source: Deuflhard, *Newton Methods for Nonlinear Problems*, 2.1.4, for the error-oriented quasi-Newton method.
+        """
+        step = self._base_value / self._scale
+        length = step.abs().square().sum(1, keepdim=True)
+        along = ((value / self._scale) * step.conj()).real.sum(1, keepdim=True) / length
+        trusted = along.abs() <= _SECANT
+        if not all_of(samples):
+            trusted &= self._mask(samples)
+        direction = (step / (self._scale * length)).where(trusted, 0.0)
+        return (value / (1 - along.where(trusted, 0.0))).to(value.dtype), direction
+
+    def _converged(self, newton: Flags, now: Iterate) -> Flags:
+        """Which samples are solved by Newton's method."""
+        near = newton & (self._damping == 1.0) & (now.size <= NEAR) & (now.small <= 1)
+        solved = near & (now.is_known <= 1)
+        unclear = near & ~solved
+        if any_of(unclear):
+            # Another iteration may tell; rounding is looked for by evaluations where the one before has not.
+            solved |= self._is_rounding(unclear, self.at, now.f, now.residual, now.known <= 1, unclear & self._unclear)
+        self._unclear = unclear
+        self._was_unclear |= unclear
+        return np.asarray(solved)
+
+    def _advance(self, first: Flags, newton: Flags, renewed: Flags, now: Iterate) -> None:
+        """Go on with those that are not solved."""
+        solver, lost = self.solver, now.size == np.inf
+        begins, accepted = first & ~lost, newton & ~lost & (now.level < self._base_level)
+        unlike = newton & renewed & ~lost & ~accepted
+        if any_of(unlike):
+            # By the Jacobian before, the last correction may have been small for another reason.
+            accepted |= unlike & (now.level < self._level_of_value(solver.correct(self._base_residual, unlike)))
+        worse = newton & ~accepted
         lost &= first
-        refreshed = np.zeros(len(size), bool)
+        forgets, refreshed = begins, np.zeros(len(lost), bool)
         if any_of(accepted):
-            refreshed |= accepted & (level > self._stale * self._base_level)
+            rate = now.level / self._base_level
+            slow = accepted & (rate > SLOW)
+            # What a Jacobian has shown, another may not.
+            forgets = begins | slow
+            if solver.is_exact:
+                # The next one, which is in proportion to the correction where the Jacobian is of this iterate.
+                rate = np.where(renewed, rate * rate, rate)
+                slow |= accepted & (np.log(CAUTION * now.size) > -self._few * np.log(rate))
+                self._wanted[accepted] = slow[accepted]
+            else:
+                refreshed |= slow
+            updated = accepted & ~slow & ~renewed & (self._damping == 1.0) & (now.level > _UPDATED * self._base_level)
+            if any_of(updated):
+                solver.update(now.residual, now.value, now.direction, updated, self.equations.weight)
             self._damping[accepted] = np.minimum(1.0, 2 * self._damping[accepted])
         advanced = begins | accepted
         if any_of(advanced):
-            self._base = self._rows(advanced, self.at, self._base)
-            self._base_f = self._rows(advanced, f, self._base_f)
-            self._base_residual = self._rows(advanced, residual, self._base_residual)
-            self._base_value = self._rows(advanced, value, self._base_value)
-            self._base_level[advanced] = level[advanced]
+            # What is kept of samples that are done is of no use.
+            kept = advanced if any_of(worse) else np.ones_like(advanced)
+            self._base, self._base_f = self._rows(kept, self.at, self._base), self._rows(kept, now.f, self._base_f)
+            self._base_residual = self._rows(kept, now.residual, self._base_residual)
+            self._base_value = self._rows(kept, now.value, self._base_value)
+            self._seen = self._rows(kept, now.seen, self._seen)
+            if any_of(forgets):
+                self._seen = self._rows(forgets, torch.full_like(self._seen, torch.inf), self._seen)
+            self._base_level[advanced] = now.level[advanced]
             self._damping[begins], self._is_new[advanced] = 1.0, True
-            self._is_fresh[accepted] = False
+            self._is_fresh[advanced] = renewed[advanced]
             self.way[begins] = _NEWTON
         if any_of(worse):
-            at_rounding = worse & self._is_new
-            if any_of(at_rounding):
-                at_rounding = self._is_rounding(at_rounding, self._base, self._base_f, self._base_residual, None)
-                if any_of(at_rounding):
-                    self.at = self._rows(at_rounding, self._base, self.at)
-                    self._is_current = False
-                    self._take(at_rounding, self._base_f, self._base_value, np.zeros(len(size), bool))
-                    self.way[at_rounding] = _SOLVED
-            worse &= ~at_rounding
-            shorter = worse & self._is_fresh
+            worse &= ~self._ended_at_rounding(worse & self._is_new)
+            self._wanted[worse] = False
+            shorter = worse & self._is_fresh & ~renewed
             self._damping[shorter] /= 2
             self._is_new[shorter] = False
-            refreshed |= worse & ~self._is_fresh
+            refreshed |= worse & ~shorter
         if any_of(refreshed):
-            solver.refresh(equations, self._base, self._base_f, refreshed)
-            self._base_value = self._rows(refreshed, solver.correct(self._base_residual, refreshed), self._base_value)
-            levels = excess_of(self._base_value, self._scale).amax(1).double().cpu().numpy()
-            self._base_level[refreshed] = levels[refreshed]
-            self._is_fresh[refreshed] = True
-            lost |= refreshed & (levels == np.inf)
+            lost |= self._refresh(refreshed)
         trying = self.way == _NEWTON
-        self._ran_out = trying & (self._iterations > self.solver.max_iterations) | self._ran_out & ~trying
+        self._ran_out = trying & (self._iterations > solver.max_iterations) | self._ran_out & ~trying
         lost |= trying & ((self._damping < SHORTEST) | self._ran_out)
         if any_of(lost):
-            self._lose(lost, residual, excess)
+            self._lose(lost, now)
         trying &= ~lost
         if any_of(trying):
-            damped = torch.from_numpy(self._damping).to(self.at.device, self.at.dtype.to_real())[:, None]
-            self.at = self._rows(trying, self._base + damped * self._base_value, self.at)
-        substitutes &= ~solved & ~switches
-        if any_of(substitutes):
-            self.at = self._rows(substitutes, self.at + residual, self.at)
-        if any_of(switches):
-            self._switch(switches)
+            step = self._base_value
+            if any_of(self._damping[trying] < 1.0):
+                step = step * torch.from_numpy(self._damping).to(step.device, step.dtype.to_real())[:, None]
+            self.at = self._rows(trying, self._base + step, self.at)
 
-    def _substituted(
-        self, samples: Flags, size: Numbers, distance: Numbers, f: Rows, residual: Rows
-    ) -> tuple[Flags, Flags]:
+    def _refresh(self, samples: Flags) -> Flags:
+        """Make the Jacobians of some samples anew at the last iterate accepted; which corrections are not finite."""
+        self.solver.refresh(self.equations, self._base, self._base_f, samples)
+        value = self.solver.correct(self._base_residual, samples)
+        self._base_value = self._rows(samples, value, self._base_value)
+        level = self._level_of_value(value)
+        self._seen = self._rows(samples, torch.full_like(self._seen, torch.inf), self._seen)
+        self._base_level[samples] = level[samples]
+        self._is_fresh[samples] = True
+        return np.asarray(samples & (level == np.inf))
+
+    def _level_of_value(self, value: Rows) -> Numbers:
+        level = (value.abs() / self._scale).amax(1).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        return np.asarray(level.cpu().numpy(), np.float64)
+
+    def _ended_at_rounding(self, samples: Flags) -> Flags:
+        """Which samples are solved at the last iterate accepted, as its residual is rounding."""
+        if any_of(samples):
+            samples = self._is_rounding(samples, self._base, self._base_f, self._base_residual)
+            if any_of(samples):
+                self.at = self._rows(samples, self._base, self.at)
+                self._is_current = False
+                self._take(samples, self._base_f, self._base_value, np.zeros_like(samples))
+                self.way[samples] = _SOLVED
+        return samples
+
+    def _substituted(self, samples: Flags, now: Iterate) -> tuple[Flags, Flags]:
         """Which samples are solved by substitution, and which it does not serve."""
-        previous, weight, solver = self._previous, abs(self.equations.weight), self.solver
+        size, previous, weight, solver = now.size, self._previous, abs(self.equations.weight), self.solver
+        if self._first_residual is None:
+            self._first_residual = now.residual
         # Small corrections may be rounding, which tells nothing of the rate.
         telling = samples & (previous > NEAR) & (previous < np.inf)
         solver.lipschitz[telling] = size[telling] / (previous[telling] * weight)
-        self._level_first = np.where(previous == np.inf, distance, self._level_first)
         # What is left of the error is this correction times the rate, seen before if not now.
-        with np.errstate(invalid="ignore"):
-            rate = CAUTION * solver.lipschitz * weight
-            solved = (size == 0) | ((size <= 1) & ((rate < 1) | (previous <= 1)))
-            solved |= (size <= NEAR) & (rate * size <= 1)
-            slow = ~(size <= np.maximum(SLOW * previous, 1)) | (self._iterations >= self.solver.max_iterations)
+        rate = CAUTION * solver.lipschitz * weight
+        solved = (size == 0) | ((size <= 1) & ((rate < 1) | (previous <= 1)))
+        solved |= (size <= NEAR) & (rate * size <= 1)
+        slow = ~(size <= np.maximum(SLOW * previous, 1)) | (self._iterations >= self.solver.max_iterations)
+        if solver.is_due and any_of(telling):
+            # More iterations are to come than there should be.
+            slow |= telling & (np.log(size) > (self._most - self._iterations) * np.log(previous / size))
         solved &= samples
         slow &= samples & ~solved
         near = slow & (previous <= NEAR) & (size <= NEAR) & (rate <= CAUTION * SLOW)
         if any_of(near):
-            at_rounding = self._is_rounding(near, self.at, f, residual, None)
+            at_rounding = self._is_rounding(near, self.at, now.f, now.residual)
             solved |= at_rounding
             slow &= ~at_rounding
+        self._diverging = slow & ~(size < previous)
         self._previous = np.where(samples, size, previous)
         return solved, slow
 
     def _switch(self, samples: Flags) -> None:
-        """Begin Newton's method for some samples, from the better of their starting points."""
+        """Begin Newton's method for some samples, where substitution diverges from the better starting point."""
         equations = self.equations
         self.solver.uses_newton |= samples
         self.way[samples] = _FIRST
         self._iterations[samples] = 0
-        start = self.first
+        if not any_of(self._diverging):
+            return
+        diverging, start = self._diverging, self.first
         if self._two_starts:
             # One by the slope before a stiff step is far off, as a rule.
-            there = self._rows(samples, self.other, self.at)
+            assert self._first_residual is not None
+            there = self._rows(diverging, self.other, self.at)
             missed = equations.c + equations.weight * equations.slope(equations.x + there) - there
-            level = missed.abs().amax(1).nan_to_num(nan=torch.inf).double().cpu().numpy()
-            swapped = self._mask(samples & (level < self._level_first))
-            self.first, self.other = (
-                torch.where(swapped, self.other, self.first),
-                torch.where(swapped, self.first, self.other),
-            )
+            levels = torch.stack([missed, self._first_residual]).abs().amax(2).nan_to_num(nan=torch.inf).cpu().numpy()
+            swapped = diverging & (levels[0] < levels[1])
+            first, other = self.first, self.other
+            self.first, self.other = self._rows(swapped, other, first), self._rows(swapped, first, other)
             start = self.first
-        self.at = self._rows(samples, start, self.at)
-        self._scale = self._rows(samples, self._tolerances.scale(equations, start), self._scale)
+        self.at = self._rows(diverging, start, self.at)
 
     def _take(self, samples: Flags, f: Rows, value: Rows, substitutes: Flags) -> None:
         """Take what samples have come to for their solution."""
         if not any_of(samples):
             return
         d = self.at + value
-        # By the equation: f itself would amplify what is left of the error by the Jacobian.
-        slope = (d - self.equations.c) / self.equations.weight
-        if any_of(substitutes):
-            slope = self._rows(substitutes, f, slope)
+        slope = f
+        if not all_of(substitutes):
+            # By the equation: f itself would amplify what is left of the error by the Jacobian.
+            slope = self._rows(substitutes, f, (d - self.equations.c) / self.equations.weight)
         self._d, self._f = self._rows(samples, d, self._d), self._rows(samples, slope, self._f)
 
-    def _lose(self, samples: Flags, residual: Rows, excess: Rows) -> None:
+    def _lose(self, samples: Flags, now: Iterate) -> None:
         self.way[samples] = _FAILED
         self.solver.forget(samples)
         self._d = self._rows(samples, self.at, self._d)
-        self._residual = self._rows(samples, residual, self._residual)
-        self._excess = self._rows(samples, excess, self._excess)
+        self._residual = self._rows(samples, now.residual, self._residual)
+        self._excess = self._rows(samples, now.excess.nan_to_num(nan=torch.inf, posinf=torch.inf), self._excess)
         # Where f is finite, for it is evaluated there along with the others.
         self.at = self._rows(samples, self.equations.c * 0, self.at)
 
@@ -316,7 +377,17 @@ class NewtonIteration:
             return new
         return torch.where(self._mask(samples), new, old) if any_of(samples) else old
 
-    def _is_rounding(self, samples: Flags, d: Rows, f: Rows, residual: Rows, but_for: Tensor | None) -> Flags:
-        return is_rounding(
-            self.equations, self._tolerances, samples, self._rows(samples, d, self.at), f, residual, but_for
-        )
+    def _is_rounding(
+        self,
+        samples: Flags,
+        d: Rows,
+        f: Rows,
+        residual: Rows,
+        but_for: Tensor | None = None,
+        probed: Flags | None = None,
+    ) -> Flags:
+        d, probed = self._rows(samples, d, self.at), samples if probed is None else probed
+        return is_rounding(self.equations, self.solver.tolerances, samples, d, f, residual, but_for, probed)
+
+    def _level_of(self, d: Rows) -> Tensor:
+        return torch.maximum(self._x_size, size_of(self.equations.x + d))

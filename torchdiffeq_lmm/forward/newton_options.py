@@ -17,11 +17,13 @@ class Newton:
             the rounding of func.
         max_iterations: of substitution, and of Newton's method from one starting point. Where they do not suffice, the
             step raises a RuntimeError.
-        matrix_limit: up to so many unknowns a matrix is kept, from step to step, for as long as it serves.
-        fallback_limit: between `matrix_limit` and so many, GMRES is tried first, and a matrix made where that does not
-            suffice; where the Jacobian that auto-differentiation gives leads nowhere, differences of func are tried.
-            The gradient's linear equations, too, are solved with a matrix for no more unknowns. With both limits 0
-            there is never a matrix.
+        matrix_limit: up to so many unknowns a matrix is kept, from step to step, for as long as it serves; of every
+            sample, where func acts on samples independently.
+        fallback_limit: larger samples have matrices as well, while these all together hold no more numbers than one for
+            so many unknowns. For a single system between `matrix_limit` and so many, GMRES is tried first, and a matrix
+            made where that does not suffice; where the Jacobian that auto-differentiation gives leads nowhere,
+            differences of func are tried. The gradient's linear equations, too, are solved with a matrix for no more
+            unknowns. With both limits 0 there is never a matrix.
         krylov_dimension: the largest dimension of a Krylov space.
         max_restarts: how often GMRES goes on with another Krylov space where one is full.
 
@@ -48,6 +50,10 @@ class Newton:
         _check_int("fallback_limit", self.fallback_limit, 0)
         _check_int("krylov_dimension", self.krylov_dimension, 1)
         _check_int("max_restarts", self.max_restarts, 0)
+
+    def allows_blocks(self, count: int, size: int) -> bool:
+        """Whether there is a matrix for each of so many systems of a size, without GMRES being tried first."""
+        return size <= self.matrix_limit or (count > 1 and count * size**2 <= self.fallback_limit**2)
 
     @property
     def largest_matrix(self) -> int:

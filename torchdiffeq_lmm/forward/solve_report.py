@@ -15,8 +15,9 @@ class SolveReport:
         orders: of every step.
         rejected: how many attempts were not accurate enough.
         unsolved: how many implicit equations were not solved, so that a shorter step was tried.
-        evaluations: of func in the forward pass, those for Jacobians by differences included.
-        jacobians: how many times the Jacobian was worked out, for all samples or for some.
+        evaluations: of func in the forward pass, those for Jacobians included.
+        jacobians: how many times a matrix was made for the Jacobian, of all samples or of some. Under autograd one
+            evaluation gives f and the Jacobian, without a graph it takes as many as a sample has entries, and one.
     """
 
     def __init__(self) -> None:

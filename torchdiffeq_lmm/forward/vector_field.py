@@ -78,6 +78,7 @@ class VectorField:
         time_dtype: the real dtype in which func is given its times.
         is_adjoint: whether f is the backward dynamics of odeint_adjoint, whose components may have several dtypes.
         evaluations: how many times func has been called.
+        jacobians: how many matrices have been made for its Jacobian.
     """
 
     def __init__(self, hosted: HostedFunction, y0: Tensor, perturb: bool, copies: bool = False) -> None:
@@ -93,6 +94,7 @@ class VectorField:
         self._device = y0.device
         self.time_dtype = y0.dtype.to_real()
         self.evaluations = 0
+        self.jacobians = 0
 
     def user_times(self, times: Tensor, side: Side = "right") -> Tensor:
         """From the solver's times, of any shape, to what the user's function is given for them.
@@ -123,6 +125,10 @@ class VectorField:
     def shapes(self) -> tuple[torch.Size, ...]:
         """Of the components of a tuple state, or of the state itself."""
         return (self._shape,) if self._shapes is None else self._shapes
+
+    def count_jacobian(self) -> None:
+        """Note that a matrix was made for the Jacobian."""
+        self.jacobians += 1
 
     @property
     def part(self) -> slice | None:

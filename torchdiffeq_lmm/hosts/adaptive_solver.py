@@ -30,7 +30,7 @@ from torchdiffeq_lmm.schemes.variable_order import VariableOrderFamily
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
 from .torchdiffeq_host import find_event, warn_of_unused_options
 
-ADAPTIVE_NEWTON = Newton(tolerance=0.01)
+ADAPTIVE_NEWTON = Newton(tolerance=0.03)
 """Equations need not be solved much more exactly than the step is accurate."""
 
 _MOST_STEPS = 2**31 - 1
@@ -244,11 +244,12 @@ class AdaptiveSolver(DifferentiableSolver):
 
     def _begin(self) -> PieceSolver:
         self._report.begin()
-        self._vector_field.evaluations = 0
+        self._vector_field.evaluations = self._vector_field.jacobians = 0
         return self._pieces(_SEGMENT, None, self._errors.scale)
 
     def _end(self) -> None:
         self._report.evaluations = self._vector_field.evaluations
+        self._report.jacobians = self._vector_field.jacobians
 
     def _steps_until_event(self, begin: Tensor) -> Iterator[tuple[AdaptiveSteps, Tensor]]:
         """Steps from one jump to the next, the last of them without an end."""

@@ -95,9 +95,9 @@ def odeint(
         y0: the state at t[0], a tensor of any shape, floating or complex, or a tuple of such.
         t: the output times, of shape (n,), strictly increasing or decreasing; with `event_fn` two of them, of which the
             second only gives the direction.
-        rtol, atol, method, options, event_fn: as in `torchdiffeq.odeint`. Of this package's methods implicit ones use
-            rtol and atol, and the search for an event uses atol; there they must be finite and not negative. An
-            event_fn must not be 0 at t[0], as after an event that has just been: begin beside it.
+        rtol, atol, method, options, event_fn: as in `torchdiffeq.odeint`. Of this package's methods implicit and
+            adaptive ones use rtol and atol, and the search for an event uses atol; there they must be finite and
+            not negative. An event_fn must not be 0 at t[0], as after an event that has just been: begin beside it.
         grad_filter: None for plain auto-differentiation; ``"auto"`` or a `CostateFilter`, with a method of this package
             or torchdiffeq's ``"midpoint"`` or ``"heun2"``, for gradients of time-varying parameters that converge to
             those of the flow; ``"leapfrog"`` or a `LeapfrogFilter`, with ``method="leapfrog"`` alone. Gradients with

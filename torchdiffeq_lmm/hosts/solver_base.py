@@ -145,6 +145,7 @@ class DifferentiableSolver:
             options.newton,
             options.on_failure,
             self._known,
+            field.count_jacobian,
         )
         return PieceSolver(
             vector_field=field,
