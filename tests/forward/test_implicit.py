@@ -371,3 +371,11 @@ def test_an_equation_without_a_solution() -> None:
     ):
         assert part in str(error.value)
     assert f.iterates <= 5 * NEWTON.max_iterations
+
+
+def test_where_substitution_diverges_the_solution_near_by_is_found() -> None:
+    """Of very many; in terms of a tolerance that grows with the iterates, the divergence looks like convergence."""
+    x = torch.tensor([0.4], dtype=torch.float64)
+    d, _ = solved(ImplicitSolver(1e-7, 1e-9, EPS, name), lambda y: -1000 * torch.sin(y), x, 1.0)
+    # y = 0.4 - 1000 sin y
+    assert float(x + d) == pytest.approx(0.4 / 1001, rel=1e-6)

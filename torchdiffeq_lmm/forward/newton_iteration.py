@@ -324,6 +324,10 @@ class NewtonIteration:
             solved |= at_rounding
             slow &= ~at_rounding
         self._diverging = slow & ~(size < previous)
+        if any_of(slow):
+            # In terms of a tolerance that grows with the iterates, a divergence looks like standing still.
+            levels = torch.stack([now.residual, self._first_residual]).abs().amax(2).cpu().numpy()
+            self._diverging |= slow & ~(levels[0] < levels[1])
         self._previous = np.where(samples, size, previous)
         return solved, slow
 
