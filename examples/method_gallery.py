@@ -10,6 +10,7 @@ observation.
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import harness
@@ -114,6 +115,7 @@ def true_solution() -> Truth:
     return Truth(torch.tensor(x(np.array(OBSERVED)).T), limits)
 
 
+@cache
 def solve(method: str, cells: int, grad_filter: str | None) -> Solve:
     """Solve forward and backward on equal steps.
 
@@ -127,12 +129,13 @@ def solve(method: str, cells: int, grad_filter: str | None) -> Solve:
     borders = (times[:-1] + times[1:]) / 2
     nodes = times[::2] if method == "midpoint" else times
     values = torch.tensor(theta(times.numpy()).T).requires_grad_()
+    rows = values.unbind()
     calls = torch.zeros(cells + 1, dtype=torch.long)
 
     def f(t: Tensor, x: Tensor) -> Tensor:
-        cell = torch.searchsorted(borders, t)
+        cell = int(torch.searchsorted(borders, t))
         calls[cell] += 1
-        a, b = values[cell]
+        a, b = rows[cell]
         return torch.stack([a * x[1], -b * torch.sin(x[0]) - 0.3 * x[1]])
 
     x = odeint(

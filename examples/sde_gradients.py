@@ -24,8 +24,6 @@ from torchdiffeq_lmm import GridParameter
 HORIZON = 2.0
 STEPS = (16, 32, 64, 128)
 SHOWN = 32
-FINER = 32
-"""The reference has so many steps for each of the finest grid's."""
 GRADIENTS = {"auto-differentiation": None, "filtered": "leapfrog"}
 
 
@@ -96,15 +94,18 @@ def density(
     return (gradient / sde.torque.widths[:, None]).numpy()[:steps]
 
 
-def measure(noise: Noise, grids: tuple[int, ...], paths: int, seed: int) -> dict:
-    """Errors at the worst node of each path, root mean squares over the paths; and the gradients on one path."""
+def measure(noise: Noise, grids: tuple[int, ...], paths: int, finer: int, seed: int) -> dict:
+    """Errors at the worst node of each path, root mean squares over the paths; and the gradients on one path.
+
+    The reference has `finer` steps for each of the finest grid's.
+    """
     brownian = torchsde.BrownianInterval(
         0.0, HORIZON, size=(paths, 1 if noise.type == "additive" else 2), dtype=torch.float64, entropy=seed,
         levy_area_approximation="space-time", cache_size=None,
     )  # fmt: skip
-    truth = density(noise, grids[-1] * FINER, "srk", None, brownian)
+    truth = density(noise, grids[-1] * finer, "srk", None, brownian)
     errors: dict = {gradient: [] for gradient in GRADIENTS}
-    shown: dict = {"truth": truth[:: FINER // 4, 0].tolist()}
+    shown: dict = {"truth": truth[:: finer // 4, 0].tolist()}
     for n in tqdm(grids, unit="grid"):
         for gradient, grad_filter in GRADIENTS.items():
             found = density(noise, n, "leapfrog", grad_filter, brownian)
@@ -166,8 +167,9 @@ def draw(results: dict, grids: tuple[int, ...]) -> Figure:
 
 def main() -> None:
     args = arguments(__doc__, "two kinds of noise, three grids, few paths", seed=0)
-    noises, grids, paths = (tuple(NOISES)[:2], (16, 32, 64), 8) if args.quick else (tuple(NOISES), STEPS, 256)
-    results = {noise: measure(NOISES[noise], grids, paths, args.seed) for noise in noises}
+    noises = tuple(NOISES)[: 2 if args.quick else None]
+    grids, paths, finer = ((16, 32, 64), 8, 16) if args.quick else (STEPS, 256, 32)
+    results = {noise: measure(NOISES[noise], grids, paths, finer, args.seed) for noise in noises}
     print(report(results, grids))
     write(args.output, "sde_gradients", results, {"sde_gradients": draw(results, grids)})
 

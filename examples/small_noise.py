@@ -20,7 +20,6 @@ import torchdiffeq_lmm  # noqa: F401
 
 HORIZON = 2.0
 BEGIN = (1.0, 0.5)
-REFERENCE_STEPS = 2**12
 STEPS = (8, 16, 32, 64, 128, 256)
 NOISES = (0.0, 0.001, 0.01, 0.1, 1.0)
 METHODS = {
@@ -87,13 +86,13 @@ def end(noise: float, method: str, steps: int, brownian: torchsde.BrownianInterv
     return y[-1], sde.evaluations - 1
 
 
-def measure(noises: tuple[float, ...], grids: tuple[int, ...], number: int, seed: int) -> dict:
+def measure(noises: tuple[float, ...], grids: tuple[int, ...], number: int, reference_steps: int, seed: int) -> dict:
     """Strong errors at the end: ``{noise: {method: {"steps", "evaluations", "errors"}}}``."""
     found: dict = {noise: {} for noise in noises}
     with tqdm(total=len(noises) * len(METHODS), unit="method") as progress:
         for noise in noises:
             brownian = paths(number, seed)
-            truth, _ = end(noise, "srk", REFERENCE_STEPS, brownian)
+            truth, _ = end(noise, "srk", reference_steps, brownian)
             for method in METHODS:
                 solved = [end(noise, method, steps, brownian) for steps in grids]
                 errors = [float((y - truth).square().sum(1).mean().sqrt()) for y, _ in solved]
@@ -135,8 +134,8 @@ def draw(found: dict) -> Figure:
 
 def main() -> None:
     args = arguments(__doc__, "two sizes of the noise, three grids, few paths", seed=0)
-    noises, grids, number = ((0.001, 0.1), (8, 16, 32), 64) if args.quick else (NOISES, STEPS, 1024)
-    found = measure(noises, grids, number, args.seed)
+    extent = ((0.001, 0.1), (8, 16, 32), 64, 1024) if args.quick else (NOISES, STEPS, 1024, 4096)
+    found = measure(*extent, args.seed)
     print(report(found))
     write(args.output, "small_noise", found, {"small_noise": draw(found)})
 

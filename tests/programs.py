@@ -1,32 +1,26 @@
-"""Programs that need a Python interpreter of their own."""
+"""Programs: examples, which are run in this interpreter, and what needs one of its own."""
 
+import contextlib
+import io
 import json
+import os
+import runpy
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def output_of(code: str) -> str:
-    """What `code` prints in an interpreter of its own, where a UserWarning is an error."""
+def run_alone(*arguments: str | Path) -> str:
+    """What Python prints, given these arguments, in an interpreter of its own, where a UserWarning is an error."""
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def figures_of(example: str, output: Path, pictures: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
-    """What an example finds in its quick mode, and what it prints; its pictures, one of its own name, must be there."""
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{example}.py", "--quick", "--output", output],
+        [sys.executable, "-W", "error::UserWarning", *arguments],
+        # As the tests themselves have it: the other core is in use.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -34,6 +28,31 @@ def figures_of(example: str, output: Path, pictures: Sequence[str] = ()) -> tupl
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_here(program: Path, *arguments: str | Path) -> str:
+    """What a program prints, run in this interpreter: it saves the imports."""
+    printed = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [str(program), *map(str, arguments)]),
+        mock.patch.object(sys, "path", [str(program.parent), *sys.path]),
+        contextlib.redirect_stdout(printed),
+    ):
+        runpy.run_path(str(program), run_name="__main__")
+    return printed.getvalue()
+
+
+def output_of(code: str) -> str:
+    """What `code` prints in an interpreter of its own."""
+    return run_alone("-c", code)
+
+
+def figures_of(
+    example: str, output: Path, pictures: Sequence[str] = (), run: Callable[..., str] = run_here
+) -> tuple[dict[str, Any], str]:
+    """What an example finds in its quick mode, and what it prints; its pictures, one of its own name, must be there."""
+    printed = run(EXAMPLES / f"{example}.py", "--quick", "--output", output)
     for picture in pictures or [example]:
         assert (output / f"{picture}.png").read_bytes().startswith(b"\x89PNG"), picture
-    return json.loads((output / f"{example}.json").read_text(encoding="utf-8")), done.stdout
+    return json.loads((output / f"{example}.json").read_text(encoding="utf-8")), printed

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
+from methods import slow_but
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
@@ -114,7 +115,7 @@ def test_equal_samples_take_no_more_evaluations_than_one() -> None:
     assert calls[1] <= calls[0] + 1
 
 
-@pytest.mark.parametrize("method", ["bdf2", "am2"])
+@pytest.mark.parametrize("method", slow_but(["bdf2"], ["bdf2", "am2"]))
 def test_permuting_samples_permutes_results(method: str) -> None:
     count = 40
     order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
@@ -174,6 +175,20 @@ PROBLEMS: dict[str, tuple[Callable[[Tensor], Callable[[Tensor, Tensor], Tensor]]
 }
 
 
+@cache
+def sample_by_radau(name: str, sample: int) -> np.ndarray:
+    make, values, y0, t = PROBLEMS[name]
+    func = make(values[sample : sample + 1])
+    return solve_ivp(
+        lambda t, y: func(torch.tensor(t), torch.tensor(y)[None])[0].numpy(),
+        (0, float(t[-1])),
+        y0,
+        method="Radau",
+        rtol=1e-8,
+        atol=1e-10,
+    ).y[:, -1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -184,15 +199,7 @@ def test_the_worst_sample_is_as_accurate_as_alone(name: str, dtype: torch.dtype)
         y = solve(make(values.to(dtype)), beginning.repeat(len(values), 1), t.to(dtype))
         for sample in (0, 31, 63):
             alone = solve(make(values.to(dtype)[sample : sample + 1]), beginning[None], t.to(dtype))
-            func = make(values[sample : sample + 1])
-            wanted = solve_ivp(
-                lambda t, y, func=func: func(torch.tensor(t), torch.tensor(y)[None])[0].numpy(),
-                (0, float(t[-1])),
-                y0,
-                method="Radau",
-                rtol=1e-9,
-                atol=1e-11,
-            ).y[:, -1]
+            wanted = sample_by_radau(name, sample)
             error, error_alone = (
                 float(np.abs(x.double().numpy() / wanted - 1).max()) for x in (y[-1, sample], alone[-1, 0])
             )
@@ -268,7 +275,7 @@ class TestGradients:
 
     @pytest.mark.slow
     def test_against_differences_of_radaus_solution(self) -> None:
-        count, sample, shift = 24, 5, 1e-4
+        count, sample, shift = 8, 5, 1e-3
         func = Robertson(rates(count))
         t = torch.cat([GRID[:1], torch.logspace(-6, 2, 400, dtype=torch.float64)])
         solve(func, start(count), t, "bdf4")[-1, :, 0].sum().backward()
@@ -279,7 +286,7 @@ class TestGradients:
                 first, back, second = k[0] * y[0], k[1] * y[1] * y[2], k[2] * y[1] ** 2
                 return [back - first, first - back - second, second]
 
-            return solve_ivp(f, (0, 100.0), [1.0, 0, 0], method="Radau", rtol=1e-12, atol=1e-16).y[0, -1]
+            return solve_ivp(f, (0, 100.0), [1.0, 0, 0], method="Radau", rtol=1e-10, atol=1e-14).y[0, -1]
 
         wanted = []
         for i in range(3):
@@ -346,13 +353,12 @@ class TestWhatCountsAsSamples:
     @pytest.mark.parametrize("batch_dims", [0, 1])
     def test_it_may_be_said(self, batch_dims: int) -> None:
         calls = []
+        alone = torch.stack([solve(Robertson(of_one), start(1))[-1, 0] for of_one in rates(6).split(1)])
         for dims in (batch_dims, "auto"):
             func = Robertson(rates(6))
             y = solve(func, start(6), options={"batch_dims": dims})
             calls.append(func.calls)
-            for sample in range(6):
-                wanted = solve(Robertson(rates(6)[sample : sample + 1]), start(1))[-1, 0]
-                torch.testing.assert_close(y[-1, sample], wanted, rtol=1e-5, atol=1e-12)
+            torch.testing.assert_close(y[-1], alone, rtol=1e-5, atol=1e-12)
         assert (calls[0] == calls[1]) == (batch_dims == 1)
 
     @pytest.mark.parametrize(
@@ -437,7 +443,7 @@ def test_torchdiffeqs_own_interfaces_have_batches_too() -> None:
     found = []
     for odeint in (torchdiffeq.odeint, torchdiffeq.odeint_adjoint):
         func, y0 = Robertson(rates(count)), start(count).requires_grad_()
-        y = odeint(func, y0, GRID, method="bdf3")
+        y = odeint(func, y0, GRID[:40], method="bdf3")
         y[-1, :, 0].sum().backward()
         found.append((y.detach(), func.logs.grad))
     # Without a graph there are differences for the Jacobians.

@@ -17,7 +17,14 @@ import torchdiffeq_lmm
 from torchdiffeq_lmm import CostateFilter, method_info
 
 STRONGLY_STABLE = {name for name in NAMES if method_info(name).oscillation != "everywhere"}
-TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+TIGHT = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def steps_of(name: str, grid: str = "uniform") -> tuple[int, int, int]:
+    """Fewer for implicit methods, whose steps take several times as long."""
+    if name not in IMPLICIT:
+        return 80, 160, 320
+    return (40, 80, 160) if grid == "uniform" else (60, 120, 240)
 
 
 def evaluated(name: str, steps: int) -> slice:
@@ -35,9 +42,10 @@ class PerNode:
         # Evaluated between the nodes f raises a KeyError.
         self.index = {t: n for n, t in enumerate(nodes.tolist())}
         self.theta = torch.tensor(problem.theta(nodes.numpy()).T.copy()).requires_grad_()
+        self.rows = self.theta.unbind()
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.problem.torch_f(x, self.theta[self.index[float(t)]])
+        return self.problem.torch_f(x, self.rows[self.index[float(t)]])
 
     def gradients(self, name: str, observed: list[int], grad_filter: object, weight: float = 1.0) -> Tensor:
         """The gradient of every node's parameter, divided by the step after it, and by the last one at the last."""
@@ -88,7 +96,7 @@ def density_errors(
 def test_order_forward(name: str, grid: str) -> None:
     problem = LOTKA_VOLTERRA
     errors = []
-    for steps in (60, 120, 240):
+    for steps in steps_of(name):
         nodes = GRIDS[grid](steps, problem.horizon)
         options = {"grid_constructor": lambda func, y0, t, nodes=nodes: nodes}
 
@@ -97,10 +105,9 @@ def test_order_forward(name: str, grid: str) -> None:
 
         x0 = torch.tensor(problem.x0, dtype=torch.float64)
         with torch.no_grad():
-            last = torchdiffeq.odeint(func, x0, nodes[[0, -1]], method=name, options=options, rtol=1e-13, atol=1e-13)[
-                -1
-            ]
-        errors.append(float(np.abs(last.numpy() - reference(problem, (problem.horizon,)).state(problem.horizon)).max()))
+            x = torchdiffeq.odeint(func, x0, nodes[[0, -1]], method=name, options=options, rtol=1e-12, atol=1e-12)
+        exact = reference(problem, (problem.horizon,)).state(problem.horizon)
+        errors.append(float(np.abs(x[-1].numpy() - exact).max()))
     assert orders(errors)[-1] > ORDER[name] - 0.35, errors
     assert errors[-1] < 0.05
 
@@ -143,7 +150,7 @@ def test_evaluations_per_step(name: str) -> None:
 )
 def test_gradient_is_second_order_at_every_node(name: str, grid: str, observations: str) -> None:
     errors = []
-    for steps in (80, 160, 320):
+    for steps in steps_of(name, grid):
         error, nodes = density_errors(name, "auto", grid, observations, PENDULUM, steps)
         errors.append(float(error[nodes].max()))
     expected = min(2, ORDER[name])
@@ -156,7 +163,7 @@ def test_gradient_is_second_order_at_every_node(name: str, grid: str, observatio
 def test_unfiltered_gradient_does_not_converge(name: str) -> None:
     """In the worst node, be it at the observation alone; Euler's methods have weights 1 everywhere."""
     errors = []
-    for steps in (80, 160, 320):
+    for steps in steps_of(name):
         error, nodes = density_errors(name, None, "uniform", "at the end", PENDULUM, steps)
         errors.append(float(error[nodes].max()))
     if method_info(name).oscillation == "nowhere":
@@ -168,12 +175,13 @@ def test_unfiltered_gradient_does_not_converge(name: str) -> None:
 
 @pytest.mark.parametrize("name", slow_but(["ab3"], sorted(STRONGLY_STABLE)))
 def test_far_from_observations_the_methods_own_accuracy_stays(name: str) -> None:
-    steps = 320
+    steps = steps_of(name)[-1]
     filtered, _ = density_errors(name, "auto", "uniform", "at the end", PENDULUM, steps)
     raw, _ = density_errors(name, None, "uniform", "at the end", PENDULUM, steps)
     inner = slice(10, steps // 2)
     assert filtered[inner].max() <= 1.01 * raw[inner].max()
-    assert filtered[inner].max() < {1: 0.05, 2: 5e-4, 3: 2e-6}.get(ORDER[name], 2e-7)
+    bound = {1: 0.05, 2: 5e-4, 3: 2e-6}.get(ORDER[name], 2e-7)
+    assert filtered[inner].max() < bound * (320 / steps) ** min(3, ORDER[name])
 
 
 @pytest.mark.parametrize("name", slow_but(["ab4"], ["ab4", "abm5", "am4", "bdf4"]))
@@ -199,10 +207,10 @@ def test_where_steps_change_the_filter_is_second_order_though_auto_differentiati
         around = slice(steps // 2 - 8, steps // 2 + 8)
         return float(density_errors(name, grad_filter, "abrupt", "at the end", PENDULUM, steps)[0][around].max())
 
-    filtered = [error(steps, "auto") for steps in (60, 120, 240)]
+    filtered = [error(steps, "auto") for steps in steps_of(name)]
     assert orders(filtered)[-1] > min(2, ORDER[name]) - 0.2
     if ORDER[name] > 1:
-        assert filtered[-1] < 0.05 * error(240, None)
+        assert filtered[-1] < 0.05 * error(steps_of(name)[-1], None)
 
 
 # ------------------------------------------------------------------------------------------------------------ totals
@@ -217,7 +225,7 @@ def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(nam
     densities = of.density(torch.tensor([*times, PENDULUM.horizon]))[:, 0].numpy()
     exact = float((weights * densities * np.sin(3 * times)).sum() * PENDULUM.horizon / 2)
     errors = []
-    for steps in (60, 120, 240):
+    for steps in steps_of(name):
         nodes = GRIDS[grid](steps, PENDULUM.horizon)
         phi = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 
@@ -235,7 +243,8 @@ def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(nam
         (0.5 * (last - torch.tensor(PENDULUM.target)).square().sum()).backward()
         errors.append(abs(float(phi.grad) - exact))
     # The error may change its sign on the way, and then has no order between two steps.
-    assert all(error < 20 / steps ** min(2, ORDER[name]) for error, steps in zip(errors, (60, 120, 240), strict=True))
+    order = min(2, ORDER[name])
+    assert all(error < 20 / steps**order for error, steps in zip(errors, steps_of(name), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- exact gradients
@@ -270,7 +279,8 @@ def test_gradcheck_without_filter(name: str, grid: str) -> None:
 
     y0 = torch.tensor([0.4, -0.7], dtype=torch.float64, requires_grad=True)
     inputs = (y0, times.clone().requires_grad_(), field.weight.detach().clone().requires_grad_())
-    assert torch.autograd.gradcheck(solve, inputs)
+    # In a random direction where each of many solves takes long and the family has one that is checked in all of them.
+    assert torch.autograd.gradcheck(solve, inputs, fast_mode=name in IMPLICIT and name not in FAMILIES)
 
 
 @pytest.mark.parametrize(

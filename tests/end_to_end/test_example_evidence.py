@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import figures_of
+from programs import figures_of, run_alone
 
 pytestmark = pytest.mark.slow
 
@@ -56,8 +56,8 @@ def test_shared_parameters_need_no_filter(spiral: dict[str, Any]) -> None:
     assert max(last.values()) < 1.2 * min(last.values())
 
 
-def test_an_example_finds_the_same_again(spiral: dict[str, Any], tmp_path: Path) -> None:
-    again, _ = figures_of("spiral", tmp_path)
+def test_an_example_finds_the_same_again_as_a_program(spiral: dict[str, Any], tmp_path: Path) -> None:
+    again, _ = figures_of("spiral", tmp_path, run=run_alone)
     assert spiral.keys() == again.keys()
     for what, found in again.items():
         if what == "ms per iteration":

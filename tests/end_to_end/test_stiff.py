@@ -108,17 +108,17 @@ def assert_ends_as_radau(name: str, end: Tensor, accuracy: float) -> None:
 
 
 AGAINST_RADAU = [
-    ("van der Pol", "bdf4", 16, 2e-6),
-    ("Robertson", "bdf1", 16, 1e-2),
-    ("Robertson", "bdf2", 16, 3e-4),
-    ("Robertson", "bdf3", 16, 1e-5),
-    ("Robertson", "bdf4", 16, 5e-7),
-    ("Robertson", "bdf5", 16, 5e-8),
+    ("van der Pol", "bdf4", 8, 1e-5),
+    ("Robertson", "bdf1", 8, 2e-2),
+    ("Robertson", "bdf2", 8, 1e-3),
+    ("Robertson", "bdf3", 8, 8e-5),
+    ("Robertson", "bdf4", 8, 8e-6),
+    ("Robertson", "bdf5", 8, 1e-6),
     ("Robertson", "bdf6", 16, 5e-9),
-    ("Robertson", "am2", 16, 1e-4),
-    ("HIRES", "bdf2", 8, 4e-3),
-    ("HIRES", "bdf3", 8, 1e-4),
-    ("HIRES", "bdf4", 8, 3e-6),
+    ("Robertson", "am2", 8, 4e-4),
+    ("HIRES", "bdf2", 4, 1.6e-2),
+    ("HIRES", "bdf3", 4, 8e-4),
+    ("HIRES", "bdf4", 4, 4e-5),
     ("HIRES", "bdf5", 8, 5e-7),
 ]
 
@@ -132,7 +132,7 @@ def test_against_radau(name: str, method: str, parts: int, accuracy: float) -> N
 @pytest.mark.slow
 def test_gradient_of_a_stiff_solve_is_that_of_the_flow() -> None:
     """∂y(T)/∂k for Robertson's fastest rate k, against differences of Radau; with the filter and without."""
-    nodes = refined(coarse_grid("Robertson"), 16)
+    nodes = refined(coarse_grid("Robertson"), 8)
 
     def with_rate(k: Tensor | float) -> Callable[..., Any]:
         def f(y: Any, lib: Any = torch) -> Any:
@@ -141,7 +141,7 @@ def test_gradient_of_a_stiff_solve_is_that_of_the_flow() -> None:
 
         return f
 
-    ends = [radau(Stiff("", with_rate(k), ROBERTSON.y0, ROBERTSON.end), 1e-11, 1e-15)[1] for k in (0.999, 1.001)]
+    ends = [radau(Stiff("", with_rate(k), ROBERTSON.y0, ROBERTSON.end), 1e-10, 1e-14)[1] for k in (0.999, 1.001)]
     expected = (ends[1] - ends[0])[0] / 0.002
     for grad_filter in (None, torchdiffeq_lmm.CostateFilter("trapezoid")):
         k = torch.ones((), dtype=torch.float64, requires_grad=True)
@@ -213,10 +213,19 @@ BATCHES = [
     ("Robertson", "bdf2", 400, 2e-3),
     ("HIRES", "bdf3", 33, 2e-3),
 ]
+DTYPES = [(torch.float32, True), (torch.float64, False)]
 
 
-@pytest.mark.parametrize(("dtype", "grad"), [(torch.float32, True), (torch.float64, False)])
-@pytest.mark.parametrize(("name", "method", "samples", "accuracy"), slow_but([BATCHES[1]], BATCHES))
+@pytest.mark.parametrize(
+    ("name", "method", "samples", "accuracy", "dtype", "grad"),
+    slow_but(
+        [(*BATCHES[1], torch.float32, True)],
+        [
+            (*BATCHES[1], torch.float32, True),
+            *((*batch, *(DTYPES[number % 2])) for number, batch in enumerate(BATCHES)),
+        ],
+    ),
+)
 def test_every_sample_of_a_batch_against_radau(
     name: str, method: str, samples: int, accuracy: float, dtype: torch.dtype, grad: bool
 ) -> None:
@@ -229,7 +238,7 @@ def test_every_sample_of_a_batch_against_radau(
 @pytest.mark.parametrize("method", slow_but(["bdf2"], ["bdf2", "am2"]))
 def test_company_changes_nothing(method: str, dtype: torch.dtype) -> None:
     """Beside a constant of any size, alone, in one tensor and in a tuple."""
-    nodes = refined(coarse_grid("Robertson"), 4)[:120].to(dtype)
+    nodes = refined(coarse_grid("Robertson"), 4)[:60].to(dtype)
     y0 = torch.tensor(ROBERTSON.y0, dtype=dtype)
     t, options = nodes[[0, -1]], on(nodes)
     alone = torchdiffeq.odeint(lambda t, y: robertson(y), y0, t, method=method, options=options)[-1]
@@ -460,15 +469,15 @@ def test_a_beam_in_single_precision(size: int) -> None:
 
     def curvature(y: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(y, (1, 1))
-        return (padded[2:] - 2 * y + padded[:-2]) / width**2
+        return (padded[..., 2:] - 2 * y + padded[..., :-2]) / width**2
 
     x = width * torch.arange(1, size + 1, dtype=torch.float64)
-    y0, t = torch.sin(torch.pi * x) + 0.3 * x, torch.linspace(0, 0.04, 3, dtype=torch.float64)
-    single, double = (
-        torchdiffeq.odeint(lambda t, y: -0.01 * curvature(curvature(y)), y0.to(dtype), t.to(dtype), method="bdf1")[-1]
-        for dtype in (torch.float32, torch.float64)
-    )
-    torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-4)
+    y0, t = torch.sin(torch.pi * x) + 0.3 * x, torch.linspace(0, 0.02, 2, dtype=torch.float64)
+    y = torchdiffeq.odeint(lambda t, y: -0.01 * curvature(curvature(y)), y0.float(), t.float(), method="bdf1")
+    identity = torch.eye(size, dtype=torch.float64)
+    matrix = curvature(identity)
+    wanted = torch.linalg.solve(identity + 0.01 * t[-1] * matrix @ matrix, y0)
+    torch.testing.assert_close(y[-1].double(), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["bdf1", "bdf2"])
