@@ -211,8 +211,23 @@ def test_the_report_and_the_callbacks_agree_with_what_is_called(direction: int, 
     # Short steps in the pulse, long ones away from it.
     middle = (np.abs(np.array(report.times[1:]) - 2 * direction)) < 0.05
     assert np.median(lengths(report)[middle]) < 0.2 * lengths(report).max()
-    if method == "bdf":
-        assert report.jacobians <= report.steps
+
+
+def test_the_report_counts_the_jacobians_that_are_asked_for() -> None:
+    asked, report = [], SolveReport()
+
+    def jac(t: Tensor, y: Tensor) -> Tensor:
+        asked.append(float(t))
+        return torch.diag(-1e3 * (1 + y**2))
+
+    y = solve(
+        lambda t, y: -1e3 * (y + y**3 / 3 - torch.cos(t)), f64(1.0, 2.0), (0.0, 2.0), "bdf", jac=jac, report=report
+    )
+    assert report.jacobians == len(asked) > 0
+    assert report.jacobians < report.steps / 2
+    root = float(y[-1, 0])
+    # Next to the equilibrium, behind it by its own change in a time constant.
+    assert root + root**3 / 3 == pytest.approx(math.cos(2.0), abs=2e-3)
 
 
 def test_an_equation_that_is_not_solved_asks_for_a_shorter_step() -> None:

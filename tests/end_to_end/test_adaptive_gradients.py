@@ -232,6 +232,33 @@ def test_second_derivatives_of_adams() -> None:
     assert second.item() == pytest.approx(2 / 1.7**3, rel=1e-5)
 
 
+def test_bdf_refuses_second_derivatives() -> None:
+    y0 = f64(1.0, requires_grad=True)
+    y = solve(lambda t, y: -(y**2), y0, (0.0, 1.0), "bdf")
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(y[-1].sum(), y0, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_mode() -> None:
+    """Through y0 and parameters, with Adams methods; else it is refused, for a tangent would be lost."""
+    one = f64(1.0)
+
+    def end(method: str, y0: Tensor = one, w: Tensor = one, t: Any = (0.0, 1.0), **options: Any) -> Tensor:
+        return solve(lambda t, y: -w * y, y0, t, method, 1e-7, 1e-7, **options)[-1]
+
+    for inputs in ("y0", "w"):
+        _, tangent = torch.func.jvp(lambda given, key=inputs: end("adams", **{key: given}), (one,), (one,))
+        wanted = np.exp(-1) if inputs == "y0" else -np.exp(-1)
+        assert float(tangent) == pytest.approx(wanted, rel=1e-5)
+        with pytest.raises(RuntimeError, match=r"do(es)? not support"):
+            torch.func.jvp(lambda given, key=inputs: end("bdf", **{key: given}), (one,), (one,))
+    for method in METHODS:
+        for inputs, given in (("t", f64(0.0, 1.0)), ("jump_t", f64(0.5)), ("step_t", f64(0.5))):
+            with pytest.raises(RuntimeError, match=r"do(es)? not support"):
+                torch.func.jvp(lambda given, key=inputs: end(method, **{key: given}), (given,), (given,))
+
+
 # --------------------------------------------------------------------------------------------------------- filters
 
 
@@ -414,7 +441,7 @@ def test_options_of_the_adjoint_solve(method: str) -> None:
         1e-6,
         method=method,
         options={"report": reports[0]},
-        adjoint_options={"report": reports[1], "max_order": 3},
+        adjoint_options={"report": reports[1], "max_order": 3, "norm": "seminorm"},
     )
     assert relative(found, wanted) < 1e-4
     assert reports[0].times[-1] == 1.5
@@ -422,6 +449,29 @@ def test_options_of_the_adjoint_solve(method: str) -> None:
     assert reports[1].times[0] == 0.6
     assert reports[1].times[-1] == 0.0
     assert max(reports[1].orders) <= 3
+
+
+@methods
+def test_the_adjoint_method_with_a_tuple(method: str) -> None:
+    """y_0' = -w y_0 y_1, y_1' = -y_1: y_0(1) = exp(-w (1 - 1/e)) from 1 and 1."""
+    w = nn.Parameter(torch.tensor(0.8, dtype=F64))
+
+    class Func(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = w
+
+        def forward(self, t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return -self.w * y[0] * y[1].sum(), -y[1]
+
+    y0 = (torch.ones(2, 2, dtype=F64, requires_grad=True), f64(1.0, requires_grad=True))
+    y = torchdiffeq.odeint_adjoint(Func(), y0, f64(0.0, 1.0), rtol=1e-7, atol=1e-7, method=method)
+    part = 1 - np.exp(-1)
+    torch.testing.assert_close(y[0][-1].detach(), torch.full((2, 2), np.exp(-0.8 * part), dtype=F64), rtol=1e-5, atol=0)
+    by_w, *by_y0 = torch.autograd.grad(y[0][-1].sum(), (w, *y0))
+    assert by_w.item() == pytest.approx(-4 * part * np.exp(-0.8 * part), rel=1e-5)
+    assert by_y0[0].flatten().tolist() == pytest.approx([np.exp(-0.8 * part)] * 4, rel=1e-5)
+    assert by_y0[1].item() == pytest.approx(-4 * 0.8 * part * np.exp(-0.8 * part), rel=1e-5)
 
 
 @methods

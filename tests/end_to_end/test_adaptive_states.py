@@ -217,7 +217,9 @@ def test_without_gradients_the_solution_is_the_same(method: str, mode: Callable[
             y = solve(lambda t, y: torch.tanh(func(y)), torch.ones(2, 3, dtype=F64), (0.0, 0.4, 1.0), method)
         assert y.requires_grad == (context is nullcontext)
         results.append(y.detach().clone())
-    torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-8)
+    # Without gradients Jacobians are by differences, so that equations are solved to the tolerance alone.
+    accuracy = 1e-12 if method == "adams" else 1e-6
+    torch.testing.assert_close(results[0], results[1], rtol=accuracy, atol=accuracy)
 
 
 @methods

@@ -209,6 +209,16 @@ def test_a_rejected_step_becomes_shorter_by_a_tenth_at_least() -> None:
     assert controller.proposed() == pytest.approx(0.9, rel=1e-12)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_next_attempt_is_shorter_whatever_dfactor_is(fails: bool) -> None:
+    controller = settled(2, BDF, dfactor=1.0)
+    if fails:
+        controller.fail(1.0)
+    else:
+        controller.reject(1.0, 1e9, None)
+    assert controller.proposed() == 0.9
+
+
 @pytest.mark.parametrize("error", [1e12, math.nan, math.inf])
 def test_dfactor(error: float) -> None:
     controller = settled(2, dfactor=0.125)

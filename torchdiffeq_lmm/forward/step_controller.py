@@ -16,11 +16,14 @@ from torchdiffeq_lmm.schemes.variable_order import VariableOrderFamily
 _WORTH_IT = 1.2
 """A step becomes longer by this factor at least, or not at all."""
 
+_SHORTER = 0.9
+"""After a failure the next attempt is shorter by this factor at least, whatever dfactor is."""
+
 _FAILURES = 3
 """After so many failures at one node order 1 begins anew, for the past may be what is wrong."""
 
 _UNSOLVED = 0.5
-"""The factor after an implicit equation that was not solved, at most."""
+"""The factor after an implicit equation that was not solved, where dfactor is no larger."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +133,14 @@ class StepController:
             order = 1
         factor = self._factor(order, own) if math.isfinite(own) else 0.0
         self.step = step
-        self._change(order, max(self._control.dfactor, min(factor, 0.9)))
+        self._change(order, min(max(self._control.dfactor, factor), _SHORTER))
 
     def fail(self, step: float) -> None:
         """Note that an implicit equation was not solved."""
         self._failed()
         self.step = step
-        self._change(1 if self._failures >= _FAILURES else self.order, max(self._control.dfactor, _UNSOLVED))
+        factor = min(max(self._control.dfactor, _UNSOLVED), _SHORTER)
+        self._change(1 if self._failures >= _FAILURES else self.order, factor)
 
     def _failed(self) -> None:
         self._failures += 1

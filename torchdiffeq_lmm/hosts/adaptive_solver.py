@@ -15,7 +15,7 @@ from torchdiffeq_lmm.autodiff.dense_goals import DenseOutputs, DenseUntilEvent, 
 from torchdiffeq_lmm.autodiff.piece import PieceSolver
 from torchdiffeq_lmm.filters.grad_filter import SmoothFilter
 from torchdiffeq_lmm.forward.adaptive_steps import AdaptiveSteps, Callbacks
-from torchdiffeq_lmm.forward.autograd_state import savable
+from torchdiffeq_lmm.forward.autograd_state import refuse_tangents, savable
 from torchdiffeq_lmm.forward.error_norm import ErrorNorm, Norm
 from torchdiffeq_lmm.forward.events import EventSign
 from torchdiffeq_lmm.forward.grid import check_times, jump_rounding, jumps_inside
@@ -176,6 +176,7 @@ class AdaptiveSolver(DifferentiableSolver):
         check_times(t)
         if len(t) == 1:
             return torch.stack([self.y0])
+        self._refuse_tangents(t)
         times, each = t.double().tolist(), t.to(self.y0.device, self._time_dtype).unbind()
         ends, at_ends, rounding = [], (False, False), 0.0
         if self._jumps is not None:
@@ -218,6 +219,7 @@ class AdaptiveSolver(DifferentiableSolver):
         tolerance = event_tolerance(self.atol, self.y0)
         sign = EventSign(event_fn, self._reverse)
         check_times(t0.reshape(1))
+        self._refuse_tangents(t0)
         begin = t0.to(self.y0.device, self._time_dtype, copy=True)
         before = sign.at_beginning(begin, self.y0)
         x, keepers, solver = self.y0, [], self._begin()
@@ -276,6 +278,10 @@ class AdaptiveSolver(DifferentiableSolver):
             Callbacks(hosted.callback_step, hosted.callback_accept_step, hosted.callback_reject_step),
             self._report,
         )
+
+    def _refuse_tangents(self, times: Tensor) -> None:
+        """Of times there are none in forward mode: the steps are made of numbers."""
+        refuse_tangents(times, *(given.times for given in (self._jumps, self._stops) if given is not None))
 
     def _refuse_fixed(self, options: dict[str, Any]) -> None:
         for name in ("step_size", "grid_constructor"):
