@@ -498,3 +498,16 @@ def test_the_tables_have_them() -> None:
         assert SOLVERS[method].__name__ == method
         assert SOLVERS[method].valid_callbacks() == {"callback_step", "callback_accept_step", "callback_reject_step"}
     assert torchdiffeq.odeint(decaying, f64(2.0), f64(0.0, 1.0), method="bdf").shape == (2, 1)
+
+
+@pytest.mark.parametrize("method", ["bdf", "adams"])
+@pytest.mark.parametrize(("option", "rtol"), [("min_step", 1e-9), ("max_step", 1e-3)])
+def test_an_interval_of_ten_steps_has_ten_steps(method: str, option: str, rtol: float) -> None:
+    """However 0.1 is rounded; the rest of an interval may be a little more than the shortest step or the longest."""
+    report = SolveReport()
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    options = {option: 0.1, "first_step": 0.1, "max_order": 1, "ifactor": 1.0, "report": report}
+    torchdiffeq.odeint(
+        lambda t, y: -y, torch.ones(2, dtype=torch.float64), t, method=method, rtol=rtol, atol=rtol, options=options
+    )
+    assert report.steps == 10

@@ -26,6 +26,9 @@ _SHORTEST = 8
 _SHORTEST_OF_FIRST = 1e-20
 """Nor is one shorter than so much of the first one: near t = 0 the last place limits nothing."""
 
+_ROUNDED = 1e-9
+"""By so much of their length steps that add up to an interval may miss it."""
+
 _EQUAL = 1e-4
 """The end of a step may be rounded by so much of its length."""
 
@@ -220,7 +223,7 @@ class AdaptiveSteps:
             with torch.no_grad():
                 own, *others = self._errors.ratios([self._family.error(k, lengths) for k in wanted], trial)
             neighbours = tuple(others) or neighbours
-        if own is not None and (own <= 1 or (step <= self._control.min_step and own < math.inf)):
+        if own is not None and (own <= 1 or (step <= self._control.min_step * (1 + _ROUNDED) and own < math.inf)):
             self._call(self._callbacks.accept, node, x, step)
             controller.accept(step, own, *neighbours)
             self.orders.append(order)
@@ -258,7 +261,8 @@ class AdaptiveSteps:
         """The length and the end of a step: cut short at the next stop; two where one would leave a short rest."""
         stop = next((stop for stop in self._stops if stop > t), self.end)
         rest = stop - t
-        if rest <= step:
+        # A little more than a step is one that has been rounded.
+        if rest <= step * (1 + _ROUNDED):
             return rest, stop
         if rest < 2 * step:
             step = rest / 2
@@ -295,7 +299,7 @@ class AdaptiveSteps:
         order: int,
     ) -> None:
         """Raise a RuntimeError where a step that was not accurate enough must not be shorter."""
-        if step > max(_SHORTEST * math.ulp(t), self._control.min_step, self._shortest):
+        if step > max(_SHORTEST * math.ulp(t), self._control.min_step * (1 + _ROUNDED), self._shortest):
             return
         if failure is not None:
             raise RuntimeError(
