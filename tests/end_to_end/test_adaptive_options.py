@@ -501,7 +501,7 @@ def test_the_tables_have_them() -> None:
 
 
 @pytest.mark.parametrize("method", ["bdf", "adams"])
-@pytest.mark.parametrize(("option", "rtol"), [("min_step", 1e-9), ("max_step", 1e-3)])
+@pytest.mark.parametrize(("option", "rtol"), [("min_step", 1e-9), ("max_step", 0.1)])
 def test_an_interval_of_ten_steps_has_ten_steps(method: str, option: str, rtol: float) -> None:
     """However 0.1 is rounded; the rest of an interval may be a little more than the shortest step or the longest."""
     report = SolveReport()
