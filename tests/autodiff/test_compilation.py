@@ -59,7 +59,10 @@ def gradients(field: Field, loss: Callable[[], Tensor]) -> list[Tensor]:
     ("what", "way"),
     slow_but(
         [("func", "plain")],
-        itertools.product(("func", "the training step"), WAYS),
+        [
+            *itertools.product(["func"], ["plain", "reversible", "checkpoint, filtered"]),
+            *itertools.product(["the training step"], WAYS),
+        ],
     ),
 )
 def test_compiled_or_not_the_gradient_is_the_same(what: str, way: str) -> None:

@@ -96,7 +96,7 @@ def density_errors(
 def test_order_forward(name: str, grid: str) -> None:
     problem = LOTKA_VOLTERRA
     errors = []
-    for steps in steps_of(name):
+    for steps in (40, 80, 160):
         nodes = GRIDS[grid](steps, problem.horizon)
         options = {"grid_constructor": lambda func, y0, t, nodes=nodes: nodes}
 
@@ -224,8 +224,8 @@ def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(nam
     times = (times + 1) * PENDULUM.horizon / 2
     densities = of.density(torch.tensor([*times, PENDULUM.horizon]))[:, 0].numpy()
     exact = float((weights * densities * np.sin(3 * times)).sum() * PENDULUM.horizon / 2)
-    errors = []
-    for steps in steps_of(name):
+    errors, numbers = [], (40, 80, 160)
+    for steps in numbers:
         nodes = GRIDS[grid](steps, PENDULUM.horizon)
         phi = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 
@@ -244,7 +244,7 @@ def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(nam
         errors.append(abs(float(phi.grad) - exact))
     # The error may change its sign on the way, and then has no order between two steps.
     order = min(2, ORDER[name])
-    assert all(error < 20 / steps**order for error, steps in zip(errors, steps_of(name), strict=True))
+    assert all(error < 20 / steps**order for error, steps in zip(errors, numbers, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- exact gradients
@@ -279,8 +279,9 @@ def test_gradcheck_without_filter(name: str, grid: str) -> None:
 
     y0 = torch.tensor([0.4, -0.7], dtype=torch.float64, requires_grad=True)
     inputs = (y0, times.clone().requires_grad_(), field.weight.detach().clone().requires_grad_())
-    # In a random direction where each of many solves takes long and the family has one that is checked in all of them.
-    assert torch.autograd.gradcheck(solve, inputs, fast_mode=name in IMPLICIT and name not in FAMILIES)
+    # In random directions where each of many solves takes long, but for one of every family, on one grid.
+    is_full = name not in IMPLICIT or (name in FAMILIES and grid == "times")
+    assert torch.autograd.gradcheck(solve, inputs, fast_mode=not is_full)
 
 
 @pytest.mark.parametrize(
@@ -405,7 +406,7 @@ def test_odeint_adjoint(name: str) -> None:
     gradients = []
     for odeint in (torchdiffeq.odeint, torchdiffeq.odeint_adjoint):
         field = Small()
-        t, options = torch.tensor([0.0, 1.0], dtype=torch.float64), {"step_size": 0.01}
+        t, options = torch.tensor([0.0, 1.0], dtype=torch.float64), {"step_size": 1 / 64}
         last = odeint(field, torch.ones(2, dtype=torch.float64), t, method=name, options=options)[-1]
         last.square().sum().backward()
         gradients.append(field.weight.grad)
