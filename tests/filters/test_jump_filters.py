@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from jumping import f64
-from methods import IMPLICIT, ORDER, slow_but
+from methods import IMPLICIT, ORDER, in_turn
 from problems import orders
 from scipy.integrate import solve_ivp
 from torch import Tensor
@@ -59,12 +59,13 @@ def filter_reference(is_observed: bool) -> tuple[Callable[[float, bool], np.ndar
 
 
 @pytest.mark.parametrize(
-    ("weights", "is_observed"),
-    slow_but([("step", True), ("trapezoid", True)], [("step", True), ("step", False), ("trapezoid", True)]),
-)
-@pytest.mark.parametrize(
-    "name",
-    slow_but(["leapfrog", "am3"], ["leapfrog", "ab1", "ab3", "abm3", "am2", "am3", "milne_simpson", "bdf2", "bdf4"]),
+    ("name", "weights", "is_observed"),
+    in_turn(
+        [("step", True), ("trapezoid", True), ("step", False)],
+        few=1,
+        fast=("leapfrog", "ab3", "am3"),
+        names=["leapfrog", "ab1", "ab3", "abm3", "am2", "am3", "milne_simpson", "bdf2", "bdf4"],
+    ),
 )
 def test_the_filtered_gradient_is_second_order_at_every_node(name: str, weights: str, is_observed: bool) -> None:
     """One parameter per node, that of the jump for both its sides; with steps of another length after it."""

@@ -37,7 +37,7 @@ def exact() -> Callable[[float], np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "is_on_node", "direction"),
-    in_turn([(False, 1), (True, 1), (True, -1)], few=2, fast=("leapfrog", "ab3", "abm2", "bdf2")),
+    in_turn([(False, 1), (True, 1), (True, -1)], few=1, fast=("leapfrog", "ab3", "abm2", "bdf2")),
 )
 def test_order(name: str, is_on_node: bool, direction: int) -> None:
     """At outputs before, at and after jumps. Off the nodes, the last step before a jump is cut to 0.4 h."""
@@ -147,7 +147,9 @@ def test_a_jump_at_an_end_makes_no_node_and_is_seen_from_inside(name: str) -> No
     assert all(0 < s < 1 for s in seen[times:])
 
 
-@pytest.mark.parametrize("options", [{"step_size": 0.1}, {}], ids=["step_size", "times"])
+@pytest.mark.parametrize(
+    "options", [{"step_size": 0.1}, pytest.param({}, marks=pytest.mark.slow)], ids=["step_size", "times"]
+)
 @pytest.mark.parametrize("name", EVERY_METHOD)
 def test_times_outside_are_ignored(name: str, options: dict) -> None:
     t = torch.linspace(0, 1, 8, dtype=torch.float64)
