@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchdiffeq
 import torchsde
+from methods import slow_but
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -99,7 +100,7 @@ solves = pytest.mark.parametrize("make", SOLVES.values(), ids=SOLVES)
 
 
 @solves
-@pytest.mark.parametrize("end", ["nothing", "backward", "retained", "failed"])
+@pytest.mark.parametrize("end", slow_but(["backward", "failed"], ["nothing", "backward", "retained", "failed"]))
 def test_a_module_that_keeps_its_own_solve_is_collected(make: Make, end: str) -> None:
     func = Field()
     func.kept = make(func)

@@ -122,7 +122,7 @@ def test_the_number_of_checkpoints_is_the_users() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", ["autograd", *AGAIN])
 def test_many_steps(backward: str) -> None:
-    steps = 20_000
+    steps = 10_000
     rate = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
     y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)

@@ -151,11 +151,13 @@ def test_tuples_and_complex_states(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reverse", "interp"),
-    slow_but([(True, "cubic")], [(False, "linear"), (True, "linear"), (False, "cubic"), (True, "cubic")]),
-)
-@pytest.mark.parametrize(
-    "method", slow_but(["leapfrog", "ab4", "bdf3"], ["leapfrog", "nystrom3", "ab4", "abm3", "am3", "bdf3"])
+    ("method", "reverse", "interp"),
+    in_turn(
+        [(False, "linear"), (True, "cubic"), (True, "linear"), (False, "cubic")],
+        few=2,
+        fast=("leapfrog", "ab3", "bdf2"),
+        names=["leapfrog", "nystrom3", "ab3", "ab4", "abm3", "am3", "bdf2", "bdf3"],
+    ),
 )
 def test_events(method: str, reverse: bool, interp: str) -> None:
     for elapsed, grad_filter in itertools.product((0.02, 0.12, 0.61), (None, "auto")):

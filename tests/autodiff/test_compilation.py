@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from methods import slow_but
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -55,12 +54,13 @@ def gradients(field: Field, loss: Callable[[], Tensor]) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in field.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "way"),
-    slow_but(
-        [("func", "plain")],
-        itertools.product(("func", "the training step"), WAYS),
-    ),
+    [
+        *itertools.product(["func"], ["plain", "reversible", "checkpoint, filtered"]),
+        *itertools.product(["the training step"], WAYS),
+    ],
 )
 def test_compiled_or_not_the_gradient_is_the_same(what: str, way: str) -> None:
     field = Field()

@@ -46,7 +46,8 @@ def test_gradients_are_those_of_the_discrete_solution(name: str, way: dict) -> N
         return torchdiffeq_lmm.odeint(func, y0, t, method=name, options=options, **given, **way, **TIGHT)
 
     inputs = (f64(1.0, 0.5, requires_grad=True), f64(0.0, 0.42, 0.9, requires_grad=True))
-    torch.autograd.gradcheck(last, inputs, eps=1e-6, atol=1e-5)
+    # In random directions for all but one method, in which all entries are checked.
+    torch.autograd.gradcheck(last, inputs, eps=1e-6, atol=1e-5, fast_mode=name != "abm3")
 
 
 @pytest.mark.parametrize("name", slow_but(["leapfrog", "abm3", "bdf2"], SOME))

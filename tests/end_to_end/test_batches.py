@@ -65,7 +65,7 @@ def robertson_by_radau(sample: int, count: int) -> np.ndarray:
     ("method", "dtype"),
     [
         ("bdf2", torch.float32),
-        ("bdf3", torch.float64),
+        pytest.param("bdf3", torch.float64, marks=pytest.mark.slow),
         pytest.param("bdf2", torch.float64, marks=pytest.mark.slow),
         pytest.param("bdf3", torch.float32, marks=pytest.mark.slow),
         pytest.param("am2", torch.float64, marks=pytest.mark.slow),
@@ -257,7 +257,7 @@ class TestGradients:
         ("method", "backward", "grad_filter"),
         [
             ("bdf2", "autograd", None),
-            ("am2", "checkpoint", "auto"),
+            pytest.param("am2", "checkpoint", "auto", marks=pytest.mark.slow),
             pytest.param("bdf3", "checkpoint", None, marks=pytest.mark.slow),
             pytest.param("bdf2", "autograd", "auto", marks=pytest.mark.slow),
         ],
@@ -350,7 +350,7 @@ class TestWhatCountsAsSamples:
             wanted = torch.linalg.solve(torch.eye(2, dtype=torch.float64) - h * matrix, wanted)
         torch.testing.assert_close(y[-1], wanted, rtol=1e-6, atol=1e-12)
 
-    @pytest.mark.parametrize("batch_dims", [0, 1])
+    @pytest.mark.parametrize("batch_dims", slow_but([1], [0, 1]))
     def test_it_may_be_said(self, batch_dims: int) -> None:
         calls = []
         alone = torch.stack([solve(Robertson(of_one), start(1))[-1, 0] for of_one in rates(6).split(1)])

@@ -92,11 +92,11 @@ def density_errors(
 # --------------------------------------------------------------------------------------------------- orders, forward
 
 
-@pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "truncated", "growing", "random"], few=2))
+@pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "truncated", "growing", "random"], few=1))
 def test_order_forward(name: str, grid: str) -> None:
     problem = LOTKA_VOLTERRA
     errors = []
-    for steps in steps_of(name):
+    for steps in (40, 80, 160):
         nodes = GRIDS[grid](steps, problem.horizon)
         options = {"grid_constructor": lambda func, y0, t, nodes=nodes: nodes}
 
@@ -224,8 +224,8 @@ def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(nam
     times = (times + 1) * PENDULUM.horizon / 2
     densities = of.density(torch.tensor([*times, PENDULUM.horizon]))[:, 0].numpy()
     exact = float((weights * densities * np.sin(3 * times)).sum() * PENDULUM.horizon / 2)
-    errors = []
-    for steps in steps_of(name):
+    errors, numbers = [], (40, 80, 160)
+    for steps in numbers:
         nodes = GRIDS[grid](steps, PENDULUM.horizon)
         phi = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 
@@ -244,7 +244,7 @@ def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(nam
         errors.append(abs(float(phi.grad) - exact))
     # The error may change its sign on the way, and then has no order between two steps.
     order = min(2, ORDER[name])
-    assert all(error < 20 / steps**order for error, steps in zip(errors, steps_of(name), strict=True))
+    assert all(error < 20 / steps**order for error, steps in zip(errors, numbers, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- exact gradients
@@ -279,12 +279,13 @@ def test_gradcheck_without_filter(name: str, grid: str) -> None:
 
     y0 = torch.tensor([0.4, -0.7], dtype=torch.float64, requires_grad=True)
     inputs = (y0, times.clone().requires_grad_(), field.weight.detach().clone().requires_grad_())
-    # In a random direction where each of many solves takes long and the family has one that is checked in all of them.
-    assert torch.autograd.gradcheck(solve, inputs, fast_mode=name in IMPLICIT and name not in FAMILIES)
+    # In random directions where each of many solves takes long, but for one of every family, on one grid.
+    is_full = name not in IMPLICIT or (name in FAMILIES and grid == "times")
+    assert torch.autograd.gradcheck(solve, inputs, fast_mode=not is_full)
 
 
 @pytest.mark.parametrize(
-    ("name", "grid", "interp"), in_turn(list(itertools.product(("times", "step_size"), ("linear", "cubic"))), few=2)
+    ("name", "grid", "interp"), in_turn(list(itertools.product(("times", "step_size"), ("linear", "cubic"))), few=1)
 )
 def test_gradients_of_y0_and_t_stay_exact_with_the_filter(name: str, grid: str, interp: str) -> None:
     field = Small()
@@ -405,7 +406,7 @@ def test_odeint_adjoint(name: str) -> None:
     gradients = []
     for odeint in (torchdiffeq.odeint, torchdiffeq.odeint_adjoint):
         field = Small()
-        t, options = torch.tensor([0.0, 1.0], dtype=torch.float64), {"step_size": 0.01}
+        t, options = torch.tensor([0.0, 1.0], dtype=torch.float64), {"step_size": 1 / 64}
         last = odeint(field, torch.ones(2, dtype=torch.float64), t, method=name, options=options)[-1]
         last.square().sum().backward()
         gradients.append(field.weight.grad)
@@ -416,7 +417,7 @@ CUBIC = {"step_size": 0.07, "interp": "cubic", "perturb": True}
 
 
 @pytest.mark.parametrize(
-    ("name", "grad_filter", "options"), in_turn([(None, None), ("auto", CUBIC), (None, CUBIC), ("auto", None)], few=2)
+    ("name", "grad_filter", "options"), in_turn([(None, None), ("auto", CUBIC), (None, CUBIC), ("auto", None)], few=1)
 )
 def test_func_may_return_the_same_memory_again(name: str, grad_filter: str | None, options: dict | None) -> None:
     buffer = torch.empty(2, dtype=torch.float64)

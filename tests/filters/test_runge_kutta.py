@@ -1,6 +1,7 @@
 """torchdiffeq's midpoint and heun2 with a gradient filter."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -22,6 +23,11 @@ def stage_times(method: str, nodes: Tensor) -> Tensor:
     return torch.cat([nodes[:-1], stages]).unique()
 
 
+@cache
+def reference(observed: tuple[float, ...]) -> Reference:
+    return Reference(PENDULUM, list(observed))
+
+
 def gradient_errors(method: str, nodes: Tensor, observed: list[int], grad_filter: object) -> Tensor:
     """Of the gradient divided by the cell of the time of every evaluation, which lasts up to the next."""
     times = stage_times(method, nodes)
@@ -38,12 +44,12 @@ def gradient_errors(method: str, nodes: Tensor, observed: list[int], grad_filter
         func, x0, nodes[[0, *observed]], method=method, options=options, grad_filter=grad_filter
     )
     (0.5 * (states[1:] - torch.tensor(PENDULUM.target)).square().sum()).backward()
-    reference = Reference(PENDULUM, nodes[observed].tolist())
+    of = reference(tuple(nodes[observed].tolist()))
     if method == "midpoint":
-        widths, exact = torch.cat([times, nodes[-1:]]).diff(), reference.density(torch.cat([times, nodes[-1:]]))
+        widths, exact = torch.cat([times, nodes[-1:]]).diff(), of.density(torch.cat([times, nodes[-1:]]))
     else:
         steps = nodes.diff()
-        widths, exact = torch.cat([steps, steps[-1:]]), reference.density(nodes, last=True)
+        widths, exact = torch.cat([steps, steps[-1:]]), of.density(nodes, last=True)
     return (theta.grad / widths[:, None] - exact).abs().amax(1)
 
 

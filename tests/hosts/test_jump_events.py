@@ -19,10 +19,11 @@ from torchdiffeq_lmm.hosts import solver
 
 
 @pytest.mark.parametrize(
-    ("name", "direction", "interp"), in_turn([(1, "linear"), (-1, "cubic"), (-1, "linear"), (1, "cubic")], few=2)
+    ("name", "direction", "interp"), in_turn([(1, "linear"), (-1, "cubic"), (-1, "linear"), (1, "cubic")], few=1)
 )
 def test_events_after_jumps(name: str, direction: int, interp: str) -> None:
     """y = exp(-t) until 0.51, then y' = -3 y until 0.77, then y' = -1: it is 0.1 at a time that is known."""
+    step = 0.01 if ORDER[name] < 3 else 0.02
     middle = np.exp(-0.51)
     last = middle * np.exp(-3 * 0.26)
     cases = {0.8: -np.log(0.8), 0.5: 0.51 + np.log(middle / 0.5) / 3, 0.1: 0.77 + last - 0.1}
@@ -41,7 +42,7 @@ def test_events_after_jumps(name: str, direction: int, interp: str) -> None:
             reverse_time=direction < 0,
             odeint_interface=torchdiffeq.odeint,
             method=name,
-            options={"step_size": 0.01, "interp": interp, "jump_t": f64(0.51, 0.77, 5.0, 1e9) * direction},
+            options={"step_size": step, "interp": interp, "jump_t": f64(0.51, 0.77, 5.0, 1e9) * direction},
         )
         accuracy = 0.02 if ORDER[name] == 1 else 4e-4
         assert direction * float(event_t.detach()) == pytest.approx(truth, abs=accuracy)
@@ -53,7 +54,7 @@ def test_events_after_jumps(name: str, direction: int, interp: str) -> None:
 
 
 @pytest.mark.parametrize("way", [{"grad_filter": "auto"}, {"backward": "checkpoint"}], ids=str)
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", slow_but(["leapfrog", "abm3"], SOME))
 def test_events_filtered_and_recomputed(name: str, way: dict) -> None:
     """At a fixed time, so that the state there is that of an ordinary solve; a jump just after it changes nothing."""
     results = []

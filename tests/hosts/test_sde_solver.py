@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchdiffeq
 import torchsde
-from methods import slow_but
+from methods import FAMILIES, slow_but
 from sde_problems import NOISES, FunctionsOnly, Path, Pendulum, initial
 from torch import Tensor
 
@@ -58,7 +58,7 @@ def test_obeys_the_maruyama_formula(method: str, noise: str) -> None:
             assert (left - right).abs().max() < 1e-13
 
 
-@pytest.mark.parametrize("method", SDE_SOLVERS)
+@pytest.mark.parametrize("method", slow_but(FAMILIES, SDE_SOLVERS))
 def test_without_noise_it_is_the_method_for_odes(method: str) -> None:
     sde, times = Pendulum("diagonal", epsilon=0.0), torch.tensor([0.0, 0.31, 0.6, 1.03], dtype=torch.float64)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_outputs_between_the_nodes_and_a_last_step_cut_short(method: str) -> Non
     assert (outputs[5] - nodes[4]).abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("method", ["leapfrog", "bdf2", "abm2"])
+@pytest.mark.parametrize("method", slow_but(["leapfrog"], ["leapfrog", "bdf2", "abm2"]))
 @pytest.mark.parametrize(
     "names", [("f", "g"), ("f_and_g",), ("f", "g_prod"), ("f_and_g_prod",), ("f_and_g", "g_prod")], ids="-".join
 )
