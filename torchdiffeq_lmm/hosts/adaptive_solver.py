@@ -31,7 +31,7 @@ from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
 from .torchdiffeq_host import find_event, warn_of_unused_options
 
 ADAPTIVE_NEWTON = Newton(tolerance=0.03, max_iterations=8)
-"""Equations need not be solved much more exactly than the step is accurate; where they are hard, a shorter one helps."""
+"""Equations are solved a little more exactly than the step is accurate; where they are hard, a shorter one helps."""
 
 _MOST_STEPS = 2**31 - 1
 """torchdiffeq's default of max_num_steps."""
