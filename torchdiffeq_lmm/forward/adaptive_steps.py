@@ -283,10 +283,10 @@ class AdaptiveSteps:
     def _count_attempt(self, t: float, step: float) -> None:
         self.attempts += 1
         if self.attempts > self._control.max_num_steps:
+            hint = "" if self._family.is_implicit else ", or method 'bdf' if the problem is stiff"
             raise RuntimeError(
                 f"max_num_steps {self._control.max_num_steps} is exceeded at t = {self._shown(t):.6g}, where the step "
-                f"is {step:.3g}; use a larger max_num_steps, larger rtol and atol, or method 'bdf' if the problem is "
-                f"stiff"
+                f"is {step:.3g}; use a larger max_num_steps, or larger rtol and atol{hint}"
             )
 
     def _check_length(
