@@ -1,6 +1,7 @@
 """Programs: examples, which are run in this interpreter, and what needs one of its own."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -40,6 +41,9 @@ def run_here(program: Path, *arguments: str | Path) -> str:
         contextlib.redirect_stdout(printed),
     ):
         runpy.run_path(str(program), run_name="__main__")
+    # What it imported would slow every later collection down.
+    gc.collect()
+    gc.freeze()
     return printed.getvalue()
 
 

@@ -49,7 +49,7 @@ SETTINGS = [
 @pytest.mark.parametrize(
     ("method", "grid", "reverse", "interp", "perturb", "grad_filter"),
     [
-        *in_turn(SETTINGS, few=2),
+        *in_turn(SETTINGS, few=1),
         *((method, *setting) for method in ("midpoint", "heun2") for setting in SETTINGS if setting[-1] is not None),
     ],
 )

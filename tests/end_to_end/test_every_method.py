@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import torchdiffeq_lmm
 from torchdiffeq_lmm import CostateFilter, method_info
 
+HIGHEST = ("ab5", "abm5", "am5", "bdf6")
+"""Of the families that have several orders."""
 STRONGLY_STABLE = {name for name in NAMES if method_info(name).oscillation != "everywhere"}
 TIGHT = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -95,6 +97,7 @@ def density_errors(
 @pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "truncated", "growing", "random"], few=1))
 def test_order_forward(name: str, grid: str) -> None:
     problem = LOTKA_VOLTERRA
+    tolerance = 1e-9 if ORDER[name] < 4 else 1e-12
     errors = []
     for steps in (40, 80, 160):
         nodes = GRIDS[grid](steps, problem.horizon)
@@ -105,7 +108,9 @@ def test_order_forward(name: str, grid: str) -> None:
 
         x0 = torch.tensor(problem.x0, dtype=torch.float64)
         with torch.no_grad():
-            x = torchdiffeq.odeint(func, x0, nodes[[0, -1]], method=name, options=options, rtol=1e-12, atol=1e-12)
+            x = torchdiffeq.odeint(
+                func, x0, nodes[[0, -1]], method=name, options=options, rtol=tolerance, atol=tolerance
+            )
         exact = reference(problem, (problem.horizon,)).state(problem.horizon)
         errors.append(float(np.abs(x[-1].numpy() - exact).max()))
     assert orders(errors)[-1] > ORDER[name] - 0.35, errors
@@ -144,7 +149,7 @@ def test_evaluations_per_step(name: str) -> None:
             *(("uniform", observations) for observations in OBSERVATIONS),
             *((grid, "four") for grid in GRIDS if grid != "uniform"),
         ],
-        few=2,
+        few=1,
         fast=("leapfrog", "nystrom3", "ab3", "abm2"),
     ),
 )
@@ -199,7 +204,7 @@ def test_nodes_that_were_added_up_are_equally_spaced(name: str) -> None:
     assert errors[0] <= 1.01 * errors[1]
 
 
-@pytest.mark.parametrize("name", slow_but(["ab3"], sorted(STRONGLY_STABLE)))
+@pytest.mark.parametrize("name", slow_but(["ab3"], sorted(STRONGLY_STABLE & {*FAMILIES, *HIGHEST})))
 def test_where_steps_change_the_filter_is_second_order_though_auto_differentiation_is_not(name: str) -> None:
     """Where the steps change abruptly the gradient of auto-differentiation is off far from any observation too."""
 
@@ -224,7 +229,7 @@ def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(nam
     times = (times + 1) * PENDULUM.horizon / 2
     densities = of.density(torch.tensor([*times, PENDULUM.horizon]))[:, 0].numpy()
     exact = float((weights * densities * np.sin(3 * times)).sum() * PENDULUM.horizon / 2)
-    errors, numbers = [], (40, 80, 160)
+    errors, numbers = [], (30, 60, 120)
     for steps in numbers:
         nodes = GRIDS[grid](steps, PENDULUM.horizon)
         phi = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)

@@ -1,6 +1,7 @@
 """jump_t with events and in odeint_adjoint."""
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 
@@ -125,9 +126,15 @@ def test_all_memory_is_freed_without_a_collector(way: dict, is_event: bool) -> N
 
 
 @pytest.mark.parametrize(
-    ("direction", "as_list"), slow_but([(-1, True)], [(1, True), (1, False), (-1, True), (-1, False)])
+    ("name", "direction", "as_list"),
+    slow_but(
+        [("ab4", -1, True), ("bdf4", 1, False)],
+        [
+            *itertools.product(["ab4"], [1, -1], [True, False]),
+            *((name, *way) for name in ("abm4", "am4", "bdf4") for way in ((1, False), (-1, True))),
+        ],
+    ),
 )
-@pytest.mark.parametrize("name", slow_but(["ab4", "bdf4"], ["ab4", "abm4", "am4", "bdf4"]))
 def test_odeint_adjoint(name: str, direction: int, as_list: bool) -> None:
     """Observations at many times, one of them a jump: its backward solves begin and end there."""
 
