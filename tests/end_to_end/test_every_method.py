@@ -151,7 +151,7 @@ def test_evaluations_per_step(name: str) -> None:
                 *((grid, "four") for grid in GRIDS if grid != "uniform"),
             ],
             few=1,
-            fast=("leapfrog", "nystrom3", "ab3", "abm2"),
+            fast=("leapfrog", "ab3"),
         ),
         # Settings that none of the family has its turn with.
         *slow_but([], [("am3", "uniform", "at every node"), ("am3", "truncated", "four"), ("bdf2", "uniform", "four")]),
