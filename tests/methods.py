@@ -15,6 +15,9 @@ IMPLICIT = {name for name in NAMES if method_info(name).kind == "implicit"}
 FAMILIES = ("leapfrog", "nystrom3", "ab3", "abm2", "am3", "milne_simpson", "bdf2")
 """One of every family; a two-stage method may stand beside them."""
 
+FAST = ("leapfrog", "nystrom3", "ab3", "abm2", "bdf2")
+"""Of these all that are explicit, and one implicit method, whose steps take many times as long."""
+
 
 def slow_but(fast: Collection[Any], values: Iterable[Any]) -> list[Any]:
     """The values of a parameter, or tuples for several parameters, all marked slow but those in `fast`."""
@@ -25,23 +28,22 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def in_turn(
-    settings: Sequence[Any], few: int, fast: Collection[str] = FAMILIES, names: Iterable[str] = NAMES
-) -> list[Any]:
-    """Methods with settings: one of every family with all of them, every other method with `few`, each in its turn.
+def in_turn(settings: Sequence[Any], few: int, fast: Collection[str] = FAST, names: Iterable[str] = NAMES) -> list[Any]:
+    """Methods with settings: one of every explicit family with all of them, every other method with `few`.
 
-    A setting is one parameter, or a tuple of several. Of each method of `fast` one setting is not slow, of the next
-    family the next one.
+    Each has those of its turn, so that the implicit methods, whose steps take many times as long, share the settings
+    out among a family. A setting is one parameter, or a tuple of several. Of each method of `fast` one setting is not
+    slow, of the next family the next one.
     """
     chosen = []
     for position, name in enumerate(names):
-        is_family = name in FAMILIES
-        of_method = [(position + turn) % len(settings) for turn in range(len(settings) if is_family else few)]
-        not_slow = FAMILIES.index(name) % len(settings) if name in fast else None
-        for number in sorted(of_method):
-            marks = [] if number == not_slow else pytest.mark.slow
+        has_all = name in FAMILIES and name not in IMPLICIT
+        of_method = [(position + turn) % len(settings) for turn in range(len(settings) if has_all else few)]
+        not_slow = FAMILIES.index(name) % len(of_method) if name in fast else None
+        for turn, number in enumerate(sorted(of_method)):
+            marks = [] if turn == not_slow else pytest.mark.slow
             chosen.append(pytest.param(name, *_as_tuple(settings[number]), marks=marks))
     return chosen
 
 
-EVERY_METHOD = slow_but(FAMILIES, NAMES)
+EVERY_METHOD = slow_but(FAST, NAMES)

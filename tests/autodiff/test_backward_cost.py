@@ -27,7 +27,7 @@ class Counting(nn.Module):
         return torch.tanh(y @ self.weight)
 
 
-@pytest.mark.parametrize("grad_filter", [None, "auto"])
+@pytest.mark.parametrize("grad_filter", slow_but(["auto"], [None, "auto"]))
 @pytest.mark.parametrize(
     ("method", "backward"),
     [
@@ -47,7 +47,7 @@ def test_at_most_one_extra_forward_pass(method: str, backward: object, grad_filt
     assert per_step * (steps - 1) <= func.calls - forward <= forward
 
 
-@pytest.mark.parametrize("method", ["bdf2", "am3"])
+@pytest.mark.parametrize("method", slow_but(["bdf2"], ["bdf2", "am3"]))
 def test_implicit_steps_are_solved_once_more(method: str) -> None:
     func = Counting()
     states = solve(func, draw(2, DIM), method=method, steps=100)

@@ -65,7 +65,7 @@ def test_gradients_with_respect_to_jumps_that_f_knows(name: str) -> None:
     torch.autograd.gradcheck(last, (f64(0.33, 0.67, requires_grad=True),), eps=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_given", [False, True], ids=["step_size", "times"])
+@pytest.mark.parametrize("is_given", [pytest.param(False, marks=pytest.mark.slow), True], ids=["step_size", "times"])
 @pytest.mark.parametrize("name", slow_but(["ab4"], ["ab4", "abm4", "am4", "bdf4"]))
 def test_gradients_are_torchdiffeqs(name: str, is_given: bool) -> None:
     """With respect to y0, a parameter, outputs (one of them at a jump) and jumps, beside dopri5's."""

@@ -40,7 +40,7 @@ def test_gradcheck(method: str, noise: str) -> None:
         assert torch.autograd.gradgradcheck(run, inputs, fast_mode=fast_mode)
 
 
-@pytest.mark.parametrize("method", slow_but(["leapfrog", "bdf2"], [*EXPLICIT, "bdf2"]))
+@pytest.mark.parametrize("method", slow_but(["leapfrog"], [*EXPLICIT, "bdf2"]))
 @pytest.mark.parametrize("noise", NOISES)
 def test_a_filter_changes_the_drifts_parameters_alone(method: str, noise: str) -> None:
     sde, y0 = Pendulum(noise), initial().requires_grad_()

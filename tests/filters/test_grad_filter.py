@@ -16,7 +16,7 @@ from torchdiffeq_lmm import LeapfrogFilter, filter_gradient, register_grad_filte
 from torchdiffeq_lmm.filters.filter_plan import cell_widths
 
 STEPS = (40, 80, 160)
-FEW_GRIDS = ("growing", "uniform")
+FEW_GRIDS = ("growing",)
 
 
 class PerStep:

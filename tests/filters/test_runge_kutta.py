@@ -68,7 +68,7 @@ def test_second_order_at_all_stages(method: str, grid: str, observations: str) -
     assert unfiltered[-1] > 0.3
 
 
-@pytest.mark.parametrize("method", STAGES)
+@pytest.mark.parametrize("method", slow_but(["midpoint"], STAGES))
 def test_total_of_a_shared_parameter_with_trapezoid_weights_is_second_order(method: str) -> None:
     def total(steps: int, grad_filter: object) -> float:
         nodes = GRIDS["growing"](steps, PENDULUM.horizon)

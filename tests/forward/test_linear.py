@@ -106,7 +106,9 @@ def test_stiff_equations_of_large_size_are_given_up() -> None:
     assert f"more than {FALLBACK_LIMIT}, too many for its matrix" in str(error.value)
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(300, torch.float32), (120, torch.float64)])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [pytest.param(300, torch.float32, marks=pytest.mark.slow), (120, torch.float64)]
+)
 def test_a_smooth_residual_is_not_taken_for_rounding(size: int, dtype: torch.dtype) -> None:
     """The step of a heat equation whose terms are 1e4 times as large as their sum."""
     product = laplacian(size, 0.05)

@@ -60,7 +60,11 @@ def error_of(method: str, steps: int, last: float = 1.0) -> float:
 # -------------------------------------------------------------------------------------------------------- what is taken
 
 
-@by_own
+@pytest.mark.parametrize(
+    ("alpha", "beta", "order"),
+    # Those that are implicit take ten times as long.
+    [pytest.param(*own, id=name, marks=[pytest.mark.slow] * bool(own[1][-1])) for name, own in OWN.items()],
+)
 @pytest.mark.parametrize("last", slow_but([0.4], [1.0, 0.4]))
 def test_they_solve_with_their_order_whatever_the_last_step(
     alpha: Coefficients, beta: Coefficients, order: int, last: float

@@ -35,7 +35,7 @@ def solve(
 
 
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("method", FORMULAS)
+@pytest.mark.parametrize("method", slow_but(["leapfrog", "bdf2"], FORMULAS))
 def test_obeys_the_maruyama_formula(method: str, noise: str) -> None:
     alpha, beta = FORMULAS[method]
     gamma = [sum(alpha[j + 1 :]) for j in range(len(alpha))]
