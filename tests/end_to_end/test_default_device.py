@@ -162,10 +162,15 @@ def constructor(func: object, y0: Tensor, t: Tensor) -> Tensor:
 CUBIC = {"step_size": 0.15, "interp": "cubic"}
 CONSTRUCTED = {"grid_constructor": constructor, "interp": "cubic", "perturb": True}
 EVENT: dict[str, Any] = {"event_fn": lambda t, y: t - 0.53, "t": (0.0, 1.0)}
+ADAPTIVE = ["bdf", "adams"]
+FIXED = [name for name in ODE_SOLVERS if name not in ADAPTIVE]
 SOME = ["leapfrog", "ab3", "abm3", "am3", "bdf2"]
 CASES: dict[str, Callable[[], Case]] = {
     **{f"{name}, filtered": lambda name=name: case(method=name, options=dict(CUBIC), grad_filter="auto")
-        for name in ODE_SOLVERS},
+        for name in FIXED},
+    **{f"{name}, filtered": lambda name=name: case(method=name, options={"step_t": [0.4]}, grad_filter="auto")
+        for name in ADAPTIVE},
+    **{f"{name}, event": lambda name=name: case(**EVENT, method=name, options={"jump_t": [0.2]}) for name in ADAPTIVE},
     **{name: lambda name=name: case(method=name, options=dict(CUBIC)) for name in (*SOME, "filtered_midpoint")},
     **{f"{name}, again": lambda name=name: case(method=name, options=dict(CUBIC), backward="checkpoint")
         for name in (*SOME, "filtered_heun2")},
@@ -196,7 +201,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "GridParameter of nodes": lambda: grid_parameter("linear"),
     "finished gradients": finished_gradients,
 }  # fmt: skip
-MANY = set(ODE_SOLVERS) - {"leapfrog", "abm3", "bdf2", "filtered_midpoint"}
+MANY = set(FIXED) - {"leapfrog", "abm3", "bdf2", "filtered_midpoint"}
 FAST = [name for name in CASES if name.removesuffix(", filtered") not in MANY and not name.startswith("SDE, a")]
 
 

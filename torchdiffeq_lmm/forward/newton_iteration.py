@@ -326,7 +326,7 @@ class NewtonIteration:
         self._diverging = slow & ~(size < previous)
         if any_of(slow):
             # In terms of a tolerance that grows with the iterates, a divergence looks like standing still.
-            levels = torch.stack([now.residual, self._first_residual]).abs().amax(2).cpu().numpy()
+            levels = self._beside_the_first(now.residual)
             self._diverging |= slow & ~(levels[0] < levels[1])
         self._previous = np.where(samples, size, previous)
         return solved, slow
@@ -342,15 +342,23 @@ class NewtonIteration:
         diverging, start = self._diverging, self.first
         if self._two_starts:
             # One by the slope before a stiff step is far off, as a rule.
-            assert self._first_residual is not None
             there = self._rows(diverging, self.other, self.at)
             missed = equations.c + equations.weight * equations.slope(equations.x + there) - there
-            levels = torch.stack([missed, self._first_residual]).abs().amax(2).nan_to_num(nan=torch.inf).cpu().numpy()
+            levels = self._beside_the_first(missed)
             swapped = diverging & (levels[0] < levels[1])
-            first, other = self.first, self.other
-            self.first, self.other = self._rows(swapped, other, first), self._rows(swapped, first, other)
+            self.first, self.other = (
+                self._rows(swapped, self.other, self.first),
+                self._rows(swapped, self.first, self.other),
+            )
             start = self.first
         self.at = self._rows(diverging, start, self.at)
+
+    def _beside_the_first(self, residual: Rows) -> Numbers:
+        """The largest entry of each sample's residual, and of that at the first iterate."""
+        assert self._first_residual is not None
+        return np.asarray(
+            torch.stack([residual, self._first_residual]).abs().amax(2).cpu().double().nan_to_num(torch.inf)
+        )
 
     def _take(self, samples: Flags, f: Rows, value: Rows, substitutes: Flags) -> None:
         """Take what samples have come to for their solution."""
