@@ -20,6 +20,7 @@ from .implicit_equation import (
     any_of,
     excess_of,
     is_rounding,
+    levels_of,
     size_of,
 )
 from .newton_memory import Iterate, Memory, Outcome
@@ -326,7 +327,7 @@ class NewtonIteration:
         self._diverging = slow & ~(size < previous)
         if any_of(slow):
             # In terms of a tolerance that grows with the iterates, a divergence looks like standing still.
-            levels = self._beside_the_first(now.residual)
+            levels = levels_of(now.residual, self._first_residual)
             self._diverging |= slow & ~(levels[0] < levels[1])
         self._previous = np.where(samples, size, previous)
         return solved, slow
@@ -344,7 +345,8 @@ class NewtonIteration:
             # One by the slope before a stiff step is far off, as a rule.
             there = self._rows(diverging, self.other, self.at)
             missed = equations.c + equations.weight * equations.slope(equations.x + there) - there
-            levels = self._beside_the_first(missed)
+            assert self._first_residual is not None
+            levels = levels_of(missed, self._first_residual)
             swapped = diverging & (levels[0] < levels[1])
             self.first, self.other = (
                 self._rows(swapped, self.other, self.first),
@@ -352,13 +354,6 @@ class NewtonIteration:
             )
             start = self.first
         self.at = self._rows(diverging, start, self.at)
-
-    def _beside_the_first(self, residual: Rows) -> Numbers:
-        """The largest entry of each sample's residual, and of that at the first iterate."""
-        assert self._first_residual is not None
-        return np.asarray(
-            torch.stack([residual, self._first_residual]).abs().amax(2).cpu().double().nan_to_num(torch.inf)
-        )
 
     def _take(self, samples: Flags, f: Rows, value: Rows, substitutes: Flags) -> None:
         """Take what samples have come to for their solution."""
