@@ -9,6 +9,7 @@ from scipy.optimize import brentq, fsolve
 from torch import Tensor
 
 from torchdiffeq_lmm.forward import implicit
+from torchdiffeq_lmm.forward.implicit_equation import Equation
 from torchdiffeq_lmm.forward.newton_options import Newton
 
 Slope = Callable[[Tensor], Tensor]
@@ -61,7 +62,9 @@ def solved(
     guess: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     counted = f if isinstance(f, Counted) else Counted(f)
-    return solver.solve(x, known, weight, guess, counted.slope, counted.iterate, lambda: "of method 'm' at t = 3")
+    c = torch.zeros_like(x) if known is None else known
+    equation = Equation(x, c, weight, counted.slope, counted.iterate)
+    return solver.solve(equation, guess, lambda: "of method 'm' at t = 3")
 
 
 def tight() -> ImplicitSolver:
@@ -268,7 +271,7 @@ def test_iterates_see_the_solution_last() -> None:
 
     x = torch.ones(2, dtype=torch.float64)
     for solver in (tight(), ImplicitSolver(1e-3, 1e-6, EPS, name)):
-        d, _ = solver.solve(x, None, 0.1, None, lambda x: -1e3 * x, iterate, str)
+        d, _ = solver.solve(Equation(x, torch.zeros_like(x), 0.1, lambda x: -1e3 * x, iterate), None, str)
         torch.testing.assert_close(seen[-1], x + d, rtol=1e-7, atol=1e-7)
 
 

@@ -11,6 +11,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from torchdiffeq_lmm.forward.implicit import ImplicitSolver
+from torchdiffeq_lmm.forward.implicit_equation import Equation
 from torchdiffeq_lmm.forward.linear import LinearSolver
 from torchdiffeq_lmm.forward.newton_options import Newton
 
@@ -38,7 +39,8 @@ class Counted:
 def solved(f: Counted, x: Tensor, newton: Newton, tolerance: float = 1e-6) -> Tensor:
     """y = x + f(y), to so much absolutely."""
     solver = ImplicitSolver(0.0, tolerance, EPS, lambda entry: f"y[{entry}]", newton=newton)
-    d, _ = solver.solve(x, None, 1.0, None, f.slope, f.iterate, lambda: "of method 'm' at t = 3")
+    equation = Equation(x, torch.zeros_like(x), 1.0, f.slope, f.iterate)
+    d, _ = solver.solve(equation, None, lambda: "of method 'm' at t = 3")
     return x + d
 
 

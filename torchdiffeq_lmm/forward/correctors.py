@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .jacobian import Jacobian, Slope, to_real_sizes
+from .implicit_equation import Equation
+from .jacobian import Jacobian, to_real_sizes
 from .known_jacobian import Known, KnownJacobian, KnownPreconditioner, KnownSparsity
 from .krylov import Product, gmres
 from .linear import Counted, from_real, noise, to_real
@@ -37,32 +38,6 @@ _ROUNDING = 8
 
 _CURVED = 8
 """By so many times what a change and its opposite differ by, differences may be wrong."""
-
-
-@dataclass(frozen=True)
-class Equation:
-    """d = c + b* f(x + d): see `ImplicitSolver.solve`."""
-
-    x: Tensor
-    c: Tensor
-    weight: float
-    slope: Slope
-    iterate: Slope
-    time: Tensor | None = None
-
-    def residual(self, d: Tensor, f: Tensor) -> Tensor:
-        """By how much d misses the equation."""
-        return self.c + self.weight * f - d
-
-    def level(self, d: Tensor) -> float:
-        """The largest entry of the residual; infinite where one is not a number."""
-        residual = self.residual(d, self.slope(self.x + d)).abs()
-        return float(residual.nan_to_num(nan=torch.inf).max()) if residual.numel() else 0.0
-
-    def sizes(self, d: Tensor, f: Tensor) -> Tensor:
-        """What size the entries of a state and its corrections are of."""
-        sizes = torch.maximum((self.x + d).abs(), d.abs())
-        return torch.maximum(torch.maximum(sizes, self.c.abs()), abs(self.weight) * f.abs())
 
 
 class Corrector(Protocol):

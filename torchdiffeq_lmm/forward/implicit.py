@@ -22,9 +22,9 @@ from torch import Tensor
 
 from .block_jacobian import BlockJacobian, CoupledError
 from .block_newton import BlockNewton
-from .correctors import Equation, corrector_of
-from .implicit_equation import Equations, Tolerances, all_of, any_of
-from .jacobian import Jacobian, Slope
+from .correctors import corrector_of
+from .implicit_equation import Equation, Equations, Tolerances, all_of, any_of
+from .jacobian import Jacobian
 from .known_jacobian import Known, KnownPreconditioner
 from .krylov_newton import Failure, KrylovNewton
 from .linear import to_real
@@ -88,28 +88,13 @@ class ImplicitSolver:
         self._krylov: KrylovNewton | None = None
         self._uses_matrix = False
 
-    def solve(
-        self,
-        x: Tensor,
-        known: Tensor | None,
-        weight: float,
-        guess: Tensor | None,
-        slope: Slope,
-        iterate: Slope,
-        where: Callable[[], str],
-        time: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def solve(self, equation: Equation, guess: Tensor | None, where: Callable[[], str]) -> tuple[Tensor, Tensor]:
         """Solve d = c + b* f(x + d).
 
         Args:
-            x: the state that d is added to.
-            known: c; None for 0.
-            weight: b*.
+            equation: see there.
             guess: for f(x + d); None for 0.
-            slope: f.
-            iterate: f again, called once at every iterate; the last one is the solution, up to the tolerance.
             where: returns the step in words, for messages.
-            time: what func is given for it; needed where something is known of the Jacobian.
 
         Returns:
             d and f(x + d), with d = c + b* f to rounding, and f to the tolerance.
@@ -118,12 +103,12 @@ class ImplicitSolver:
             NotSolvedError: no iteration converges, or func gives what is not finite.
         """
         with torch.no_grad():
-            c = torch.zeros_like(x) if known is None else known
+            x, c = equation.x, equation.c
             # A guess from a past of much smaller steps may be far off; then better none.
-            starts = [c] if guess is None else [c + weight * guess, c]
+            starts = [c] if guess is None else [c + equation.weight * guess, c]
             if x.numel() == 0:
-                f = iterate(x + starts[0])
-                return c + weight * f, f
+                f = equation.iterate(x + starts[0])
+                return c + equation.weight * f, f
             samples: Samples | None = Samples((x.shape,), 0) if self._samples is None else self._samples
             if self._known is not None and not self._uses_matrix:
                 samples = None
@@ -132,24 +117,17 @@ class ImplicitSolver:
                 size = to_real(x).numel() // max(samples.count, 1)
                 if self._options.allows_blocks(samples.count, size) or (samples.dims == 0 and self._uses_matrix):
                     try:
-                        return self._solve_blocks(samples, x, c, weight, starts, slope, iterate, where)
+                        return self._solve_blocks(samples, equation, starts, where)
                     except CoupledError:
                         self._blocks = None
                 samples = samples.fewer() if samples.dims else None
-            return self._solve_krylov(Equation(x, c, weight, slope, iterate, time), starts, where)
+            return self._solve_krylov(equation, starts, where)
 
     def _solve_blocks(
-        self,
-        samples: Samples,
-        x: Tensor,
-        c: Tensor,
-        weight: float,
-        starts: list[Tensor],
-        slope: Slope,
-        iterate: Slope,
-        where: Callable[[], str],
+        self, samples: Samples, equation: Equation, starts: list[Tensor], where: Callable[[], str]
     ) -> tuple[Tensor, Tensor]:
-        rows = [samples.split(of) for of in (x, c, *starts)]
+        x = equation.x
+        rows = [samples.split(of) for of in (x, equation.c, *starts)]
         if self._blocks is None:
             rtol, atol = (
                 samples.split(of.expand_as(x)) if isinstance(of, Tensor) else of for of in (self._rtol, self._atol)
@@ -170,9 +148,9 @@ class ImplicitSolver:
         equations = Equations(
             rows[0],
             rows[1],
-            weight,
-            lambda of: samples.split(slope(samples.join(of))),
-            lambda of: samples.split(iterate(samples.join(of))),
+            equation.weight,
+            lambda of: samples.split(equation.slope(samples.join(of))),
+            lambda of: samples.split(equation.iterate(samples.join(of))),
         )
         found = self._blocks.solve(equations, rows[2:], lost)
         if any_of(found.failed) and (self._on_failure == "raise" or samples.count == 1):
@@ -200,10 +178,7 @@ class ImplicitSolver:
             found = found._replace(entries=0)
         elif found.entry is not None and size <= self._options.largest_matrix:
             self._uses_matrix = True
-            whole = Samples((equation.x.shape,), 0)
-            return self._solve_blocks(
-                whole, equation.x, equation.c, equation.weight, starts, equation.slope, equation.iterate, where
-            )
+            return self._solve_blocks(Samples((equation.x.shape,), 0), equation, starts, where)
         raise NotSolvedError(self._complaint(found, where()))
 
     def _complaint_of(self, samples: Samples, x: Tensor, found: Outcome, where: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .jacobian import Slope
 from .linear import noise
 
 Rows = Tensor
@@ -38,6 +39,41 @@ PROBE = 16
 
 PROBES = 8
 """So often, at most, rounding is looked for."""
+
+
+@dataclass(frozen=True)
+class Equation:
+    """d = c + b* f(x + d), of a whole state.
+
+    Attributes:
+        x: the state that d is added to.
+        c: what is known of d.
+        weight: b*.
+        slope: f.
+        iterate: f again, called once at every iterate; the last one is the solution, up to the tolerance.
+        time: what func is given for it; needed where something is known of the Jacobian.
+    """
+
+    x: Tensor
+    c: Tensor
+    weight: float
+    slope: Slope
+    iterate: Slope
+    time: Tensor | None = None
+
+    def residual(self, d: Tensor, f: Tensor) -> Tensor:
+        """By how much d misses the equation."""
+        return self.c + self.weight * f - d
+
+    def level(self, d: Tensor) -> float:
+        """The largest entry of the residual; infinite where one is not a number."""
+        residual = self.residual(d, self.slope(self.x + d)).abs()
+        return float(residual.nan_to_num(nan=torch.inf).max()) if residual.numel() else 0.0
+
+    def sizes(self, d: Tensor, f: Tensor) -> Tensor:
+        """What size the entries of a state and its corrections are of."""
+        sizes = torch.maximum((self.x + d).abs(), d.abs())
+        return torch.maximum(torch.maximum(sizes, self.c.abs()), abs(self.weight) * f.abs())
 
 
 @dataclass(frozen=True)

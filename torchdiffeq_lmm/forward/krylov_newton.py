@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .correctors import FAR, INEXACT, Corrector, Equation
-from .implicit_equation import CAUTION, NEAR, PROBE, ROUNDING, SHORTEST, SLOW, least
+from .correctors import FAR, INEXACT, Corrector
+from .implicit_equation import CAUTION, NEAR, PROBE, ROUNDING, SHORTEST, SLOW, Equation, least
 from .linear import is_rounding, noise, to_real
 from .newton_options import Newton
 

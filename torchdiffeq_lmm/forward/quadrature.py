@@ -5,11 +5,12 @@ and there may be many more of them than there are unknowns.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from .implicit import ImplicitSolver
-from .jacobian import Slope
+from .implicit_equation import Equation
 
 
 class QuadratureSolver:
@@ -24,38 +25,26 @@ class QuadratureSolver:
         self._solver = solver
         self._part = part
 
-    def solve(
-        self,
-        x: Tensor,
-        known: Tensor | None,
-        weight: float,
-        guess: Tensor | None,
-        slope: Slope,
-        iterate: Slope,
-        where: Callable[[], str],
-        time: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def solve(self, equation: Equation, guess: Tensor | None, where: Callable[[], str]) -> tuple[Tensor, Tensor]:
         """See `ImplicitSolver.solve`."""
-        part = self._part
+        part, x = self._part, equation.x
 
         def whole(of_part: Tensor) -> Tensor:
             y = x.clone()
             y[part] = of_part
             return y
 
-        d_part, f_part = self._solver.solve(
-            x[part],
-            None if known is None else known[part],
-            weight,
-            None if guess is None else guess[part],
-            lambda y: slope(whole(y))[part],
-            lambda y: iterate(whole(y))[part],
-            where,
-            time,
+        of_part = replace(
+            equation,
+            x=x[part],
+            c=equation.c[part],
+            slope=lambda y: equation.slope(whole(y))[part],
+            iterate=lambda y: equation.iterate(whole(y))[part],
         )
+        d_part, f_part = self._solver.solve(of_part, None if guess is None else guess[part], where)
         # At the solution once more, for the last iterate is only near it.
-        f = iterate(whole(x[part] + d_part)).clone()
+        f = equation.iterate(whole(x[part] + d_part)).clone()
         f[part] = f_part
-        d = weight * f if known is None else known + weight * f
+        d = equation.c + equation.weight * f
         d[part] = d_part
         return d, f

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
-from .jacobian import Slope
+from .implicit_equation import Equation
 
 EvaluateAt = Callable[[int, Tensor, Tensor], Tensor]
 """From the number of a state, what func is given for its time, and the state to the slope."""
@@ -16,18 +17,8 @@ EvaluateAt = Callable[[int, Tensor, Tensor], Tensor]
 class SolvesSteps(Protocol):
     """See `implicit.ImplicitSolver`."""
 
-    def solve(
-        self,
-        x: Tensor,
-        known: Tensor | None,
-        weight: float,
-        guess: Tensor | None,
-        slope: Slope,
-        iterate: Slope,
-        where: Callable[[], str],
-        time: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Solve d = c + b* f(x + d)."""
+    def solve(self, equation: Equation, guess: Tensor | None, where: Callable[[], str]) -> tuple[Tensor, Tensor]:
+        """Return d and f(x + d)."""
 
 
 class StepEvaluator:
@@ -73,13 +64,12 @@ class StepEvaluator:
             RuntimeError: its equation was not solved.
         """
         user_time = self._user_time(state)
-        return self._implicit.solve(
+        equation = Equation(
             x,
-            known,
+            torch.zeros_like(x) if known is None else known,
             float(weight),
-            guess,
             slope=lambda y: self._f(user_time, y),
             iterate=lambda y: self._evaluate(state, user_time, y),
-            where=lambda: f"of method {self._name!r} at t = {float(user_time):.6g}",
             time=user_time,
         )
+        return self._implicit.solve(equation, guess, lambda: f"of method {self._name!r} at t = {float(user_time):.6g}")
