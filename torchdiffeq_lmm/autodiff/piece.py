@@ -14,7 +14,7 @@ from torchdiffeq_lmm.filters.grad_filter import CostateFilter
 from torchdiffeq_lmm.forward.outputs import Trajectory
 from torchdiffeq_lmm.forward.samples import Systems
 from torchdiffeq_lmm.forward.step_evaluator import SolvesSteps, StepEvaluator
-from torchdiffeq_lmm.forward.step_source import FixedSteps, Made, StepSource
+from torchdiffeq_lmm.forward.step_source import FixedSteps, GridSteps, Made, StepSource
 from torchdiffeq_lmm.forward.stepping import History
 from torchdiffeq_lmm.forward.vector_field import VectorField
 from torchdiffeq_lmm.schemes.methods import Method, MultistepMethod
@@ -89,7 +89,7 @@ class PieceSolver:
     tolerance: Callable[[Tensor], Tensor] | None = None
 
     def solve(
-        self, source: StepSource, y0: Tensor, goal: Goal, before: FixedSteps | None, after: StepSource | None
+        self, source: StepSource, y0: Tensor, goal: Goal, before: FixedSteps | None, after: GridSteps | None
     ) -> Piece:
         """Solve one piece.
 
@@ -145,7 +145,7 @@ class PieceSolver:
             self.tolerance,
         )
 
-    def _plan(self, steps: Made, before: FixedSteps | None, after: StepSource | None) -> FilterPlan | None:
+    def _plan(self, steps: Made, before: FixedSteps | None, after: GridSteps | None) -> FilterPlan | None:
         if self.costate_filter is None:
             return None
         method = self.method if isinstance(self.method, MultistepMethod | VariableOrderFamily) else None

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from torchdiffeq_lmm.schemes.recurrence import Recurrence, Row
 from torchdiffeq_lmm.schemes.variable_order import VariableOrderFamily
-from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 from .error_norm import ErrorNorm
 from .first_step import first_step
@@ -107,16 +106,6 @@ class AdaptiveSteps:
         """See `StepSource`."""
         return len(self.orders) if self.times[len(self.orders)] >= self.end else None
 
-    @property
-    def first_step(self) -> float:
-        """See `StepSource`."""
-        return self._lengths[0]
-
-    @property
-    def recurrence(self) -> Recurrence:
-        """See `StepSource`; what there is of it."""
-        return Recurrence(self._rows, self._positions, 0, None)
-
     def is_node(self, state: int) -> bool:
         """See `StepSource`."""
         return self._is_node[state]
@@ -126,15 +115,10 @@ class AdaptiveSteps:
         offset = self.times[int(node)] - self.times[0]
         return self._t0 + offset if self.requires_grad else self._t0.new_tensor(self.times[int(node)])
 
-    def step(self, node: int) -> Weight:
-        """See `StepSource`."""
-        return self._lengths[node]
-
     def user_time(self, state: int) -> Tensor:
         """See `StepSource`."""
         node = int(self._positions[state])
-        side = 1 if self._jumps[0] and node == 0 else -int(self._jumps[1] and self.times[node] >= self.end)
-        return self._field.beside(self.time_of(node), side)
+        return self._field.beside(self.time_of(node), self._side(node))
 
     def user_time_at_end(self, node: int, state: int) -> Tensor:  # noqa: ARG002
         """See `StepSource`."""
@@ -152,14 +136,12 @@ class AdaptiveSteps:
     def until(self, state: int, node: int) -> Made:
         """See `StepSource`."""
         recurrence = Recurrence(self._rows[:state], self._positions[: state + 1], 0, None)
-        numbers = [self.times[int(position)] for position in recurrence.positions]
+        at = [int(position) for position in recurrence.positions]
+        numbers = [self.times[node] for node in at]
         times = torch.tensor(numbers, dtype=torch.float64, device="cpu").to(self._t0)
         if self.requires_grad:
             times = times + (self._t0 - self._t0.detach())
-        sides = [0] * len(numbers)
-        sides[0] = int(self._jumps[0])
-        if self._jumps[1]:
-            sides = [-1 if number >= self.end else side for number, side in zip(numbers, sides, strict=True)]
+        sides = [self._side(node) for node in at]
         return Made(recurrence, self._lengths[:node], self._lengths[:node], self._field.beside(times, sides))
 
     def states(
@@ -243,6 +225,12 @@ class AdaptiveSteps:
             self._report.rejected += 1
             controller.reject(step, own, neighbours[0])
         return None
+
+    def _side(self, node: int) -> int:
+        """From which side f is seen at a node: 1 for the right, -1 for the left, 0 for neither."""
+        if node == 0:
+            return int(self._jumps[0])
+        return -int(self._jumps[1] and self.times[node] >= self.end)
 
     def _first_step(self, slope: Tensor, x: Tensor) -> float:
         control, begin = self._control, self.times[0]

@@ -91,21 +91,13 @@ class Made:
 
 
 class StepSource(Protocol):
-    """See `FixedSteps` and `UnboundedSteps`.
+    """See `FixedSteps`, `UnboundedSteps` and `adaptive_steps.AdaptiveSteps`.
 
     Attributes:
         requires_grad: whether the times carry a gradient.
     """
 
     requires_grad: bool
-
-    @property
-    def first_step(self) -> float:
-        """The length of the first step."""
-
-    @property
-    def recurrence(self) -> Recurrence:
-        """The rows, or so many of them that the last ones are as all after them."""
 
     @property
     def count(self) -> int | None:
@@ -122,9 +114,6 @@ class StepSource(Protocol):
 
     def time_of(self, node: int) -> Tensor:
         """The time of a node."""
-
-    def step(self, node: int) -> Weight:
-        """The step after a node."""
 
     @property
     def user_time(self) -> Callable[[int], Tensor]:
@@ -147,6 +136,7 @@ class FixedSteps:
         like: a time, for the dtype and device of times.
 
     Attributes:
+        first_step: the length of the first step.
         time: from a state to its time.
         is_node, user_time: see `StepSource`.
         user_times: see `Made`; of all states.
@@ -225,6 +215,10 @@ class UnboundedSteps:
         h: the length of the steps.
         beginning: the rows of so many steps that the last ones are as all after them.
         sides: from where f is seen.
+
+    Attributes:
+        first_step: the length of the first step.
+        recurrence: see `beginning`.
     """
 
     def __init__(self, t0: Tensor, h: float, beginning: Recurrence, sides: Sides) -> None:
@@ -274,6 +268,10 @@ class UnboundedSteps:
         positions = self._t0.new_tensor(recurrence.positions)
         user_times = self._sides.user_times(self._t0 + self._h * positions, recurrence)
         return Made(recurrence, [self._h] * node, [self._h] * node, user_times)
+
+
+GridSteps = FixedSteps | UnboundedSteps
+"""Steps that are known beforehand."""
 
 
 class _Blocks:

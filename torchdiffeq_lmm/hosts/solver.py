@@ -35,7 +35,7 @@ from torchdiffeq_lmm.forward.interpolation import Interpolation, check_interpola
 from torchdiffeq_lmm.forward.newton_options import DEFAULT_NEWTON, Newton
 from torchdiffeq_lmm.forward.outputs import OutputRule
 from torchdiffeq_lmm.forward.samples import BatchDims
-from torchdiffeq_lmm.forward.step_source import FixedSteps, Sides, StepSource, UnboundedSteps
+from torchdiffeq_lmm.forward.step_source import FixedSteps, GridSteps, Sides, UnboundedSteps
 from torchdiffeq_lmm.forward.tolerances import (
     check_equal,
     check_max_num_steps,
@@ -237,7 +237,7 @@ class MultistepSolver(DifferentiableSolver):
         return event_time, stack([self.y0, x], keepers)
 
     def _end_of(
-        self, piece: Piece, goal: UntilEvent, source: StepSource, search: Search
+        self, piece: Piece, goal: UntilEvent, source: GridSteps, search: Search
     ) -> tuple[Tensor | None, Tensor]:
         """The time of the event, None if it is not in this piece, and the state then, or at the end."""
         node, time, trajectory = goal.node, source.time_of, piece.trajectory
@@ -256,7 +256,7 @@ class MultistepSolver(DifferentiableSolver):
             trajectory = smoothed(trajectory, [node, node + 1], piece.steps.steps)
         return event_time, trajectory.states[node + 1] if event_time is None else state_at(event_time)
 
-    def _sources_until_event(self, t0: Tensor, h: float) -> Iterator[FixedSteps | UnboundedSteps]:
+    def _sources_until_event(self, t0: Tensor, h: float) -> Iterator[GridSteps]:
         """Steps from t0 to the first jump of f, from each jump to the next, and without an end."""
         sides, last = self._sides, t0
         if self._jumps is not None:
