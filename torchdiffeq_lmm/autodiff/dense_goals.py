@@ -12,7 +12,36 @@ from torchdiffeq_lmm.forward.outputs import Trajectory
 from .piece import Slopes
 
 
-class DenseOutputs:
+class _Dense:
+    """The latest states, as many as a polynomial may go through.
+
+    Args:
+        source: the steps of the piece.
+
+    Attributes:
+        slopes: see `Goal`.
+        span: the states of the polynomial of the last step.
+    """
+
+    def __init__(self, source: AdaptiveSteps) -> None:
+        self.slopes: Mapping[int, int] | None = {}
+        self.span = Span(0, 0)
+        self._source = source
+        self._latest: dict[int, Tensor] = {}
+
+    def pass_by(self, node: int, state: int, x: Tensor, slopes: Slopes) -> None:  # noqa: ARG002
+        """See `Goal`."""
+        self._latest[node] = x
+        self._latest.pop(node - self._source.memory, None)
+        if node > 0:
+            self.span = Span(node, self._source.reach(node))
+
+    def _states(self) -> dict[int, Tensor]:
+        """The states of the span."""
+        return {node: self._latest[node] for node in self.span.nodes}
+
+
+class DenseOutputs(_Dense):
     """Outputs at given times; see `piece.Goal`.
 
     Args:
@@ -20,37 +49,30 @@ class DenseOutputs:
         times: of the outputs, increasing numbers, after its first node.
 
     Attributes:
-        slopes, is_reached: see `Goal`.
+        is_reached: see `Goal`.
         spans: the states that each output is made of.
-        end: those of the polynomial of the last step.
     """
 
     def __init__(self, source: AdaptiveSteps, times: Sequence[float]) -> None:
-        self.slopes: Mapping[int, int] | None = {}
+        super().__init__(source)
         self.is_reached = None
         self.spans: list[Span] = []
-        self.end = Span(0, 0)
-        self._source = source
         self._times = times
-        self._latest: dict[int, Tensor] = {}
         self._trajectory = Trajectory()
 
-    def pass_by(self, node: int, state: int, x: Tensor, slopes: Slopes) -> None:  # noqa: ARG002
+    def pass_by(self, node: int, state: int, x: Tensor, slopes: Slopes) -> None:
         """See `Goal`."""
-        source, states = self._source, self._trajectory.states
-        self._latest[node] = x
-        self._latest.pop(node - source.memory, None)
+        super().pass_by(node, state, x, slopes)
         if node == 0:
             return
-        span = Span(node, source.reach(node))
+        source, before = self._source, len(self.spans)
         while len(self.spans) < len(self._times) and self._times[len(self.spans)] <= source.times[node]:
-            self.spans.append(span)
+            self.spans.append(self.span)
+        if len(self.spans) > before:
             # torchdiffeq limits the steps from one output to the next.
             source.attempts = 0
-            states.update((needed, self._latest[needed]) for needed in span.nodes)
-        if node == source.count:
-            self.end = span
-            states.update((needed, self._latest[needed]) for needed in span.nodes)
+        if len(self.spans) > before or node == source.count:
+            self._trajectory.states.update(self._states())
 
     def trajectory(self, slopes: Slopes) -> Trajectory:  # noqa: ARG002
         """See `Goal`."""
@@ -61,7 +83,7 @@ class DenseOutputs:
         return state_at(self._source, self.spans[index], time, trajectory)
 
 
-class DenseUntilEvent:
+class DenseUntilEvent(_Dense):
     """The states of the step in which an event is, or the last one where there is none; see `piece.Goal`.
 
     Args:
@@ -70,35 +92,23 @@ class DenseUntilEvent:
         before: what it is at the beginning of the solve.
 
     Attributes:
-        slopes: see `Goal`.
         is_event: whether it was found.
-        span: of the last step.
     """
 
     def __init__(self, source: AdaptiveSteps, sign: EventSign, before: float) -> None:
-        self.slopes: Mapping[int, int] | None = {}
+        super().__init__(source)
         self.is_event = False
-        self.span = Span(0, 0)
-        self._source = source
         self._sign = sign
         self._before = before
-        self._latest: dict[int, Tensor] = {}
 
     def is_reached(self, node: int, x: Tensor) -> bool:
         """See `Goal`."""
         self.is_event = node > 0 and self._sign(self._source.time_of(node), x) != self._before
         return self.is_event
 
-    def pass_by(self, node: int, state: int, x: Tensor, slopes: Slopes) -> None:  # noqa: ARG002
-        """See `Goal`."""
-        self._latest[node] = x
-        self._latest.pop(node - self._source.memory, None)
-        if node > 0:
-            self.span = Span(node, self._source.reach(node))
-
     def trajectory(self, slopes: Slopes) -> Trajectory:  # noqa: ARG002
         """See `Goal`."""
-        return Trajectory({node: self._latest[node] for node in self.span.nodes})
+        return Trajectory(self._states())
 
 
 def state_at(source: AdaptiveSteps, span: Span, time: Tensor, trajectory: Trajectory) -> Tensor:

@@ -196,7 +196,7 @@ class AdaptiveSolver(DifferentiableSolver):
             outputs += [goal.output(i, each[first + i], found) for i in range(last - first)]
             node = source.count
             assert node is not None
-            x = state_at(source, goal.end, end, found) if not is_last and end.requires_grad else found.states[node]
+            x = state_at(source, goal.span, end, found) if not is_last and end.requires_grad else found.states[node]
             keepers.append(keeper)
         self._end()
         return stack([self.y0, *outputs], keepers)
