@@ -111,6 +111,15 @@ def test_max_num_steps_names_the_time(method: str, direction: int) -> None:
 
 
 @methods
+def test_the_report_tells_of_a_solve_that_failed(method: str) -> None:
+    report, f = SolveReport(), Counted(decaying)
+    with pytest.raises(RuntimeError, match="max_num_steps"):
+        solve(f, f64(2.0), (0.0, 3.0), method, max_num_steps=7, report=report)
+    assert report.evaluations == len(f.times) > 7
+    assert report.steps + report.rejected + report.unsolved == 7
+
+
+@methods
 def test_max_num_steps_counts_from_one_output_to_the_next(method: str) -> None:
     """As torchdiffeq does."""
     _, report = reported(decaying, f64(2.0), (0.0, 3.0), method)

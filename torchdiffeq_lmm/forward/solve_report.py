@@ -1,6 +1,7 @@
 """What happened in an adaptive solve."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from typing import Any
 class SolveReport:
     """What happened in an adaptive solve; give one as ``options={"report": ...}``, and `print` it to read it.
 
-    Used again, it tells of the last solve.
+    Used again, it tells of the last solve, and of one that raised an error up to there.
 
     Attributes:
         times: of the nodes, in the unit of t, from t[0] on. After a jump (see `jump_t`) the steps begin anew.
@@ -37,6 +38,10 @@ class SolveReport:
         """How many steps were made."""
         return len(self.orders)
 
+    @property
+    def _lengths(self) -> list[float]:
+        return [abs(after - before) for before, after in pairwise(self.times)]
+
     def accept(self, time: float, order: int) -> None:
         """Note a step of an order that ends at a time."""
         self.times.append(time)
@@ -45,7 +50,7 @@ class SolveReport:
     def __str__(self) -> str:
         if not self.orders:
             return "no steps"
-        lengths = [abs(b - a) for a, b in zip(self.times, self.times[1:], strict=False)]
+        lengths = self._lengths
         counts = ", ".join(f"{count} of order {order}" for order, count in sorted(Counter(self.orders).items()))
         lines = {
             "steps": f"{self.steps} from t = {self.times[0]:.6g} to {self.times[-1]:.6g}: {counts}",
@@ -78,9 +83,7 @@ class SolveReport:
         figure = Figure(figsize=(7, 4), layout="constrained")
         lengths_axes, orders_axes = figure.subplots(2, 1, sharex=True)
         ends = self.times[1:]
-        lengths_axes.semilogy(
-            ends, [abs(b - a) for a, b in zip(self.times, self.times[1:], strict=False)], ".-", linewidth=0.8
-        )
+        lengths_axes.semilogy(ends, self._lengths, ".-", linewidth=0.8)
         lengths_axes.set_ylabel("step")
         orders_axes.step(ends, self.orders, where="pre", linewidth=0.8)
         orders_axes.set_ylabel("order")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from numbers import Real
 from typing import Any, ClassVar
@@ -16,11 +17,13 @@ from torchdiffeq_lmm.autodiff.piece import PieceSolver
 from torchdiffeq_lmm.filters.grad_filter import SmoothFilter
 from torchdiffeq_lmm.forward.adaptive_steps import AdaptiveSteps, Callbacks
 from torchdiffeq_lmm.forward.autograd_state import refuse_tangents, savable
+from torchdiffeq_lmm.forward.dense_output import Span
 from torchdiffeq_lmm.forward.error_norm import ErrorNorm, Norm
 from torchdiffeq_lmm.forward.events import EventSign
 from torchdiffeq_lmm.forward.grid import check_times, jump_rounding, jumps_inside
 from torchdiffeq_lmm.forward.implicit import OnFailure
 from torchdiffeq_lmm.forward.newton_options import Newton
+from torchdiffeq_lmm.forward.outputs import Trajectory
 from torchdiffeq_lmm.forward.samples import BatchDims
 from torchdiffeq_lmm.forward.solve_report import SolveReport
 from torchdiffeq_lmm.forward.step_controller import StepControl
@@ -184,21 +187,19 @@ class AdaptiveSolver(DifferentiableSolver):
             ends, rounding = list(inside.to(each[0]).unbind()), jump_rounding(self._jumps, t)
         bounds = [each[0], *ends, each[-1]]
         outputs: list[Tensor] = []
-        x, keepers, solver = self.y0, [], self._begin()
-        for piece, (begin, end) in enumerate(pairwise(bounds)):
-            is_last = piece == len(ends)
-            jumps = (at_ends[0] if piece == 0 else True, at_ends[1] if is_last else True)
-            source = self._steps(begin, times[-1] if is_last else float(end.detach()), jumps)
-            first = len(outputs) + 1
-            last = len(times) if is_last else sum(time <= source.end + rounding for time in times)
-            goal = DenseOutputs(source, [min(time, source.end) for time in times[first:last]])
-            found, _, keeper = solver.solve(source, x, goal, None, None)
-            outputs += [goal.output(i, each[first + i], found) for i in range(last - first)]
-            node = source.count
-            assert node is not None
-            x = state_at(source, goal.span, end, found) if not is_last and end.requires_grad else found.states[node]
-            keepers.append(keeper)
-        self._end()
+        x, keepers = self.y0, []
+        with self._reported() as solver:
+            for piece, (begin, end) in enumerate(pairwise(bounds)):
+                is_last = piece == len(ends)
+                jumps = (at_ends[0] if piece == 0 else True, at_ends[1] if is_last else True)
+                source = self._steps(begin, times[-1] if is_last else float(end.detach()), jumps)
+                first = len(outputs) + 1
+                last = len(times) if is_last else sum(time <= source.end + rounding for time in times)
+                goal = DenseOutputs(source, [min(time, source.end) for time in times[first:last]])
+                found, _, keeper = solver.solve(source, x, goal, None, None)
+                outputs += [goal.output(i, each[first + i], found) for i in range(last - first)]
+                x = self._end_of(source, goal.span, end, found)
+                keepers.append(keeper)
         return stack([self.y0, *outputs], keepers)
 
     @eager
@@ -222,36 +223,42 @@ class AdaptiveSolver(DifferentiableSolver):
         self._refuse_tangents(t0)
         begin = t0.to(self.y0.device, self._time_dtype, copy=True)
         before = sign.at_beginning(begin, self.y0)
-        x, keepers, solver = self.y0, [], self._begin()
-        for source, end in self._steps_until_event(begin):
-            goal = DenseUntilEvent(source, sign, before)
-            found, _, keeper = solver.solve(source, x, goal, None, None)
-            keepers.append(keeper)
-            if goal.is_event:
-                node = goal.span.node
-                with torch.no_grad():
-                    event_time, _ = find_event(
-                        lambda time: state_at(source, goal.span, time, found),  # noqa: B023
-                        before,
-                        source.time_of(node - 1),
-                        source.time_of(node),
-                        sign.as_tensor,
-                        tolerance,
-                    )
-                x = state_at(source, goal.span, event_time, found)
-                break
-            x = state_at(source, goal.span, end, found) if end.requires_grad else found.states[goal.span.node]
-        self._end()
-        return event_time, stack([self.y0, x], keepers)
+        x, keepers = self.y0, []
+        with self._reported() as solver:
+            for source, end in self._steps_until_event(begin):
+                goal = DenseUntilEvent(source, sign, before)
+                found, _, keeper = solver.solve(source, x, goal, None, None)
+                keepers.append(keeper)
+                if goal.is_event:
+                    break
+                x = self._end_of(source, goal.span, end, found)
+        node = goal.span.node
+        with torch.no_grad():
+            event_time, _ = find_event(
+                lambda time: state_at(source, goal.span, time, found),
+                before,
+                source.time_of(node - 1),
+                source.time_of(node),
+                sign.as_tensor,
+                tolerance,
+            )
+        return event_time, stack([self.y0, state_at(source, goal.span, event_time, found)], keepers)
 
-    def _begin(self) -> PieceSolver:
+    @staticmethod
+    def _end_of(source: AdaptiveSteps, span: Span, end: Tensor, found: Trajectory) -> Tensor:
+        """The state at the end of a piece; it moves with its time, where that has a graph."""
+        return state_at(source, span, end, found) if end.requires_grad else found.states[span.node]
+
+    @contextmanager
+    def _reported(self) -> Iterator[PieceSolver]:
+        """What solves the pieces of one solve, of which the report is told, also where it raises an error."""
         self._report.begin()
-        self._vector_field.evaluations = self._vector_field.jacobians = 0
-        return self._pieces(_SEGMENT, None, self._errors.scale)
-
-    def _end(self) -> None:
-        self._report.evaluations = self._vector_field.evaluations
-        self._report.jacobians = self._vector_field.jacobians
+        field = self._vector_field
+        field.evaluations = field.jacobians = 0
+        try:
+            yield self._pieces(_SEGMENT, None, self._errors.scale)
+        finally:
+            self._report.evaluations, self._report.jacobians = field.evaluations, field.jacobians
 
     def _steps_until_event(self, begin: Tensor) -> Iterator[tuple[AdaptiveSteps, Tensor]]:
         """Steps from one jump to the next, the last of them without an end."""
