@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate
 from math import prod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from .methods import Formula, Nodes, adams_bashforth_formula, adams_moulton_formula, bdf_formula
 from .polynomials import divided_difference_weights, extrapolation_weights
@@ -60,18 +60,13 @@ class VariableOrderFamily:
 
     Attributes:
         name: the name under which torchdiffeq knows it.
-        kind: which family.
+        is_implicit: whether every step has an equation to solve, as one of BDF has; else it is one of Adams.
         max_order: of the highest.
     """
 
     name: str
-    kind: Literal["bdf", "adams"]
+    is_implicit: bool
     max_order: int
-
-    @property
-    def is_implicit(self) -> bool:
-        """Whether every step has an equation to solve."""
-        return self.kind == "bdf"
 
     @property
     def order(self) -> int:
@@ -236,4 +231,4 @@ def _largest_bdf_growth(order: int) -> float:
     return low
 
 
-FAMILIES = (VariableOrderFamily("bdf", "bdf", 5), VariableOrderFamily("adams", "adams", 12))
+FAMILIES = (VariableOrderFamily("bdf", True, 5), VariableOrderFamily("adams", False, 12))
