@@ -13,7 +13,10 @@ from .block_jacobian import real_rows, rows_like
 from .block_newton import inverses_of
 
 _ROUNDING = 64
-"""So many units in the last place are rounding; more where sums have many terms."""
+"""So many units in the last place are rounding, of sums with few terms."""
+
+_TERMS = 16
+"""Of more terms than that sums have more rounding, in proportion."""
 
 _REFINEMENTS = 20
 """A solution by blocks is corrected so often, at most."""
@@ -73,7 +76,7 @@ class BlockLinearSolver:
             return rows_like((inverses @ real_rows(rows).to(inverses.dtype)[..., None])[..., 0], rows)
 
         z = by_blocks(given)
-        rounding = _ROUNDING * eps * max(1.0, self._blocks.shape[-1] / _FEW)
+        rounding = _ROUNDING * eps * max(1.0, self._blocks.shape[-1] / _TERMS)
         before = torch.inf
         for _ in range(_REFINEMENTS):
             correction = by_blocks(given - z + weight * product(z))
