@@ -48,8 +48,9 @@ def robertson_numbers(t: float, y: Sequence[float], rates: Rates = (0.04, 1e4, 3
     return [b - a, a - b - c, c]
 
 
-def hires(t: Any, y: Any) -> list[Any]:
-    product = 280 * y[5] * y[7]
+def hires(t: Any, y: Any, k: Any = 280) -> list[Any]:
+    """High irradiance responses, after Hairer and Wanner; `k` is the fast rate."""
+    product = k * y[5] * y[7]
     return [
         -1.71 * y[0] + 0.43 * y[1] + 8.32 * y[2] + 0.0007,
         1.71 * y[0] - 8.75 * y[1],

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 import torchdiffeq
+from batches import Stiff, hires, oregonator, robertson, van_der_pol
 from peers import diffrax_adaptive
+from problems import kepler
 from report import absences, markdown
 from scipy.integrate import solve_ivp
 from timing import failure, seconds
@@ -64,39 +66,10 @@ class Problem:
         return float(np.sqrt(np.mean(((end - reference) / (np.abs(reference) + self.atol)) ** 2)))
 
 
-def robertson(xp: Any, t: Any, y: Any) -> Any:
-    """Robertson's reaction."""
-    slow, back, fast = 0.04 * y[0], 1e4 * y[1] * y[2], 3e7 * y[1] * y[1]
-    return xp.stack([back - slow, slow - back - fast, fast])
-
-
-def van_der_pol(xp: Any, t: Any, y: Any) -> Any:
-    """Van der Pol's oscillator with μ = 1000."""
-    return xp.stack([y[1], 1000.0 * (1 - y[0] * y[0]) * y[1] - y[0]])
-
-
-def hires(xp: Any, t: Any, y: Any) -> Any:
-    """HIRES, of plant physiology."""
-    exchange = 280.0 * y[5] * y[7]
-    back = 1.81 * y[6]
-    return xp.stack(
-        [
-            -1.71 * y[0] + 0.43 * y[1] + 8.32 * y[2] + 0.0007,
-            1.71 * y[0] - 8.75 * y[1],
-            -10.03 * y[2] + 0.43 * y[3] + 0.035 * y[4],
-            8.32 * y[1] + 1.71 * y[2] - 1.12 * y[3],
-            -1.745 * y[4] + 0.43 * y[5] + 0.43 * y[6],
-            -exchange + 0.69 * y[3] + 1.71 * y[4] - 0.43 * y[5] + 0.69 * y[6],
-            exchange - back,
-            back - exchange,
-        ]
-    )
-
-
-def oregonator(xp: Any, t: Any, y: Any) -> Any:
-    """The Oregonator."""
-    a, b, c = y[0], y[1], y[2]
-    return xp.stack([77.27 * (b + a * (1 - 8.375e-6 * a - b)), (c - (1 + a) * b) / 77.27, 0.161 * (a - c)])
+def of_sample(stiff: Stiff, *parameters: float) -> Callable[[Any, Any, Any], Any]:
+    """The field of one sample of a batch, by default of the first one."""
+    p = parameters or stiff.parameters[0]
+    return lambda xp, t, y: xp.stack(stiff.field(xp, y, p))
 
 
 def e5(xp: Any, t: Any, y: Any) -> Any:
@@ -144,12 +117,6 @@ def pendulum(xp: Any, t: Any, y: Any) -> Any:
     return xp.stack([y[1], 0.5 * xp.cos(t) - 0.1 * y[1] - xp.sin(y[0])])
 
 
-def kepler(xp: Any, t: Any, y: Any) -> Any:
-    """Kepler's problem."""
-    cubed = (y[0] * y[0] + y[1] * y[1]) ** 1.5
-    return xp.stack([y[2], y[3], -y[0] / cubed, -y[1] / cubed])
-
-
 def lorenz(xp: Any, t: Any, y: Any) -> Any:
     """Lorenz's system."""
     return xp.stack([10.0 * (y[1] - y[0]), y[0] * (28.0 - y[2]) - y[1], y[0] * y[1] - 8.0 / 3.0 * y[2]])
@@ -175,14 +142,21 @@ PLEIADES_START = (
     *(0, 0, 0, 0, 0, 1.75, -1.5, 0, 0, 0, -1.25, 1, 0, 0),
 )
 PROBLEMS = (
-    Problem("Robertson", robertson, (1.0, 0.0, 0.0), 1e5, is_stiff=True, atol=1e-4),
-    Problem("HIRES", hires, (1.0, 0, 0, 0, 0, 0, 0, 0.0057), 321.8122, is_stiff=True, atol=1e-4),
-    Problem("van der Pol, μ = 1000", van_der_pol, (2.0, 0.0), 2000.0, is_stiff=True),
-    Problem("Oregonator", oregonator, (1.0, 2.0, 3.0), 360.0, is_stiff=True, atol=1e-4),
+    Problem(
+        "Robertson",
+        of_sample(robertson(1, is_unlike=False)),
+        (1.0, 0.0, 0.0),
+        1e5,
+        is_stiff=True,
+        atol=1e-4,
+    ),
+    Problem("HIRES", of_sample(hires(1), 280.0), (1.0, 0, 0, 0, 0, 0, 0, 0.0057), 321.8122, is_stiff=True, atol=1e-4),
+    Problem("van der Pol, μ = 1000", of_sample(van_der_pol(1), 1000.0), (2.0, 0.0), 2000.0, is_stiff=True),
+    Problem("Oregonator", of_sample(oregonator(1), 77.27), (1.0, 2.0, 3.0), 360.0, is_stiff=True, atol=1e-4),
     Problem("E5", e5, (1.76e-3, 0, 0, 0), 1e11, is_stiff=True, atol=1e-16),
     Problem("air pollution", pollution, POLLUTION_START, 60.0, is_stiff=True, atol=1e-4),
     Problem("forced pendulum", pendulum, (1.0, 0.0), 30.0, is_stiff=False),
-    Problem("Kepler, e = 0.5", kepler, (0.5, 0, 0, 3**0.5), 20.0, is_stiff=False),
+    Problem("Kepler, e = 0.5", lambda xp, t, y: kepler(xp, y), (0.5, 0, 0, 3**0.5), 20.0, is_stiff=False),
     Problem("Pleiades", pleiades, PLEIADES_START, 3.0, is_stiff=False),
     Problem("Lorenz", lorenz, (-8.0, 8.0, 27.0), 5.0, is_stiff=False),
 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
+from adaptive import hires
 from methods import slow_but
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
@@ -209,25 +210,6 @@ def test_the_worst_sample_is_as_accurate_as_alone(name: str, dtype: torch.dtype)
             assert error < 0.1
 
 
-def hires(k: Any) -> Callable[[Any], list[Any]]:
-    """From the components of y to those of y': high irradiance responses, after Hairer and Wanner."""
-
-    def slopes(y: Any) -> list[Any]:
-        bound = k * y[5] * y[7] - 1.81 * y[6]
-        return [
-            -1.71 * y[0] + 0.43 * y[1] + 8.32 * y[2] + 0.0007,
-            1.71 * y[0] - 8.75 * y[1],
-            -10.03 * y[2] + 0.43 * y[3] + 0.035 * y[4],
-            8.32 * y[1] + 1.71 * y[2] - 1.12 * y[3],
-            -1.745 * y[4] + 0.43 * y[5] + 0.43 * y[6],
-            -k * y[5] * y[7] + 0.69 * y[3] + 1.71 * y[4] - 0.43 * y[5] + 0.69 * y[6],
-            bound,
-            -bound,
-        ]
-
-    return slopes
-
-
 @pytest.mark.parametrize("method", ["bdf2", pytest.param("bdf3", marks=pytest.mark.slow)])
 def test_the_worst_sample_of_hires_in_single_precision(method: str) -> None:
     """By the steps of this grid it is about 1e-3 from the solution at most."""
@@ -238,16 +220,14 @@ def test_the_worst_sample_of_hires_in_single_precision(method: str) -> None:
     def ends(k: Tensor) -> np.ndarray:
         y0 = start.repeat(len(k), 1)
         with torch.no_grad():
-            y = solve(lambda t, y: torch.stack(hires(k)(y.unbind(-1)), -1), y0, t, method)
+            y = solve(lambda t, y: torch.stack(hires(t, y.unbind(-1), k), -1), y0, t, method)
         return y[-1].double().numpy()
 
     found = ends(values)
     errors = {}
     for sample in (0, 31):
-        slopes = hires(float(values[sample]))
-        wanted = solve_ivp(
-            lambda t, y, slopes=slopes: slopes(y), (0, 20.0), start.double(), method="Radau", rtol=1e-8, atol=1e-12
-        ).y[:, -1]
+        rate = (float(values[sample]),)
+        wanted = solve_ivp(hires, (0, 20.0), start.double(), method="Radau", args=rate, rtol=1e-8, atol=1e-12).y[:, -1]
         alone = ends(values[sample : sample + 1])[0]
         errors[sample], error_alone = (float(np.abs(x / wanted - 1).max()) for x in (found[sample], alone))
         assert errors[sample] <= 10 * error_alone + 1e-6
