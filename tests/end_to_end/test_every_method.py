@@ -56,7 +56,7 @@ class PerNode:
         states = torchdiffeq_lmm.odeint(
             self, x0, self.nodes[[0, *observed]], method=name, options=options, grad_filter=grad_filter, **TIGHT
         )
-        (0.5 * weight * (states[1:] - torch.tensor(self.problem.target)).square().sum()).backward()
+        (0.5 * weight * (states[1:] - torch.tensor(self.problem.target, dtype=torch.float64)).square().sum()).backward()
         steps = self.nodes.diff()
         return self.theta.grad / torch.cat([steps, steps[-1:]])[:, None]
 
@@ -249,7 +249,7 @@ def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(nam
             options={"grid_constructor": lambda func, y0, t, nodes=nodes: nodes},
             grad_filter=CostateFilter("trapezoid"),
         )[-1]
-        (0.5 * (last - torch.tensor(PENDULUM.target)).square().sum()).backward()
+        (0.5 * (last - torch.tensor(PENDULUM.target, dtype=torch.float64)).square().sum()).backward()
         errors.append(abs(float(phi.grad) - exact))
     # The error may change its sign on the way, and then has no order between two steps.
     order = min(2, ORDER[name])

@@ -34,7 +34,7 @@ class PerStep:
         return self.problem.torch_f(x, self.theta[index] if index < len(self.theta) else self.last)
 
     def loss(self, states: Tensor) -> Tensor:
-        return 0.5 * (states - torch.tensor(self.problem.target)).square().sum()
+        return 0.5 * (states - torch.tensor(self.problem.target, dtype=torch.float64)).square().sum()
 
     def gradients(self, t: Tensor, grad_filter: object, weight: float = 1.0, interp: str = "linear") -> Tensor:
         """The gradient of every step's parameter, divided by the step, for observations at t[1:]."""
@@ -152,7 +152,7 @@ def density_of_running_cost(steps: int) -> Tensor:
 def test_a_running_cost_summed_over_the_nodes_is_first_order_at_its_ends(method: str, in_state: bool) -> None:
     """Σ w_j ℓ(x_j) by the trapezoid rule; as part of the state the same cost has no ends."""
     at_last_node = method == "abm3"
-    target = torch.tensor(PENDULUM.target)
+    target = torch.tensor(PENDULUM.target, dtype=torch.float64)
     inner, ends = [], []
     for steps in STEPS:
         nodes = torch.linspace(0, 2, steps + 1, dtype=torch.float64)
@@ -277,7 +277,7 @@ def test_orders_of_the_total_of_shared_parameters(grid: str) -> None:
         states = torchdiffeq_lmm.odeint(
             func, x0, nodes[[0, -1]], method="leapfrog", options=options, grad_filter=grad_filter
         )
-        (0.5 * (states[-1] - torch.tensor(PENDULUM.target)).square().sum()).backward()
+        (0.5 * (states[-1] - torch.tensor(PENDULUM.target, dtype=torch.float64)).square().sum()).backward()
         return float(phi.grad)
 
     measured = {}

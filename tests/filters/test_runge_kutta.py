@@ -43,7 +43,7 @@ def gradient_errors(method: str, nodes: Tensor, observed: list[int], grad_filter
     states = torchdiffeq_lmm.odeint(
         func, x0, nodes[[0, *observed]], method=method, options=options, grad_filter=grad_filter
     )
-    (0.5 * (states[1:] - torch.tensor(PENDULUM.target)).square().sum()).backward()
+    (0.5 * (states[1:] - torch.tensor(PENDULUM.target, dtype=torch.float64)).square().sum()).backward()
     of = reference(tuple(nodes[observed].tolist()))
     if method == "midpoint":
         widths, exact = torch.cat([times, nodes[-1:]]).diff(), of.density(torch.cat([times, nodes[-1:]]))
@@ -82,7 +82,7 @@ def test_total_of_a_shared_parameter_with_trapezoid_weights_is_second_order(meth
         last = torchdiffeq_lmm.odeint(
             func, x0, nodes[[0, -1]], method=method, options=options, grad_filter=grad_filter
         )[-1]
-        (0.5 * (last - torch.tensor(PENDULUM.target)).square().sum()).backward()
+        (0.5 * (last - torch.tensor(PENDULUM.target, dtype=torch.float64)).square().sum()).backward()
         return float(phi.grad)
 
     exact = (4 * total(640, None) - total(320, None)) / 3

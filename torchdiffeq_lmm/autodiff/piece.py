@@ -151,8 +151,15 @@ class PieceSolver:
         method = self.method if isinstance(self.method, MultistepMethod | VariableOrderFamily) else None
         step_before = None if before is None else step_to_end(before.recurrence, before.lengths, method)
         step_after = None if after is None else after.first_step
+        wanted = self.costate_filter
         return plan_filter(
-            self.costate_filter.weights, steps.recurrence, steps.lengths, method, step_before, step_after
+            wanted.weights,
+            steps.recurrence,
+            steps.lengths,
+            method,
+            step_before,
+            step_after,
+            wanted.highest_order,
         )
 
 

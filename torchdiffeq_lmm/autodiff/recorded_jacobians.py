@@ -63,6 +63,10 @@ class RecordedJacobians:
             return None
         return vector_jacobian((evaluation.slope,), (vector,), evaluation.arguments[:1])[0]
 
+    def damp(self, state: int, step: float, vector: Tensor) -> Tensor:
+        """(1 - τ Jᵀ)⁻¹ times a vector."""
+        return vector if self._stored.evaluation(state) is None else self._solve(state, step, vector)
+
     def expand(self, state: int, value: Tensor | None, slope: Tensor | None, step: float) -> Tensor | None:
         """V + Jᵀ S; with a step τ > 0, R (V + R Jᵀ (S - τ V)), R = (1 - τ Jᵀ)⁻¹. None is 0."""
         if step > 0.0 and value is not None and self._stored.evaluation(state) is not None:

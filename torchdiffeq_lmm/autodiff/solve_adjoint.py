@@ -19,6 +19,7 @@ from torchdiffeq_lmm.schemes.recurrence import Layout, Recurrence
 from .checkpoint_segment import SegmentGraph, segment_vjp
 from .evaluation import Evaluation
 from .noise_adjoint import NoiseAdjoint, NoiseRecord
+from .recent_evaluations import RecentEvaluations
 from .recorded_jacobians import RecordedJacobians
 from .stored_evaluations import StoredEvaluations, WithEvaluations
 from .vjp import ParameterGradients
@@ -76,6 +77,9 @@ class SolveAdjoint:
         self, cotangents: Sequence[Tensor | None], times_need_grad: bool, stored: StoredEvaluations
     ) -> tuple[Tensor | None, ...]:
         """The gradients with respect to y0, the times, the weights, the sources and the handles."""
+        keeps = self.plan is not None and self.plan.reach > 0
+        if self.plan is not None and keeps:
+            stored = RecentEvaluations(stored, self.recurrence.nodes, self.plan.reach)
         zero = torch.zeros_like(next(cotangent for cotangent in cotangents if cotangent is not None))
         rows, at_node = self.recurrence.rows, self.recurrence.nodes
         time_grads = zero.new_zeros(len(rows) + 1, dtype=zero.dtype.to_real()) if times_need_grad else None
@@ -112,15 +116,16 @@ class SolveAdjoint:
                 if noise is not None:
                     noise.pass_by(point)
                 window = point.window
+                if keeps and point.node is not None:
+                    # The filter may need it when others have been asked for.
+                    stored.evaluation(point.state)
                 yield point
 
         if self.plan is None:
             for _ in followed():
                 pass
         else:
-            for state, weight, costate in filtered_cotangents(
-                self.plan, followed(), by_node, total, jacobians.expand, zero
-            ):
+            for state, weight, costate in filtered_cotangents(self.plan, followed(), by_node, total, jacobians, zero):
                 evaluation = stored.evaluation(state)
                 if evaluation is not None:
                     parameters.collect(evaluation, costate, weight)

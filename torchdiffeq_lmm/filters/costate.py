@@ -33,8 +33,10 @@ its place, R = (1 - τ Jᵀ)⁻¹, τ = h / 4: the same as h goes to 0, and 0 fo
 Where E observes node m, p jumps there by g_m; the filtered costate is the mean of both limits.
 """
 
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -43,13 +45,20 @@ from torchdiffeq_lmm.schemes.weighted_sum import weighted_sum
 
 from .boundary_layer import boundary_layer_terms
 from .filter_plan import FilterPlan
+from .shifted_past import Moments, PastTerm, moments, shifted_past
 
 
-class Expansion(Protocol):
-    """What is known of a costate up to first order in the Jacobian at a state."""
+class Jacobians(Protocol):
+    """What the filter asks of the Jacobians J of f at the states."""
 
-    def __call__(self, state: int, value: Tensor | None, slope: Tensor | None, step: float) -> Tensor | None:
+    def expand(self, state: int, value: Tensor | None, slope: Tensor | None, step: float) -> Tensor | None:
         """Return V + Jᵀ S, damped by a step τ if it is not 0; None is 0."""
+
+    def product(self, state: int, vector: Tensor) -> Tensor | None:
+        """Return Jᵀ times a vector; None is 0."""
+
+    def damp(self, state: int, step: float, vector: Tensor) -> Tensor:
+        """Return (1 - τ Jᵀ)⁻¹ times a vector."""
 
 
 def filtered_cotangents(
@@ -57,7 +66,7 @@ def filtered_cotangents(
     backwards: Iterable[AdjointState],
     seen: Sequence[Tensor | None],
     cotangents: Sequence[Tensor | None],
-    expand: Expansion,
+    jacobians: Jacobians,
     zero: Tensor,
 ) -> Iterator[tuple[int, float, Tensor]]:
     """The filtered costates p̃, and the weights ω that make them the cotangents ω p̃ of the slopes.
@@ -67,17 +76,20 @@ def filtered_cotangents(
         backwards: the states of `discrete_adjoint`, as they come.
         seen: g_0, ..., g_N, None for a node that E does not see.
         cotangents: the same with Jᵀ times what E sees of the slope there.
-        expand: V + Jᵀ S at a state.
+        jacobians: of f at the states; at nodes, up to `plan.reach` nodes later than that of the latest adjoint state.
         zero: a state of zeros.
 
     Yields:
         The number of a state, ω and p̃; where a state is missing the cotangent is 0.
     """
-    positions = plan.recurrence.positions
+    positions, nodes = plan.recurrence.positions, plan.recurrence.nodes
     distances = _distances(cotangents)
     raw = [flag and (d is None or d >= plan.near) for flag, d in zip(plan.raw, distances, strict=True)]
     in_layer = [m for m, d in enumerate(distances) if raw[m] and d is not None and d <= plan.boundary_layer]
     layer = boundary_layer_terms(plan, in_layer, cotangents, zero)
+    widths, shares_after = plan.owned([g is not None for g in seen])
+    with_jacobians = [n for n, state in enumerate(nodes) if plan.recurrence.evaluated[state]]
+    pending: deque[_Pending] = deque()
     stages: list[int] = []
     next_window = last_window = zero
     value: Tensor | None
@@ -88,15 +100,15 @@ def filtered_cotangents(
             # A start may reach beyond an event.
             if at == positions[state] and at < len(raw) and raw[at]:
                 # What a predictor evaluates at a node has its share of the node's cotangent, or all of it.
-                owner = plan.recurrence.nodes[at]
-                width = plan.widths[owner if owner in plan.widths else state]
+                owner = nodes[at]
+                width = widths[owner if owner in widths else state]
                 terms = _scaled(1 / plan.equal_step(at), point.mu)
-                if state in plan.widths and at in layer:
-                    value = expand(state, *layer[at], plan.damping(at))
+                if state in widths and at in layer:
+                    value = jacobians.expand(state, *layer[at], plan.damping(at))
                     terms += [] if value is None else [(1.0, value)]
-                if terms and width > 0.0:
+                if terms and width != 0.0:
                     yield state, width, combine(terms)
-            elif state in plan.widths:
+            elif state in widths:
                 stages.append(state)
             continue
         g = seen[node]
@@ -107,46 +119,88 @@ def filtered_cotangents(
             fraction = positions[stage] - node
             if positions[stage] == len(seen) - 1:
                 # Of a predictor, or of a sweep.
-                yield stage, plan.widths[stage], last_window
+                yield stage, widths[stage], last_window
             else:
-                yield stage, plan.widths[stage], weighted_sum((1 - fraction, fraction), (after, next_window))
+                yield stage, widths[stage], weighted_sum((1 - fraction, fraction), (after, next_window))
         stages, next_window = [], point.window
-        width = plan.widths.get(state, 0.0)
-        if width == 0.0:
-            continue
-        if raw[node]:
-            terms = _scaled(1 / plan.equal_step(node), point.mu)
-            value, slope = layer.get(node, (None, None))
-        else:
-            terms, slope = _history(plan, point)
-            value = point.shift
-        if g is not None:
-            # What E sees of the node comes after half of its cell.
-            jump = -_right_share(plan, node) * g
-            value = jump if value is None else value + jump
-        damping = plan.damping(node)
-        if slope is not None or damping > 0.0:
-            value = expand(state, value, slope, damping)
-        if value is not None:
-            terms.insert(0, (1.0, value))
-        if terms:
-            yield state, width, combine(terms)
+        width = widths.get(state, 0.0)
+        if width != 0.0:
+            # What E sees of the node comes after a part of its cell.
+            jump = None if g is None else -shares_after[node] * g
+            if plan.order > 2 and not raw[node]:
+                value = point.shift if jump is None else point.shift + jump
+                around = _nearest(with_jacobians, node, plan.order - 1)
+                pending.append(_Pending(node, width, moments(value, _past(plan, point), plan.order), around))
+            else:
+                if raw[node]:
+                    terms = _scaled(1 / plan.equal_step(node), point.mu)
+                    value, slope = layer.get(node, (None, None))
+                else:
+                    terms, slope = _history(plan, point)
+                    value = point.shift
+                value = jump if value is None else value if jump is None else value + jump
+                damping = plan.damping(node)
+                if slope is not None or damping > 0.0:
+                    value = jacobians.expand(state, value, slope, damping)
+                if value is not None:
+                    terms.insert(0, (1.0, value))
+                if terms:
+                    yield state, width, combine(terms)
+        while pending and min(pending[0].around) >= node:
+            of = pending.popleft()
+            costate = _shifted(plan, of, jacobians)
+            if costate is not None:
+                yield nodes[of.node], of.width, costate
+
+
+class _Pending(NamedTuple):
+    """A node that waits for the Jacobians at the nodes before it.
+
+    Attributes:
+        node: its number.
+        width: ω.
+        moments: see `shifted_past`.
+        around: the nodes whose Jacobians are used, itself first.
+    """
+
+    node: int
+    width: float
+    moments: Moments
+    around: list[int]
+
+
+def _nearest(candidates: Sequence[int], node: int, count: int) -> list[int]:
+    """So many of the nodes, itself first, which the rows after it know of; those nearer first."""
+    end = bisect_left(candidates, node) + 1
+    first = max(0, end - count)
+    return sorted(candidates[first : first + count], key=lambda other: abs(other - node))
+
+
+def _past(plan: FilterPlan, point: AdjointState) -> list[PastTerm]:
+    """What the rows after a node use of the time before it."""
+    assert point.node is not None
+    times, now = plan.times, plan.times[point.node]
+    slopes = [PastTerm(plan.time(state) - now, None, of) for state, of in point.slopes_before.items()]
+    return slopes + [
+        PastTerm(times[node] - now, times[node - 1] - now, of) for node, of in point.increments_before.items()
+    ]
+
+
+def _shifted(plan: FilterPlan, of: _Pending, jacobians: Jacobians) -> Tensor | None:
+    nodes, damping = plan.recurrence.nodes, plan.damping(of.node)
+
+    def product(place: int, vector: Tensor) -> Tensor | None:
+        return jacobians.product(nodes[of.around[place]], vector)
+
+    def damp(place: int, vector: Tensor) -> Tensor:
+        return jacobians.damp(nodes[of.around[place]], damping, vector)
+
+    offsets = [plan.times[node] - plan.times[of.node] for node in of.around]
+    return shifted_past(of.moments, offsets, product, damp if damping > 0.0 else None, damping)
 
 
 def _scaled(weight: float, contributions: Contributions) -> Contributions:
     return [(weight * own, cotangent) for own, cotangent in contributions]
-
-
-def _right_share(plan: FilterPlan, node: int) -> float:
-    """How much of the filtered costate at a node is the limit from the right."""
-    steps = plan.steps
-    before = steps[node - 1] if node > 0 else 0.0
-    after = steps[node] if node < len(steps) else 0.0
-    state = plan.recurrence.nodes[node]
-    if node > 0 and state - 1 in plan.widths and plan.recurrence.positions[state - 1] == node:
-        # A stage at the same time takes the limit from the left.
-        return 1.0
-    return after / (before + after)
 
 
 def _history(plan: FilterPlan, point: AdjointState) -> tuple[Contributions, Tensor | None]:

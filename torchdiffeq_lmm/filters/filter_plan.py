@@ -1,18 +1,17 @@
 """What the gradient filter does where: known from the grid and the method, before there are any cotangents."""
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Literal
+from functools import cached_property
+from itertools import accumulate
+from math import isclose
 
 from torchdiffeq_lmm.schemes.methods import MultistepMethod
 from torchdiffeq_lmm.schemes.recurrence import Recurrence
-from torchdiffeq_lmm.schemes.stability import boundary_layer_of, coefficients
+from torchdiffeq_lmm.schemes.stability import boundary_layer_of, coefficients, layer_length
 from torchdiffeq_lmm.schemes.variable_order import VariableOrderFamily
 
-CellWeights = Literal["step", "trapezoid"]
+from .cell_weights import CellWeights, cell_widths, interpolatory_shares
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,9 @@ class FilterPlan:
         near: how many of them are so near that the formula for any node is the more accurate one.
         corrects_slope: whether the method is of second order, so that the term of first order in J is known there.
         is_damped: whether products with Jacobians are damped, for the method is one for stiff problems.
+        order: of the costates, at any node.
+        quadrature: the times of the states that receive a costate, where their weights are those of a quadrature of
+            that order; None where they are `widths`.
     """
 
     recurrence: Recurrence
@@ -38,6 +40,42 @@ class FilterPlan:
     near: int
     corrects_slope: bool
     is_damped: bool
+    order: int
+    quadrature: dict[int, float] | None
+
+    @property
+    def reach(self) -> int:
+        """At how many nodes before a node the filter needs Jacobians for it."""
+        return max(0, self.order - 2)
+
+    @cached_property
+    def times(self) -> list[float]:
+        """Of the nodes, from the first one."""
+        return list(accumulate(self.steps, initial=0.0))
+
+    def time(self, state: int) -> float:
+        """Of a state, from the first node."""
+        return _time_at(self.recurrence.positions[state], self.times)
+
+    def owned(self, observed: Sequence[bool]) -> tuple[dict[int, float], dict[int, float]]:
+        """ω by state, and how much of it is after the state's node, where the costate jumps if it is observed."""
+        if self.quadrature is None:
+            return self.widths, {node: self._share_after(node) for node, flag in enumerate(observed) if flag}
+        breaks = [self.times[node] for node in range(1, len(self.steps)) if observed[node]]
+        shares = interpolatory_shares(list(self.quadrature.values()), breaks, self.times[-1], self.order)
+        of_state = dict(zip(self.quadrature, shares, strict=True))
+        widths = {state: before + after for state, (before, after) in of_state.items()}
+        at_node = {node: of_state.get(self.recurrence.nodes[node]) for node, flag in enumerate(observed) if flag}
+        return widths, {node: s.after / sum(s) for node, s in at_node.items() if s is not None and sum(s) != 0.0}
+
+    def _share_after(self, node: int) -> float:
+        before = self.steps[node - 1] if node > 0 else 0.0
+        after = self.steps[node] if node < len(self.steps) else 0.0
+        state = self.recurrence.nodes[node]
+        if node > 0 and state - 1 in self.widths and self.recurrence.positions[state - 1] == node:
+            # A stage at the same time takes the limit from the left.
+            return 1.0
+        return after / (before + after)
 
     def equal_step(self, node: int) -> float:
         """The length of the steps around a node between equal ones."""
@@ -55,6 +93,7 @@ def plan_filter(
     method: MultistepMethod | VariableOrderFamily | None,
     before: float | None = None,
     after: float | None = None,
+    order: int = 2,
 ) -> FilterPlan:
     """Work out what the filter does where.
 
@@ -68,7 +107,9 @@ def plan_filter(
             `step_to_end`. With step weights both share the cell of the node, as two evaluations at one time do; with
             trapezoid weights each has a half cell of its own anyway.
         after: where f jumps at the last node, the step that begins there.
+        order: of the costates that is wanted; that of the method, if it is lower, is what they have.
     """
+    order = 2 if method is None else max(2, min(order, method.order))
     nodes = list(accumulate(lengths, initial=0.0))
     states = _owners(recurrence, method)
     times = [_time_at(recurrence.positions[state], nodes) for state in states]
@@ -78,6 +119,8 @@ def plan_filter(
     shares = cell_widths([*lead, *times, *trail], trail[-1] if trail else end, weights)
     widths = dict(zip(states, shares[len(lead) : len(lead) + len(states)], strict=True))
 
+    quadrature = dict(zip(states, times, strict=True)) if weights == "trapezoid" and order > 2 else None
+
     # A formula with no slope but the new one is a BDF, or its like.
     is_damped = method is not None and not method.uses_first_slope
     layer = None
@@ -86,11 +129,27 @@ def plan_filter(
     is_uniform = all(_are_equal(length, lengths[0]) for length in lengths[:-1])
     # At second order μ_m / h is no better than the formula for any node, and two formulas are worse than one.
     if not isinstance(method, MultistepMethod) or layer is None or (method.order <= 2 and not is_uniform):
-        return FilterPlan(recurrence, lengths, widths, [False] * (len(lengths) + 1), 0, 0, False, is_damped)
+        raw, length, near, corrects_slope = [False] * (len(lengths) + 1), 0, 0, False
+        return FilterPlan(recurrence, lengths, widths, raw, length, near, corrects_slope, is_damped, order, quadrature)
     # A slope takes part in k steps, and the effects of first order of a change of the step reach as far again.
     reach = method.steps
     raw = raw_nodes(lengths, recurrence.start, reach, max(layer.length, layer.near) + 2 * reach)
-    return FilterPlan(recurrence, lengths, widths, raw, layer.length + reach, layer.near, method.order > 1, is_damped)
+    near = layer.near
+    if order > 2:
+        beyond = layer_length(*coefficients(method.on_equal_steps, method.steps), order, len(lengths))
+        near = reach + (layer.length if beyond is None else beyond)
+    return FilterPlan(
+        recurrence,
+        lengths,
+        widths,
+        raw,
+        layer.length + reach,
+        near,
+        method.order > 1,
+        is_damped,
+        order,
+        quadrature,
+    )
 
 
 def step_to_end(
@@ -126,37 +185,9 @@ def _time_at(position: float, nodes: Sequence[float]) -> float:
     return nodes[before] if rest == 0 else (1 - rest) * nodes[before] + rest * nodes[before + 1]
 
 
-def cell_widths(times: Sequence[float], end: float, weights: CellWeights) -> list[float]:
-    """What each evaluation owns of the time from 0 to `end`.
-
-    Args:
-        times: of the evaluations, not decreasing. Where two are equal, the first belongs to the step before and the
-            second to the step after; they share in proportion to these.
-        end: of the solve.
-        weights: "step": up to the next time; the last one up to the end, or if it is there, as much as the one before.
-            "trapezoid": half-way to the times on either side, and all up to the ends.
-    """
-    distinct = sorted(set(times))
-    gaps = [after - before for before, after in pairwise(distinct)]
-    if weights == "step":
-        rest = end - distinct[-1]
-        widths = [*gaps, rest if rest > 0 else gaps[-1] if gaps else end]
-    else:
-        bounds = [0.0, *((before + after) / 2 for before, after in pairwise(distinct)), end]
-        widths = [after - before for before, after in pairwise(bounds)]
-    shared, repeated = [], Counter(times)
-    for i, width in enumerate(widths):
-        if repeated[distinct[i]] == 2:
-            left = gaps[i - 1] / (gaps[i - 1] + gaps[i])
-            shared += [left * width, (1 - left) * width]
-        else:
-            shared.append(width)
-    return shared
-
-
 def _are_equal(length: float, other: float) -> bool:
     # Nodes that were added up have been rounded.
-    return math.isclose(length, other, rel_tol=1e-9)
+    return isclose(length, other, rel_tol=1e-9)
 
 
 def raw_nodes(lengths: Sequence[float], start: int, reach: int, layer: int) -> list[bool]:

@@ -1,9 +1,14 @@
 """The gradient filters that users can ask for. What they do is derived in `filters.costate`."""
 
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
-from .filter_plan import CellWeights
+from .cell_weights import CellWeights
+
+FilterOrder = Literal[2, 3, "method"]
+
+HIGHEST_ORDER = 5
+"""Of costates. Beyond it every order takes as many more products with Jacobians."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,20 @@ class CostateFilter:
     """
 
     weights: CellWeights = "step"
+    order: FilterOrder = 2
     method: ClassVar[str | None] = None
     """The one method that the filter is for; None for all."""
 
     def __post_init__(self) -> None:
         if self.weights not in get_args(CellWeights):
             raise ValueError(f"weights must be one of {get_args(CellWeights)}, got {self.weights!r}")
+        if isinstance(self.order, bool) or self.order not in get_args(FilterOrder):
+            raise ValueError(f"order must be one of {get_args(FilterOrder)}, got {self.order!r}")
+
+    @property
+    def highest_order(self) -> int:
+        """Of the costates, by a method of any order."""
+        return HIGHEST_ORDER if self.order == "method" else self.order
 
 
 @dataclass(frozen=True)

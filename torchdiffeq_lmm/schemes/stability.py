@@ -96,6 +96,9 @@ def effective_weights(alpha: Coefficients, beta: Coefficients, count: int) -> li
     return weights
 
 
+_LEFT_OVER = 0.1
+"""What may be left of a boundary layer, in terms of the errors after it."""
+
 _SLOWEST = 0.99
 """A boundary layer in which the largest root does not decay faster is taken for one without an end."""
 
@@ -137,6 +140,34 @@ def boundary_layer_of(alpha: Coefficients, beta: Coefficients, tolerance: float 
     # u_i - i² / 2, up to the constant that it tends to.
     rest = np.convolve(np.convolve(w, w)[:count], w)[:count] - np.arange(count) ** 2 / 2
     return BoundaryLayer(_last(off), _last(np.abs(rest - rest[-1]) > 0.5))
+
+
+@cache
+def layer_length(alpha: Coefficients, beta: Coefficients, order: int, steps: int) -> int | None:
+    """Over how many nodes before an observation a method's cotangents, by h, are the costate to less than its order.
+
+    In x' = λ x the part of order j in h λ of the cotangents is the (j+1)-fold convolution of w, and after the layer a
+    polynomial of degree j, as that of the costate. Differences of order j + 1 leave what decays.
+
+    Args:
+        alpha, beta: of the method.
+        order: that which matters.
+        steps: N, as the step is 1 / N in the time of the problem.
+
+    Returns:
+        None where the layer does not end.
+    """
+    layer = boundary_layer_of(alpha, beta)
+    if layer is None:
+        return None
+    tolerance = _LEFT_OVER * float(steps) ** -order
+    count = max(order * layer.length, len(alpha)) + 1
+    decaying = _series(beta[::-1], _without_root_one(alpha[::-1]), count)
+    power, length = decaying, 0
+    for j in range(order):
+        length = max(length, _last(np.abs(power) > tolerance * float(steps) ** j))
+        power = np.convolve(power, decaying)[:count]
+    return length
 
 
 def _last(flags: "np.ndarray") -> int:
