@@ -121,11 +121,11 @@ def shifted_past(
                 # The slope at node m is the same in every turn.
                 before[0] += slopes[0]
                 continue
-            pulled = product(place, combine(slopes[place]))
+            vector = combine(slopes[place])
+            # J R = (R - 1) / τ.
+            pulled = product(place, vector) if damp is None else (damp(place, vector) - vector) / damping
             if pulled is None:
                 continue
-            if damp is not None:
-                pulled = damp(place, pulled)
             total.append((1.0, pulled))
             if turn > 1:
                 _spread(before, weights.integrals[turn - 2][place], scale, pulled)
