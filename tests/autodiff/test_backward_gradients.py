@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from backward import AGAIN, DIM, EXPLICIT, OBSERVED, STEPS, TIGHT, Net, Plain, assert_same, draw, loss, solve
-from methods import NAMES, in_turn, slow_but
+from methods import FAST_EXPLICIT, NAMES, in_turn, slow_but
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -49,7 +49,7 @@ SETTINGS = [
 @pytest.mark.parametrize(
     ("method", "grid", "reverse", "interp", "perturb", "grad_filter"),
     [
-        *in_turn(SETTINGS, few=1),
+        *in_turn(SETTINGS, few=1, fast=FAST_EXPLICIT),
         *((method, *setting) for method in ("midpoint", "heun2") for setting in SETTINGS if setting[-1] is not None),
     ],
 )

@@ -418,9 +418,7 @@ def by_dopri8() -> Tensor:
     return of_network(torchdiffeq.odeint, Net(), 1e-11, method="dopri8")
 
 
-@pytest.mark.parametrize(
-    ("there", "back"), slow_but([("bdf", "adams"), ("adams", "bdf")], itertools.product(METHODS, METHODS))
-)
+@pytest.mark.parametrize(("there", "back"), slow_but([("adams", "bdf")], itertools.product(METHODS, METHODS)))
 def test_the_adjoint_method(there: str, back: str) -> None:
     net = Net()
     for rtol in (1e-4, 1e-7):

@@ -202,7 +202,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "finished gradients": finished_gradients,
 }  # fmt: skip
 MANY = set(FIXED) - {"leapfrog", "abm3", "bdf2", "filtered_midpoint"}
-LONG = {"bdf, filtered", "adams, filtered", "bdf, event", "adams, event", "am3, again", "bdf2, again", "stiff"}
+LONG = {"bdf, filtered", "adams, filtered", "bdf, event", "adams, event", "am3, again", "bdf2, again", "stiff", "jumps"}
 FAST = [
     name
     for name in CASES

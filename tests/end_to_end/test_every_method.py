@@ -372,7 +372,7 @@ def test_fewer_steps_than_the_method_reaches_over(name: str, steps: int) -> None
 
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
-@pytest.mark.parametrize("name", EVERY_METHOD)
+@pytest.mark.parametrize("name", slow_but(FAST_EXPLICIT, NAMES))
 def test_events(name: str, interp: str) -> None:
     """y = exp(-t), at 0.97 within the start of the longer methods, and at 0.3 well after it."""
     for level in (0.97, 0.3):
