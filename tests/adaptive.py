@@ -7,8 +7,10 @@ from math import cos, sin
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torchdiffeq
+from methods import slow_but
 from scipy.integrate import ode, solve_ivp
 from torch import Tensor
 
@@ -16,6 +18,10 @@ from torchdiffeq_lmm import SolveReport
 
 F64 = torch.float64
 METHODS = ("bdf", "adams")
+methods = pytest.mark.parametrize("method", METHODS)
+fast_by_adams = pytest.mark.parametrize("method", slow_but(["adams"], METHODS))
+"""For tests whose steps by bdf, which are implicit, take many times as long."""
+
 Rates = tuple[float, float, float]
 
 

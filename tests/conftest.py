@@ -25,6 +25,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module")
+def _quick_collections() -> None:
+    """Leave all that tests of other modules have made and imported out of the garbage collections of this one."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def _method_tables() -> Iterator[None]:
     """Leave torchdiffeq's and torchsde's tables, and the package's own, as every other test expects them."""

@@ -106,6 +106,15 @@ class Reference:
         return torch.tensor(np.array(values), dtype=torch.float64)
 
 
+def derivative_of_a_shared_parameter(of: Reference) -> float:
+    """∂E/∂φ for θ_1(t) = 1 + φ sin 3t, where the end alone is observed: the integral of the density times sin 3t."""
+    (end,) = of.observed
+    points, weights = np.polynomial.legendre.leggauss(60)
+    times = (points + 1) * end / 2
+    density = of.density(torch.tensor([*times, end]))[:, 0].numpy()
+    return float((weights * density * np.sin(3 * times)).sum() * end / 2)
+
+
 def _random(steps: int, horizon: float) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     lengths = 0.8 + 0.4 * torch.rand(20, generator=generator, dtype=torch.float64)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import torchdiffeq_lmm
 from torchdiffeq_lmm import Checkpoint, Reversible
 
+pytestmark = pytest.mark.usefixtures("_quick_collections")
+
 
 class Field(nn.Module):
     """A network, and the drift and the diffusion of an SDE."""
@@ -96,7 +98,9 @@ SOLVES: dict[str, Make] = {
     "SDE, filter": sde("leapfrog", grad_filter="auto"),
     "SDE, implicit": sde("bdf2"),
 }
-solves = pytest.mark.parametrize("make", SOLVES.values(), ids=SOLVES)
+solves = pytest.mark.parametrize(
+    "make", slow_but([make for name, make in SOLVES.items() if "implicit, " not in name], SOLVES.values()), ids=SOLVES
+)
 
 
 @solves

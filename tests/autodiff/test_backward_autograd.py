@@ -8,6 +8,8 @@ import torch
 import torchdiffeq
 from backward import AGAIN, DIM, STEPS, Net, Plain, assert_same, draw, loss, solve
 
+pytestmark = pytest.mark.usefixtures("_quick_collections")
+
 
 @pytest.mark.parametrize("backward", AGAIN)
 class TestGoodCitizen:

@@ -32,7 +32,7 @@ def test_drift_raises_and_is_reported(dtype: torch.dtype, value: float) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 15.0), (torch.float64, 25.0)])
-@pytest.mark.parametrize("grad_filter", [None, "auto"])
+@pytest.mark.parametrize("grad_filter", slow_but(["auto"], [None, "auto"]))
 def test_drift_falls_back_to_checkpoints(dtype: torch.dtype, value: float, grad_filter: str | None) -> None:
     grads, seen = [], []
     for backward in ("autograd", Reversible(anchors=0, on_drift="checkpoint", report=seen.append)):
@@ -56,7 +56,8 @@ def test_anchors_keep_the_drift_small() -> None:
     assert drifts[8] < 1e-13
 
 
-@pytest.mark.parametrize("dtype", slow_but([torch.float32], [torch.float32, torch.float64]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_gradient_is_right_or_an_error(dtype: torch.dtype) -> None:
     outcomes = []
     for value in range(4, 30, 2):

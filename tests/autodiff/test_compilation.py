@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 import torchdiffeq_lmm
 
+# The compiler alone takes seconds to import.
+pytestmark = pytest.mark.slow
+
 WAYS: dict[str, dict[str, str]] = {
     "plain": {},
     "filtered": {"grad_filter": "leapfrog"},
@@ -54,7 +57,6 @@ def gradients(field: Field, loss: Callable[[], Tensor]) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in field.parameters()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "way"),
     [

@@ -7,9 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from filtered import DIM, NODES, OBSERVED, Tanh, draw, loss, solve
+from methods import slow_but
 from torch import Tensor
 
 from torchdiffeq_lmm import LeapfrogFilter
+
+pytestmark = pytest.mark.usefixtures("_quick_collections")
 
 
 class Marked(torch.autograd.Function):
@@ -29,12 +32,15 @@ class Marked(torch.autograd.Function):
         return cotangent, None
 
 
-def test_many_steps() -> None:
+@pytest.mark.parametrize("step_size", slow_but([4e-4], [4e-4, 1e-4]))
+def test_many_steps(step_size: float) -> None:
     """Beyond Python's limit of recursion, in the forward pass, the backward pass and the end of the graph."""
     rate = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     y0 = torch.ones((), dtype=torch.float64)
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    states = solve(lambda t, y: -rate * y, y0, t, LeapfrogFilter("trapezoid"), step_size=1e-4, grid_constructor=None)
+    states = solve(
+        lambda t, y: -rate * y, y0, t, LeapfrogFilter("trapezoid"), step_size=step_size, grid_constructor=None
+    )
     states[-1].backward()
     # y(1) = exp(-rate)
     torch.testing.assert_close(rate.grad, -torch.exp(-rate.detach()), rtol=1e-7, atol=0)

@@ -1,5 +1,6 @@
 """Gradients of the adaptive methods: against SciPy's sensitivities, replayed by hand, by all modes and filters."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
-from adaptive import F64, METHODS, decayed, decaying, f64, solve
+from adaptive import F64, METHODS, decayed, decaying, f64, fast_by_adams, methods, solve
+from methods import slow_but
 from problems import PENDULUM, Reference
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
@@ -19,7 +21,6 @@ import torchdiffeq_lmm
 from torchdiffeq_lmm import Checkpoint, CostateFilter, SolveReport
 from torchdiffeq_lmm.schemes.variable_order import FAMILIES
 
-methods = pytest.mark.parametrize("method", METHODS)
 TIMES = (0.0, 0.3, 1.1, 2.0)
 WEIGHTS = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
 
@@ -99,7 +100,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 @methods
-@pytest.mark.parametrize("rtol", [1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("rtol", slow_but([1e-6], [1e-4, 1e-6, 1e-8]))
 def test_gradients_are_those_of_the_flow(method: str, rtol: float) -> None:
     problem, report = OF_METHOD[method], SolveReport()
     found = gradients(problem, method, rtol, report=report)
@@ -181,7 +182,7 @@ def test_rejected_attempts_leave_no_trace(backward: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-@methods
+@fast_by_adams
 def test_checkpoints_give_the_gradient_of_autograd(method: str) -> None:
     problem, rtol = OF_METHOD[method], 1e-6
     plain = gradients(problem, method, rtol)
@@ -287,7 +288,7 @@ def continuous(observed: tuple[float, ...] = ()) -> Reference:
     return Reference(PENDULUM, [*observed, PENDULUM.horizon])
 
 
-@methods
+@fast_by_adams
 def test_filtered_gradients_converge_to_the_density(method: str) -> None:
     """At every node, where those of auto-differentiation do not."""
     means = []
@@ -323,7 +324,7 @@ def gradient_in_the_basis(observed: tuple[float, ...]) -> np.ndarray:
     return total
 
 
-@methods
+@fast_by_adams
 @pytest.mark.parametrize("observed", [(), (0.7, 1.3)])
 def test_gradients_in_a_basis_converge(method: str, observed: tuple[float, ...]) -> None:
     """θ(t) + Σ c_k φ_k(t), by trapezoid weights and by auto-differentiation, the latter with the tolerance."""
@@ -411,16 +412,21 @@ def of_network(interface: Callable[..., Tensor], net: nn.Module, rtol: float, **
     return torch.cat([gradient.grad.reshape(-1) for gradient in (y0, t, *net.parameters())])
 
 
-@pytest.mark.parametrize("there", METHODS)
-@pytest.mark.parametrize("back", METHODS)
+@cache
+def by_dopri8() -> Tensor:
+    """The gradients of the small network."""
+    return of_network(torchdiffeq.odeint, Net(), 1e-11, method="dopri8")
+
+
+@pytest.mark.parametrize(("there", "back"), slow_but([("adams", "bdf")], itertools.product(METHODS, METHODS)))
 def test_the_adjoint_method(there: str, back: str) -> None:
     net = Net()
-    wanted = of_network(torchdiffeq.odeint, net, 1e-11, method="dopri8")
     for rtol in (1e-4, 1e-7):
         found = of_network(torchdiffeq.odeint_adjoint, net, rtol, method=there, adjoint_method=back)
-        assert relative(found, wanted) < 50 * rtol
+        assert relative(found, by_dopri8()) < 50 * rtol
 
 
+@pytest.mark.slow
 @methods
 def test_the_number_of_parameters_does_not_enter_the_equations(method: str) -> None:
     """100,000 parameters: a matrix of their Jacobian would have 80 GB."""
@@ -431,10 +437,9 @@ def test_the_number_of_parameters_does_not_enter_the_equations(method: str) -> N
     assert relative(found, wanted) < 1e-3
 
 
-@methods
+@fast_by_adams
 def test_options_of_the_adjoint_solve(method: str) -> None:
     net, reports = Net(), (SolveReport(), SolveReport())
-    wanted = of_network(torchdiffeq.odeint, net, 1e-11, method="dopri8")
     found = of_network(
         torchdiffeq.odeint_adjoint,
         net,
@@ -443,7 +448,7 @@ def test_options_of_the_adjoint_solve(method: str) -> None:
         options={"report": reports[0]},
         adjoint_options={"report": reports[1], "max_order": 3, "norm": "seminorm"},
     )
-    assert relative(found, wanted) < 1e-4
+    assert relative(found, by_dopri8()) < 1e-4
     assert reports[0].times[-1] == 1.5
     # The last part of the way back.
     assert reports[1].times[0] == 0.6
@@ -451,7 +456,7 @@ def test_options_of_the_adjoint_solve(method: str) -> None:
     assert max(reports[1].orders) <= 3
 
 
-@methods
+@fast_by_adams
 def test_the_adjoint_method_with_a_tuple(method: str) -> None:
     """y_0' = -w y_0 y_1, y_1' = -y_1: y_0(1) = exp(-w (1 - 1/e)) from 1 and 1."""
     w = nn.Parameter(torch.tensor(0.8, dtype=F64))
@@ -484,7 +489,7 @@ def test_what_the_adjoint_method_refuses(method: str, wrong: dict[str, str]) -> 
         )
 
 
-@methods
+@fast_by_adams
 def test_ours_is_torchdiffeqs(method: str) -> None:
     by_keyword, by_option = (
         gradients(SOFT, method, 1e-5, backward="checkpoint"),

@@ -1,5 +1,6 @@
 """The adaptive methods with states of all kinds, in batches, without gradients; and solves that end at an event."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from adaptive import (
     decayed,
     decaying,
     f64,
+    fast_by_adams,
+    methods,
     robertson,
     robertson_numbers,
     solve,
@@ -27,8 +30,6 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from torchdiffeq_lmm import SolveReport
-
-methods = pytest.mark.parametrize("method", METHODS)
 
 # ------------------------------------------------------------------------------------------------------------ states
 
@@ -76,7 +77,7 @@ def test_no_tolerance_at_all(method: str) -> None:
     assert float(y[-1]) == pytest.approx(float(decayed(f64(1.0))), abs=2e-5)
 
 
-@methods
+@fast_by_adams
 @pytest.mark.parametrize("direction", [1, -1])
 def test_both_directions_of_time(method: str, direction: int) -> None:
     """The pendulum's energy, and the way back."""
@@ -93,7 +94,7 @@ def test_both_directions_of_time(method: str, direction: int) -> None:
     assert float((there - y0).abs().max()) > 0.5
 
 
-@methods
+@fast_by_adams
 def test_reversed_time_is_the_reversed_problem(method: str) -> None:
     reports = SolveReport(), SolveReport()
     backwards = solve(decaying, f64(2.0), (1.0, 0.3, -1.0), method, report=reports[0])
@@ -186,6 +187,7 @@ def test_every_sample_of_a_batch() -> None:
     assert errors.max(axis=(0, 2)).max() < 3e-5
 
 
+@pytest.mark.slow
 def test_the_order_of_samples_is_no_matter() -> None:
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(1))
     y0 = f64(1.0, 0.0, 0.0).expand(SAMPLES, 3)
@@ -205,8 +207,13 @@ def test_more_of_the_same_samples_change_nothing(method: str) -> None:
 # ------------------------------------------------------------------------------------------------- modes of autograd
 
 
-@methods
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    slow_but(
+        [("bdf", torch.inference_mode), ("adams", torch.no_grad), ("adams", torch.inference_mode)],
+        itertools.product(METHODS, [torch.no_grad, torch.inference_mode]),
+    ),
+)
 def test_without_gradients_the_solution_is_the_same(method: str, mode: Callable[[], Any]) -> None:
     func = torch.nn.Linear(3, 3, dtype=F64)
     with torch.no_grad():
@@ -232,7 +239,7 @@ def test_tensors_made_in_inference_mode(method: str) -> None:
     assert float(gradient) == pytest.approx(-2 * math.exp(-1), rel=1e-4)
 
 
-@methods
+@fast_by_adams
 @pytest.mark.parametrize("backward", ["autograd", "checkpoint"])
 def test_another_default_device(method: str, backward: str) -> None:
     results = []
@@ -333,7 +340,7 @@ def test_the_landing_of_a_ball_and_its_gradients(method: str, backwards: bool, i
     )
 
 
-@methods
+@fast_by_adams
 def test_a_ball_that_bounces(method: str) -> None:
     """Three flights, each with 0.8 of the speed of the one before, as a loop of events; and what that owes to it."""
     ball, restitution = Ball(), torch.tensor(0.8, dtype=F64, requires_grad=True)
@@ -397,7 +404,7 @@ def test_an_event_function_of_time(method: str) -> None:
     assert solution[-1].item() == pytest.approx(float(decayed(f64(1.2345))), abs=1e-6)
 
 
-@methods
+@fast_by_adams
 def test_no_event(method: str) -> None:
     with pytest.raises(RuntimeError, match="max_num_steps 200 is exceeded at t = "):
         torchdiffeq.odeint(

@@ -18,6 +18,9 @@ import torchdiffeq_lmm
 
 GRID = torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-6, 2, 60, dtype=torch.float64)])
 
+lengths_of_grid = pytest.mark.parametrize("nodes", slow_but([20], [20, len(GRID)]))
+"""Within the first 4e-4 of the reaction, or all of it."""
+
 
 class Robertson(nn.Module):
     """Robertson's reaction with rates of its own for each sample; the state (..., 3), or a tuple of its parts."""
@@ -62,14 +65,15 @@ def robertson_by_radau(sample: int, count: int) -> np.ndarray:
     return solve_ivp(f, (0, 100.0), [1.0, 0, 0], method="Radau", rtol=1e-10, atol=1e-14).y[:, -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "dtype"),
     [
         ("bdf2", torch.float32),
-        pytest.param("bdf3", torch.float64, marks=pytest.mark.slow),
-        pytest.param("bdf2", torch.float64, marks=pytest.mark.slow),
-        pytest.param("bdf3", torch.float32, marks=pytest.mark.slow),
-        pytest.param("am2", torch.float64, marks=pytest.mark.slow),
+        ("bdf3", torch.float64),
+        ("bdf2", torch.float64),
+        ("bdf3", torch.float32),
+        ("am2", torch.float64),
     ],
 )
 def test_unlike_samples_are_solved_as_if_each_were_alone(method: str, dtype: torch.dtype) -> None:
@@ -82,9 +86,8 @@ def test_unlike_samples_are_solved_as_if_each_were_alone(method: str, dtype: tor
         assert np.abs(y[-1, sample].detach().double().numpy() / wanted - 1).max() < 0.05
 
 
-@pytest.mark.parametrize(
-    ("method", "dtype"), slow_but([("bdf2", torch.float64)], [("bdf2", torch.float64), ("bdf3", torch.float32)])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "dtype"), [("bdf2", torch.float64), ("bdf3", torch.float32)])
 def test_unlike_samples_take_few_more_evaluations_than_one(method: str, dtype: torch.dtype) -> None:
     calls = []
     for count in (1, 256):
@@ -94,53 +97,54 @@ def test_unlike_samples_take_few_more_evaluations_than_one(method: str, dtype: t
     assert calls[1] <= 1.5 * calls[0]
 
 
-def test_without_a_graph_unlike_samples_are_no_coupled_ones() -> None:
+@lengths_of_grid
+def test_without_a_graph_unlike_samples_are_no_coupled_ones(nodes: int) -> None:
     """Their Jacobians, by differences, are of different iterates; taken for coupled they cost ten times as much."""
-    calls = []
+    calls, t = [], GRID[:nodes].float()
     for count in (1, 128):
         func = Robertson(rates(128, torch.float32)[:count])
         with torch.no_grad():
-            y = solve(func, start(count, torch.float32), GRID.float())
+            y = solve(func, start(count, torch.float32), t)
         calls.append(func.calls)
     with torch.no_grad():
-        alone = solve(Robertson(rates(128, torch.float32)[127:]), start(1, torch.float32), GRID.float())
+        alone = solve(Robertson(rates(128, torch.float32)[127:]), start(1, torch.float32), t)
     assert torch.equal(y[:, 127], alone[:, 0])
     assert calls[1] <= 2 * calls[0]
 
 
-def test_equal_samples_take_no_more_evaluations_than_one() -> None:
+@lengths_of_grid
+def test_equal_samples_take_no_more_evaluations_than_one(nodes: int) -> None:
     calls = []
     for count in (1, 128):
         func = Robertson(rates(1).repeat(count, 1))
-        solve(func, start(count))
+        solve(func, start(count), GRID[:nodes])
         calls.append(func.calls)
     # To see whether samples are coupled takes none.
     assert calls[1] <= calls[0] + 1
 
 
 @pytest.mark.parametrize("method", slow_but(["bdf2"], ["bdf2", "am2"]))
-def test_permuting_samples_permutes_results(method: str) -> None:
+@lengths_of_grid
+def test_permuting_samples_permutes_results(nodes: int, method: str) -> None:
     count = 40
     order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
-    y = solve(Robertson(rates(count)), start(count), method=method)
-    permuted = solve(Robertson(rates(count)[order]), start(count), method=method)
+    y = solve(Robertson(rates(count)), start(count), GRID[:nodes], method)
+    permuted = solve(Robertson(rates(count)[order]), start(count), GRID[:nodes], method)
     assert torch.equal(permuted, y[:, order])
 
 
 @pytest.mark.parametrize("dtype", slow_but([torch.float64], [torch.float32, torch.float64]))
-def test_scaling_one_component_changes_none_of_the_others(dtype: torch.dtype) -> None:
+@lengths_of_grid
+def test_scaling_one_component_changes_none_of_the_others(nodes: int, dtype: torch.dtype) -> None:
     """By a power of two, and its atol with it: but for the rounding of factors."""
 
     def scaled(by: float) -> Tensor:
         scale = torch.tensor([1.0, by, 1.0], dtype=dtype)
         func = Robertson(rates(8, dtype))
         atol = 1e-9 * scale
-        return (
-            solve(
-                lambda t, y: scale * func(t, y / scale), start(8, dtype), GRID.to(dtype), atol=atol, rtol=1e-6
-            ).detach()
-            / scale
-        )
+        t = GRID[:nodes].to(dtype)
+        y = solve(lambda t, y: scale * func(t, y / scale), start(8, dtype), t, atol=atol, rtol=1e-6)
+        return y.detach() / scale
 
     accuracy = 1e-12 if dtype is torch.float64 else 1e-6
     torch.testing.assert_close(scaled(2.0**12), scaled(1.0), rtol=accuracy, atol=0.0)
@@ -210,7 +214,8 @@ def test_the_worst_sample_is_as_accurate_as_alone(name: str, dtype: torch.dtype)
             assert error < 0.1
 
 
-@pytest.mark.parametrize("method", ["bdf2", pytest.param("bdf3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bdf2", "bdf3"])
 def test_the_worst_sample_of_hires_in_single_precision(method: str) -> None:
     """By the steps of this grid it is about 1e-3 from the solution at most."""
     values = torch.logspace(2, 3, 32)
@@ -244,14 +249,17 @@ class TestGradients:
             pytest.param("bdf2", "autograd", "auto", marks=pytest.mark.slow),
         ],
     )
-    def test_that_of_a_sample_is_what_it_is_alone(self, method: str, backward: str, grad_filter: str | None) -> None:
+    @lengths_of_grid
+    def test_that_of_a_sample_is_what_it_is_alone(
+        self, nodes: int, method: str, backward: str, grad_filter: str | None
+    ) -> None:
         count = 24
         ways: dict[str, Any] = {"method": method, "backward": backward, "grad_filter": grad_filter}
         func, y0 = Robertson(rates(count)), start(count).requires_grad_()
-        solve(func, y0, **ways)[-1, :, 0].square().sum().backward()
+        solve(func, y0, GRID[:nodes], **ways)[-1, :, 0].square().sum().backward()
         for sample in (0, 23):
             alone, x0 = Robertson(rates(count)[sample : sample + 1]), start(1).requires_grad_()
-            solve(alone, x0, **ways)[-1, :, 0].square().sum().backward()
+            solve(alone, x0, GRID[:nodes], **ways)[-1, :, 0].square().sum().backward()
             torch.testing.assert_close(func.logs.grad[sample], alone.logs.grad[0], rtol=1e-7, atol=1e-14)
             torch.testing.assert_close(y0.grad[sample], x0.grad[0], rtol=1e-7, atol=1e-14)
 
@@ -279,25 +287,27 @@ class TestGradients:
 
 
 class TestWhatCountsAsSamples:
-    def test_a_tuple_state(self) -> None:
+    @lengths_of_grid
+    def test_a_tuple_state(self, nodes: int) -> None:
         count = 12
-        plain = solve(Robertson(rates(count)), start(count))
+        plain = solve(Robertson(rates(count)), start(count), GRID[:nodes])
         func = Robertson(rates(count), is_tuple=True)
-        parts = solve(func, (start(count)[:, :2], start(count)[:, 2]))
+        parts = solve(func, (start(count)[:, :2], start(count)[:, 2]), GRID[:nodes])
         assert torch.equal(torch.cat([parts[0], parts[1][..., None]], -1), plain)
 
-    def test_more_dimensions(self) -> None:
+    @lengths_of_grid
+    def test_more_dimensions(self, nodes: int) -> None:
         count = 12
-        plain = solve(Robertson(rates(count)), start(count))
+        plain = solve(Robertson(rates(count)), start(count), GRID[:nodes])
 
         class Folded(Robertson):
             def forward(self, t: Tensor, y: Tensor) -> Tensor:
                 return super().forward(t, y.flatten(0, 1)).unflatten(0, (3, 4))
 
-        folded = solve(Folded(rates(count)), start(count).unflatten(0, (3, 4)))
+        folded = solve(Folded(rates(count)), start(count).unflatten(0, (3, 4)), GRID[:nodes])
         assert torch.equal(folded.flatten(1, 2), plain)
 
-    @pytest.mark.parametrize("size", [3, 40])
+    @pytest.mark.parametrize("size", slow_but([3], [3, 40]))
     def test_coupled_samples_are_solved_as_one_system(self, size: int) -> None:
         """A mean over the batch, stiff: closed form for a linear f."""
         count = 8
@@ -333,12 +343,13 @@ class TestWhatCountsAsSamples:
         torch.testing.assert_close(y[-1], wanted, rtol=1e-6, atol=1e-12)
 
     @pytest.mark.parametrize("batch_dims", slow_but([1], [0, 1]))
-    def test_it_may_be_said(self, batch_dims: int) -> None:
-        calls = []
-        alone = torch.stack([solve(Robertson(of_one), start(1))[-1, 0] for of_one in rates(3).split(1)])
+    @lengths_of_grid
+    def test_it_may_be_said(self, nodes: int, batch_dims: int) -> None:
+        calls, t = [], GRID[:nodes]
+        alone = torch.stack([solve(Robertson(of_one), start(1), t)[-1, 0] for of_one in rates(3).split(1)])
         for dims in (batch_dims, "auto"):
             func = Robertson(rates(3))
-            y = solve(func, start(3), options={"batch_dims": dims})
+            y = solve(func, start(3), t, options={"batch_dims": dims})
             calls.append(func.calls)
             torch.testing.assert_close(y[-1], alone, rtol=1e-5, atol=1e-12)
         assert (calls[0] == calls[1]) == (batch_dims == 1)
@@ -394,6 +405,7 @@ class TestFailures:
         torch.testing.assert_close(y0.grad[others], torch.full((4, 1), (1 + 50 * h) ** -10, dtype=torch.float64))
         assert y0.grad[2] == 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("backward", ["autograd", "checkpoint"])
     def test_it_warns_once_of_all_that_fail(self, backward: str) -> None:
         times = torch.tensor([0.1, 0.4, 2.0, 0.4, 2.0, 0.8], dtype=torch.float64)[:, None]
@@ -419,6 +431,7 @@ class TestFailures:
             solve(one_fails, torch.ones(5, 1), options={"on_failure": "ignore"})
 
 
+@pytest.mark.slow
 def test_torchdiffeqs_own_interfaces_have_batches_too() -> None:
     """odeint_adjoint's backward pass solves for the parameters as well, which no sample has."""
     count = 6

@@ -202,7 +202,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "finished gradients": finished_gradients,
 }  # fmt: skip
 MANY = set(FIXED) - {"leapfrog", "abm3", "bdf2", "filtered_midpoint"}
-FAST = [name for name in CASES if name.removesuffix(", filtered") not in MANY and not name.startswith("SDE, a")]
+LONG = {"bdf, filtered", "adams, filtered", "bdf, event", "adams, event", "am3, again", "bdf2, again", "stiff", "jumps"}
+FAST = [
+    name
+    for name in CASES
+    if name.removesuffix(", filtered") not in MANY and name not in LONG and not name.startswith("SDE, a")
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)

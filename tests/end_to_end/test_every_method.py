@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
-from methods import EVERY_METHOD, FAMILIES, IMPLICIT, NAMES, ORDER, in_turn, slow_but
-from problems import GRIDS, LOTKA_VOLTERRA, PENDULUM, Problem, Reference, orders
+from methods import EVERY_METHOD, FAMILIES, FAST_EXPLICIT, IMPLICIT, NAMES, ORDER, in_turn, slow_but
+from problems import (
+    GRIDS,
+    LOTKA_VOLTERRA,
+    PENDULUM,
+    Problem,
+    Reference,
+    derivative_of_a_shared_parameter,
+    orders,
+)
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -151,7 +159,7 @@ def test_evaluations_per_step(name: str) -> None:
                 *((grid, "four") for grid in GRIDS if grid != "uniform"),
             ],
             few=1,
-            fast=("leapfrog", "ab3"),
+            fast=("leapfrog", "abm2"),
         ),
         # Settings that none of the family has its turn with.
         *slow_but([], [("am3", "uniform", "at every node"), ("am3", "truncated", "four"), ("bdf2", "uniform", "four")]),
@@ -228,11 +236,7 @@ def test_where_steps_change_the_filter_is_second_order_though_auto_differentiati
 @pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "growing"], few=1, fast=("leapfrog", "abm2")))
 def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(name: str, grid: str) -> None:
     """θ_1(t) = 1 + φ sin 3t."""
-    of = reference(PENDULUM, (PENDULUM.horizon,))
-    times, weights = np.polynomial.legendre.leggauss(60)
-    times = (times + 1) * PENDULUM.horizon / 2
-    densities = of.density(torch.tensor([*times, PENDULUM.horizon]))[:, 0].numpy()
-    exact = float((weights * densities * np.sin(3 * times)).sum() * PENDULUM.horizon / 2)
+    exact = derivative_of_a_shared_parameter(reference(PENDULUM, (PENDULUM.horizon,)))
     errors, numbers = [], (30, 60, 120)
     for steps in numbers:
         nodes = GRIDS[grid](steps, PENDULUM.horizon)
@@ -368,7 +372,7 @@ def test_fewer_steps_than_the_method_reaches_over(name: str, steps: int) -> None
 
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
-@pytest.mark.parametrize("name", EVERY_METHOD)
+@pytest.mark.parametrize("name", slow_but(FAST_EXPLICIT, NAMES))
 def test_events(name: str, interp: str) -> None:
     """y = exp(-t), at 0.97 within the start of the longer methods, and at 0.3 well after it."""
     for level in (0.97, 0.3):
@@ -409,7 +413,7 @@ def test_callbacks_come_before_every_step(name: str) -> None:
     np.testing.assert_allclose(field.seen, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", EVERY_METHOD)
+@pytest.mark.parametrize("name", slow_but(FAST_EXPLICIT, NAMES))
 def test_odeint_adjoint(name: str) -> None:
     gradients = []
     for odeint in (torchdiffeq.odeint, torchdiffeq.odeint_adjoint):

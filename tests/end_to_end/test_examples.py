@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from methods import slow_but
 from programs import EXAMPLES, figures_of
 
 from torchdiffeq_lmm.schemes.methods import METHODS
@@ -72,7 +73,11 @@ def test_why_draws_weights_and_a_shift_of_the_past_that_are_what_the_text_says(t
     assert errors["filtered"] < 0.02 < 0.5 < errors["auto-differentiation"]
 
 
-@pytest.mark.parametrize("example", sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "harness"))
+NAMES = {path.stem for path in EXAMPLES.glob("*.py")} - {"harness"}
+
+
+# What two of them import takes seconds.
+@pytest.mark.parametrize("example", slow_but(NAMES - {"digits", "forcing"}, sorted(NAMES)))
 def test_help_tells_how_to_run_an_example_fast_and_where_it_writes(
     example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

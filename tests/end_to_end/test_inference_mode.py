@@ -28,7 +28,9 @@ GRIDS: dict[str, dict[str, Any]] = {
     "step_size": {"step_size": 0.125, "interp": "cubic"},
     "grid_constructor": {"grid_constructor": lambda func, y0, t: torch.linspace(0, 1, 9, dtype=torch.float64)},
 }
-ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+ways = pytest.mark.parametrize(
+    "way", slow_but([way for name, way in WAYS.items() if "implicit, " not in name], WAYS.values()), ids=WAYS
+)
 sdes = pytest.mark.parametrize(
     ("method", "options"), [("ab2", {}), ("leapfrog", {"grad_filter": "auto"}), ("bdf2", {})]
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from methods import slow_but
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class TestHeatEquation:
         values = [4 * (self.SIZE + 1) ** 2 * sin(k * pi / 2 / (self.SIZE + 1)) ** 2 for k in (i, j)]
         return torch.sin(i * pi * x)[:, None] * torch.sin(j * pi * x), -sum(values)
 
-    @pytest.mark.parametrize("option", ["jac_sparsity", "jac"])
+    @pytest.mark.parametrize("option", slow_but(["jac_sparsity"], ["jac_sparsity", "jac"]))
     def test_solution_and_gradients(self, option: str) -> None:
         line, unit = second_difference(self.SIZE) * (self.SIZE + 1.0) ** 2, sp.eye_array(self.SIZE)
         laplacian = (sp.kron(line, unit) + sp.kron(unit, line)).tocsr()
@@ -85,7 +86,7 @@ class TestRods:
 
     SIZE, END, STEPS = 300, 0.02, 40
 
-    @pytest.mark.parametrize("count", [2, 12])
+    @pytest.mark.parametrize("count", slow_but([2], [2, 12]))
     def test_every_rod_has_a_matrix(self, count: int) -> None:
         x = torch.arange(1, self.SIZE + 1, dtype=F64) / (self.SIZE + 1)
         rate = 4 * (self.SIZE + 1) ** 2 * sin(pi / 2 / (self.SIZE + 1)) ** 2

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -250,6 +251,7 @@ def test_bfloat16_is_the_loop_to_its_precision(
     check_against_the_loop(case, torch.bfloat16, state, t_grad, seed)
 
 
+@pytest.mark.slow
 @stable
 @given(
     cases(),

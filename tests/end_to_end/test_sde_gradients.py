@@ -22,7 +22,7 @@ def solve(sde: object, method: str, bm: Path, y0: Tensor, dt: float, rtol: float
 
 
 @pytest.mark.parametrize("method", slow_but(["leapfrog"], [*EXPLICIT, "bdf2", "am2"]))
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise", slow_but(["diagonal", "general"], NOISES))
 def test_gradcheck(method: str, noise: str) -> None:
     sde = Pendulum(noise)
     bm = Path(2, sde.channels, 32)

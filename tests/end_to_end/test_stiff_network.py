@@ -83,6 +83,7 @@ def by_scipy(start: tuple[float, ...], shift: tuple[float, ...] = (0.0, 0.0, 0.0
         return solve_ivp(f, (0, END), start, "Radau", rtol=1e-10, atol=1e-14).y[:, -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "t", "accuracy"),
     [

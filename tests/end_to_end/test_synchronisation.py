@@ -61,7 +61,7 @@ def reads(steps: int, keywords: dict[str, Any]) -> Counter[str]:
     return mode.counts
 
 
-@pytest.mark.parametrize("way", slow_but(["leapfrog, filtered", "ab4"], WAYS))
+@pytest.mark.parametrize("way", slow_but(["leapfrog, filtered"], WAYS))
 def test_no_step_reads_a_value(way: str) -> None:
     # More steps than times are made at once.
     assert reads(300, WAYS[way]) == reads(600, WAYS[way])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from methods import slow_but
-from problems import GRIDS, PENDULUM, PROBLEMS, Problem, Reference, orders
+from problems import GRIDS, PENDULUM, PROBLEMS, Problem, Reference, derivative_of_a_shared_parameter, orders
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
@@ -257,14 +257,11 @@ def test_second_order_backwards_in_time_with_a_tuple_state() -> None:
     assert_second_order(errors)
 
 
-@pytest.mark.parametrize("grid", slow_but(["growing"], ["uniform", "truncated", "growing", "abrupt"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", ["uniform", "truncated", "growing", "abrupt"])
 def test_orders_of_the_total_of_shared_parameters(grid: str) -> None:
     """θ_1(t) = 1 + φ sin 3t: what sums over the steps converges at second order but for step weights."""
-    reference = Reference(PENDULUM, [PENDULUM.horizon])
-    times, weights = np.polynomial.legendre.leggauss(60)
-    times = (times + 1) * PENDULUM.horizon / 2
-    density = reference.density(torch.tensor([*times, PENDULUM.horizon]))[:, 0].numpy()
-    exact = float((weights * density * np.sin(3 * times)).sum() * PENDULUM.horizon / 2)
+    exact = derivative_of_a_shared_parameter(Reference(PENDULUM, [PENDULUM.horizon]))
 
     def total(nodes: Tensor, grad_filter: object) -> float:
         phi = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)

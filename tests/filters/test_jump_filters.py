@@ -63,7 +63,7 @@ def filter_reference(is_observed: bool) -> tuple[Callable[[float, bool], np.ndar
     in_turn(
         [("step", True), ("trapezoid", True), ("step", False)],
         few=1,
-        fast=("leapfrog", "ab3", "am3"),
+        fast=("leapfrog", "ab3"),
         names=["leapfrog", "ab1", "ab3", "abm3", "am2", "am3", "milne_simpson", "bdf2", "bdf4"],
     ),
 )

@@ -40,7 +40,7 @@ def error_of(states: Tensor, problem: Problem) -> Tensor:
     return 0.5 * (states[1:] - torch.tensor(problem.target, dtype=torch.float64)).square().sum()
 
 
-@pytest.mark.parametrize("observed", OBSERVED)
+@pytest.mark.parametrize("observed", slow_but(["off the grid"], OBSERVED))
 @pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
 def test_gradients_are_second_order_at_every_node(problem: Problem, observed: str) -> None:
     reference = Reference(problem, [c * problem.horizon for c in OBSERVED[observed]])

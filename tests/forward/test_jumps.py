@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchdiffeq
 from jumping import END, JUMPS, SOME, TIGHT, f64, jumping, rate
-from methods import EVERY_METHOD, IMPLICIT, ORDER, in_turn, slow_but
+from methods import EVERY_METHOD, FAST_EXPLICIT, IMPLICIT, NAMES, ORDER, in_turn, slow_but
 from problems import orders
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def exact() -> Callable[[float], np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "is_on_node", "direction"),
-    in_turn([(False, 1), (True, 1), (True, -1)], few=1, fast=("leapfrog", "ab3", "abm2", "bdf2")),
+    in_turn([(False, 1), (True, 1), (True, -1)], few=1, fast=("leapfrog", "ab3", "abm2")),
 )
 def test_order(name: str, is_on_node: bool, direction: int) -> None:
     """At outputs before, at and after jumps. Off the nodes, the last step before a jump is cut to 0.4 h."""
@@ -61,7 +61,7 @@ def test_order(name: str, is_on_node: bool, direction: int) -> None:
     assert errors[-1] < 10 * 0.01 ** ORDER[name] + 1e-10
 
 
-@pytest.mark.parametrize("name", EVERY_METHOD)
+@pytest.mark.parametrize("name", slow_but(FAST_EXPLICIT, NAMES))
 def test_the_jumps_are_put_among_given_nodes(name: str) -> None:
     """Without step_size the nodes are t, with a grid_constructor they are its; jumps fall between them."""
     whole = torch.linspace(0, END, 65, dtype=torch.float64)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from methods import slow_but
 from torch import Tensor
 
 from torchdiffeq_lmm.forward import krylov
@@ -156,7 +157,7 @@ def laplacian(size: int, weight: float) -> Product:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("size", [100, 500])
+@pytest.mark.parametrize("size", slow_but([100], [100, 500]))
 def test_stiff_neighbours_that_cancel(size: int, dtype: torch.dtype) -> None:
     """The rounding of A z is large beside the sum that it is of."""
     rhs = torch.sin(torch.pi * torch.linspace(0, 1, size + 2, dtype=torch.float64)[1:-1]).to(dtype)

@@ -6,7 +6,7 @@ import torch
 import torchdiffeq
 import torchsde
 from jumping import SOME, f64
-from methods import ORDER, in_turn
+from methods import FAST_EXPLICIT, ORDER, in_turn, slow_but
 from problems import orders
 from torch import Tensor, nn
 
@@ -31,7 +31,9 @@ class JumpingDrift(nn.Module):
         return self.noise * torch.ones_like(y) * (1.0 if t < 0.5 else 3.0)
 
 
-@pytest.mark.parametrize(("name", "grad_filter"), in_turn([None, CostateFilter("trapezoid"), "auto"], few=1))
+@pytest.mark.parametrize(
+    ("name", "grad_filter"), in_turn([None, CostateFilter("trapezoid"), "auto"], few=1, fast=FAST_EXPLICIT)
+)
 def test_an_sde_without_noise_is_the_ode(name: str, grad_filter: object) -> None:
     ts, jumps = f64(0.0, 0.3, 0.5, 1.0), [0.5, 0.72]
     results, gradients = [], []
@@ -108,7 +110,7 @@ def test_an_sde_at_a_jump() -> None:
     assert around == {np.nextafter(0.5, 0), np.nextafter(0.5, 1)}
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", slow_but(set(SOME) - {"bdf2"}, SOME))
 def test_an_sde_goes_on_where_it_ended(name: str) -> None:
     """The first piece takes the past up, the last one hands it on; at a jump there is none to take up."""
     bm = torchsde.BrownianInterval(0.0, 1.0, size=(2, 1), dtype=torch.float64, entropy=5)

@@ -85,6 +85,7 @@ def test_all_or_none() -> None:
     assert before == SOLVERS
 
 
+@pytest.mark.slow
 def test_importing_the_package_anew() -> None:
     """In the tables of both torchdiffeq and torchsde."""
     code = """

@@ -41,7 +41,7 @@ PAIRS = [(False, "linear", False), (True, "cubic", False), (True, "linear", True
 
 
 @pytest.mark.parametrize("interface", slow_but(INTERFACES[:1], INTERFACES))
-@pytest.mark.parametrize(("backwards", "interp", "is_tuple"), slow_but(PAIRS[2:], PAIRS))
+@pytest.mark.parametrize(("backwards", "interp", "is_tuple"), slow_but(PAIRS[2:3], PAIRS))
 def test_event_and_its_gradients(backwards: bool, interp: str, is_tuple: bool, interface: Any) -> None:
     fall = Fall(is_tuple)
     height, velocity = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.7, 0.6))
@@ -141,6 +141,7 @@ def test_an_event_in_the_first_step() -> None:
     assert solution[:, 0].tolist() == pytest.approx([1.0, 0.75], abs=1e-8)
 
 
+@pytest.mark.slow
 def test_no_event() -> None:
     with pytest.raises(RuntimeError, match=r"event_fn did not change its sign within 20000 steps of step_size 0.1"):
         solve(lambda t, y: 0 * y, tensor(1.0), tensor(0.0, 1.0), lambda t, y: y[0], step_size=0.1)
