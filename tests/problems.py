@@ -54,6 +54,32 @@ LOTKA_VOLTERRA = Problem(
 
 PROBLEMS = (PENDULUM, LOTKA_VOLTERRA)
 
+VAN_DER_POL = Problem(
+    name="van-der-pol",
+    horizon=2.0,
+    x0=(1.5, 0.0),
+    target=(-0.4, -0.9),
+    torch_f=lambda x, th: torch.stack([x[1], th[0] * (1 - x[0] ** 2) * x[1] - th[1] * x[0]]),
+    theta=lambda t: np.stack([1 + 0.4 * np.cos(3 * t), 1 + 0.5 * np.sin(2 * t)]),
+    f=lambda x, th: np.stack([x[1], th[0] * (1 - x[0] ** 2) * x[1] - th[1] * x[0]]),
+    state_vjp=lambda x, th, p: np.stack(
+        [-(2 * th[0] * x[0] * x[1] + th[1]) * p[1], p[0] + th[0] * (1 - x[0] ** 2) * p[1]]
+    ),
+    theta_vjp=lambda x, th, p: np.stack([(1 - x[0] ** 2) * x[1] * p[1], -x[0] * p[1]]),
+)
+
+EPIDEMIC = Problem(
+    name="epidemic",
+    horizon=4.0,
+    x0=(0.9, 0.1),
+    target=(0.4, 0.1),
+    torch_f=lambda x, th: torch.stack([-th[0] * x[0] * x[1], th[0] * x[0] * x[1] - th[1] * x[1]]),
+    theta=lambda t: np.stack([1.8 + 0.6 * np.sin(2 * t), 0.6 + 0.1 * t]),
+    f=lambda x, th: np.stack([-th[0] * x[0] * x[1], th[0] * x[0] * x[1] - th[1] * x[1]]),
+    state_vjp=lambda x, th, p: np.stack([th[0] * x[1] * (p[1] - p[0]), th[0] * x[0] * (p[1] - p[0]) - th[1] * p[1]]),
+    theta_vjp=lambda x, th, p: np.stack([x[0] * x[1] * (p[1] - p[0]), -x[1] * p[1]]),
+)
+
 
 class Reference:
     """The flow and its continuous adjoint for E = Σ_j ½ |x(t_j) - target|², by SciPy's DOP853 at tight tolerances.

@@ -1,8 +1,6 @@
 """Every method by one list of tests: orders forward and of the gradient, exact gradients, and the filter's promises."""
 
 import itertools
-from collections.abc import Callable
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -10,12 +8,11 @@ import pytest
 import torch
 import torchdiffeq
 from methods import EVERY_METHOD, FAMILIES, FAST_EXPLICIT, IMPLICIT, NAMES, ORDER, in_turn, slow_but
+from per_node import PerNode, density_errors, reference
 from problems import (
     GRIDS,
     LOTKA_VOLTERRA,
     PENDULUM,
-    Problem,
-    Reference,
     derivative_of_a_shared_parameter,
     orders,
 )
@@ -27,7 +24,6 @@ from torchdiffeq_lmm import CostateFilter, method_info
 HIGHEST = ("ab5", "abm5", "am5", "bdf6")
 """Of the families that have several orders."""
 STRONGLY_STABLE = {name for name in NAMES if method_info(name).oscillation != "everywhere"}
-TIGHT = {"rtol": 1e-9, "atol": 1e-10}
 
 
 def steps_of(name: str, grid: str = "uniform") -> tuple[int, int, int]:
@@ -35,68 +31,6 @@ def steps_of(name: str, grid: str = "uniform") -> tuple[int, int, int]:
     if name not in IMPLICIT:
         return 80, 160, 320
     return (40, 80, 160) if grid == "uniform" else (60, 120, 240)
-
-
-def evaluated(name: str, steps: int) -> slice:
-    """The nodes whose slopes are in the formula: f_0 in no BDF, the last one only where there is an f_{n+1}."""
-    info = method_info(name)
-    return slice(1 if name.startswith("bdf") else 0, steps if info.beta[-1] == 0 else steps + 1)
-
-
-class PerNode:
-    """f with its own parameter at every node, and the loss of `Reference` at some of them."""
-
-    def __init__(self, problem: Problem, nodes: Tensor) -> None:
-        self.problem = problem
-        self.nodes = nodes
-        # Evaluated between the nodes f raises a KeyError.
-        self.index = {t: n for n, t in enumerate(nodes.tolist())}
-        self.theta = torch.tensor(problem.theta(nodes.numpy()).T.copy()).requires_grad_()
-        self.rows = self.theta.unbind()
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.problem.torch_f(x, self.rows[self.index[float(t)]])
-
-    def gradients(self, name: str, observed: list[int], grad_filter: object, weight: float = 1.0) -> Tensor:
-        """The gradient of every node's parameter, divided by the step after it, and by the last one at the last."""
-        x0 = torch.tensor(self.problem.x0, dtype=torch.float64)
-        options = {"grid_constructor": lambda func, y0, t: self.nodes}
-        states = torchdiffeq_lmm.odeint(
-            self, x0, self.nodes[[0, *observed]], method=name, options=options, grad_filter=grad_filter, **TIGHT
-        )
-        (0.5 * weight * (states[1:] - torch.tensor(self.problem.target, dtype=torch.float64)).square().sum()).backward()
-        steps = self.nodes.diff()
-        return self.theta.grad / torch.cat([steps, steps[-1:]])[:, None]
-
-
-@cache
-def reference(problem: Problem, observed: tuple[float, ...], weight: float = 1.0) -> Reference:
-    return Reference(problem, list(observed), weight)
-
-
-@cache
-def density(problem: Problem, grid: str, steps: int, observed: tuple[int, ...], weight: float) -> tuple[Tensor, Tensor]:
-    nodes = GRIDS[grid](steps, problem.horizon)
-    of = reference(problem, tuple(nodes[list(observed)].tolist()), weight)
-    return nodes, of.density(nodes, last=True)
-
-
-OBSERVATIONS: dict[str, Callable[[int], list[int]]] = {
-    "at the end": lambda n: [n],
-    "four": lambda n: [n // 4, n // 2, 3 * n // 4, n],
-    "at every node": lambda n: list(range(1, n + 1)),
-}
-
-
-@cache
-def density_errors(
-    name: str, grid_filter: object, grid: str, observations: str, problem: Problem, steps: int
-) -> tuple[Tensor, slice]:
-    observed = OBSERVATIONS[observations](steps)
-    weight = 1 / len(observed)
-    nodes, exact = density(problem, grid, steps, tuple(observed), weight)
-    gradients = PerNode(problem, nodes).gradients(name, observed, grid_filter, weight)
-    return (gradients - exact).abs().amax(1), evaluated(name, steps)
 
 
 # --------------------------------------------------------------------------------------------------- orders, forward
@@ -155,7 +89,7 @@ def test_evaluations_per_step(name: str) -> None:
     [
         *in_turn(
             [
-                *(("uniform", observations) for observations in OBSERVATIONS),
+                *(("uniform", observations) for observations in ("at the end", "four", "at every node")),
                 *((grid, "four") for grid in GRIDS if grid != "uniform"),
             ],
             few=1,

@@ -58,21 +58,17 @@ def filter_reference(is_observed: bool) -> tuple[Callable[[float, bool], np.ndar
     return density, p
 
 
-@pytest.mark.parametrize(
-    ("name", "weights", "is_observed"),
-    in_turn(
-        [("step", True), ("trapezoid", True), ("step", False)],
-        few=1,
-        fast=("leapfrog", "ab3"),
-        names=["leapfrog", "ab1", "ab3", "abm3", "am2", "am3", "milne_simpson", "bdf2", "bdf4"],
-    ),
-)
-def test_the_filtered_gradient_is_second_order_at_every_node(name: str, weights: str, is_observed: bool) -> None:
-    """One parameter per node, that of the jump for both its sides; with steps of another length after it."""
+def errors_of(
+    name: str, grad_filter: CostateFilter, is_observed: bool, counts: tuple[int, ...], rtol: float
+) -> tuple[list[float], list[float]]:
+    """Of the density at the worst node, and of the gradient of y0, for so many steps on either side of the jump.
+
+    One parameter per node, that of the jump for both its sides; with steps of another length after it.
+    """
     density, costate = filter_reference(is_observed)
     is_at_end = name in IMPLICIT or method_info(name).evaluations == 2
     errors, of_y0 = [], []
-    for n in (16, 32, 64):
+    for n in counts:
         before = np.linspace(0, FILTER_JUMP, n + 1)
         nodes = torch.from_numpy(np.concatenate([before, np.linspace(FILTER_JUMP, FILTER_END, n + 1)[1:]]))
         parameters = torch.tensor(theta(nodes.numpy()).T.copy()).requires_grad_()
@@ -88,9 +84,9 @@ def test_the_filtered_gradient_is_second_order_at_every_node(name: str, weights:
             f64(0.0, FILTER_JUMP, FILTER_END),
             method=name,
             options={"grid_constructor": lambda f, y, t, nodes=nodes: nodes, "jump_t": [FILTER_JUMP]},
-            grad_filter=CostateFilter(weights),
-            rtol=1e-9,
-            atol=1e-10,
+            grad_filter=grad_filter,
+            rtol=rtol,
+            atol=0.1 * rtol,
         )
         loss = 0.5 * (states[2] - torch.from_numpy(TARGET)).square().sum()
         (loss + (0.5 * states[1].square().sum() if is_observed else 0)).backward()
@@ -102,7 +98,7 @@ def test_the_filtered_gradient_is_second_order_at_every_node(name: str, weights:
         for m, t in enumerate(nodes.tolist()):
             around = [steps[m - 1] if m else 0.0, steps[m] if m < 2 * n else 0.0]
             width = around[1] or around[0]
-            if weights == "trapezoid":
+            if grad_filter.weights == "trapezoid":
                 width = sum(around) / 2
                 if not is_at_end and m in (n - 1, 2 * n - 1):
                     # Its half cell is left to the node before.
@@ -110,14 +106,38 @@ def test_the_filtered_gradient_is_second_order_at_every_node(name: str, weights:
             if m != n:
                 expected.append(width * density(t, m > n))
             elif not is_at_end:
-                expected.append((right if weights == "step" else right / 2) * density(t, True))
+                expected.append((right if grad_filter.weights == "step" else right / 2) * density(t, True))
             else:
                 share = left / (left + right)
                 expected.append(width * (share * density(t, False) + (1 - share) * density(t, True)))
         difference = (parameters.grad - torch.from_numpy(np.stack(expected))).abs().amax(1)
         errors.append(float(difference[: None if is_at_end else -1].max()) * n)
         of_y0.append(float((y0.grad - torch.from_numpy(costate)).abs().max()))
+    return errors, of_y0
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "is_observed"),
+    in_turn(
+        [("step", True), ("trapezoid", True), ("step", False)],
+        few=1,
+        fast=("leapfrog", "ab3"),
+        names=["leapfrog", "ab1", "ab3", "abm3", "am2", "am3", "milne_simpson", "bdf2", "bdf4"],
+    ),
+)
+def test_the_filtered_gradient_is_second_order_at_every_node(name: str, weights: str, is_observed: bool) -> None:
+    errors, of_y0 = errors_of(name, CostateFilter(weights), is_observed, (16, 32, 64), 1e-9)
     order = min(2, ORDER[name])
     assert orders(errors)[-1] > order - 0.25, errors
     assert np.mean(orders(errors)) > order - 0.4, errors
     assert of_y0[-1] < (0.1 if order == 1 else 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_observed"),
+    in_turn([True, False], few=1, fast=("ab3",), names=["nystrom3", "ab3", "ab5", "abm4", "am4", "bdf4"]),
+)
+def test_higher_order_at_every_node(name: str, is_observed: bool) -> None:
+    errors, _ = errors_of(name, CostateFilter(order="method"), is_observed, (20, 40, 60, 80), 1e-12)
+    order = float(np.log(errors[-1] / errors[1]) / np.log(40 / 80))
+    assert order > min(ORDER[name], 5) - 0.5, errors

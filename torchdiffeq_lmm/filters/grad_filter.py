@@ -43,7 +43,8 @@ class CostateFilter:
         ValueError: `weights` is neither.
 
     Source: Xu, Chen, Li, Wright, *Correcting auto-differentiation in neural-ODE training* (arXiv 2306.02192) for
-    leapfrog, step weights and uniform grids; the derivation for all else heads `filters.costate`.
+    leapfrog, step weights and uniform grids; the derivation for all else heads `filters.costate`, for higher orders
+    `filters.shifted_past`.
     """
 
     weights: CellWeights = "step"

@@ -96,7 +96,7 @@ def effective_weights(alpha: Coefficients, beta: Coefficients, count: int) -> li
     return weights
 
 
-_LEFT_OVER = 0.1
+_LEFT_OVER = 1e-3
 """What may be left of a boundary layer, in terms of the errors after it."""
 
 _SLOWEST = 0.99
@@ -161,10 +161,10 @@ def layer_length(alpha: Coefficients, beta: Coefficients, order: int, steps: int
     if layer is None:
         return None
     tolerance = _LEFT_OVER * float(steps) ** -order
-    count = max(order * layer.length, len(alpha)) + 1
+    count = max((order + 1) * layer.length, len(alpha)) + 1
     decaying = _series(beta[::-1], _without_root_one(alpha[::-1]), count)
     power, length = decaying, 0
-    for j in range(order):
+    for j in range(order + 1):
         length = max(length, _last(np.abs(power) > tolerance * float(steps) ** j))
         power = np.convolve(power, decaying)[:count]
     return length
