@@ -30,8 +30,8 @@ The sums over j are themselves adjoint recursions, without any Jacobian. They va
 Both are of the form V + Jᵀ S, as if h J were small. With a BDF method it need not be, and R (V + R Jᵀ (S - τ V)) takes
 its place, R = (1 - τ Jᵀ)⁻¹, τ = h / 4: the same as h goes to 0, and 0 for stiff components, as their costate is.
 
-To higher order the first of these formulas goes on as in `shifted_past`. It then holds in the layers as well, whose terms
-of first order in J are no longer enough, and μ_m / h is taken only beyond them.
+To higher order the first of these formulas goes on as in `shifted_past`. It then serves in the layers as well, where
+terms of first order in J are no longer enough, and μ_m / h is taken only beyond them.
 
 Where E observes node m, p jumps there by g_m; the filtered costate is the mean of both limits.
 """
