@@ -19,6 +19,7 @@ from report import absences, markdown
 from scipy.integrate import solve_ivp
 from timing import failure, seconds
 from torch import Tensor
+from torchdiffeq._impl.odeint import SOLVERS
 
 import torchdiffeq_lmm
 
@@ -165,8 +166,8 @@ PROBLEMS = (
 Solve = Callable[[Problem, float], tuple[np.ndarray, int | None]]
 
 
-def with_torch(method: str) -> Solve:
-    """A method through `torchdiffeq.odeint`."""
+def with_torch(method: str, steps: Callable[[float], int] | None = None) -> Solve:
+    """A method through `torchdiffeq.odeint`; for one of equal steps, how many for a tolerance."""
 
     def solve(problem: Problem, rtol: float) -> tuple[np.ndarray, int]:
         count = 0
@@ -178,7 +179,10 @@ def with_torch(method: str) -> Solve:
 
         y0 = torch.tensor(problem.start, dtype=torch.float64)
         t = torch.tensor([0.0, problem.end], dtype=torch.float64)
-        end = torchdiffeq.odeint(func, y0, t, method=method, rtol=rtol, atol=rtol * problem.atol)[-1]
+        options = None if steps is None else {"step_size": problem.end / steps(rtol)}
+        end = torchdiffeq.odeint(func, y0, t, method=method, rtol=rtol, atol=rtol * problem.atol, options=options)[-1]
+        if not bool(end.isfinite().all()):
+            raise RuntimeError("the solution is not a number")
         return end.detach().numpy(), count
 
     return solve
@@ -209,12 +213,25 @@ def with_diffrax(solver: str) -> Solve:
     return solve
 
 
+def equal_steps(rtol: float) -> int:
+    """So many for a tolerance: 40 to 272."""
+    return round(40 * (1e-3 / rtol) ** (1 / 6))
+
+
+# What torchdiffeq's release does not have, its main branch has.
+IMPLICIT = {
+    f"torchdiffeq {method}, equal steps": with_torch(method, equal_steps)
+    for method in ("trbdf2", "radauIIA5")
+    if method in SOLVERS
+}
+
 STIFF: dict[str, Solve] = {
     "bdf": with_torch("bdf"),
     "SciPy BDF": with_scipy("BDF"),
     "SciPy Radau": with_scipy("Radau"),
     "SciPy LSODA": with_scipy("LSODA"),
     "diffrax Kvaerno5, jitted": with_diffrax("Kvaerno5"),
+    **IMPLICIT,
 }
 SMOOTH: dict[str, Solve] = {
     "adams": with_torch("adams"),
@@ -222,6 +239,7 @@ SMOOTH: dict[str, Solve] = {
     "SciPy DOP853": with_scipy("DOP853"),
     "torchdiffeq dopri5": with_torch("dopri5"),
     "torchdiffeq dopri8": with_torch("dopri8"),
+    **({"torchdiffeq tsit5": with_torch("tsit5")} if "tsit5" in SOLVERS else {}),
     "diffrax Tsit5, jitted": with_diffrax("Tsit5"),
 }
 
