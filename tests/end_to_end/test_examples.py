@@ -89,3 +89,16 @@ def test_help_tells_how_to_run_an_example_fast_and_where_it_writes(
     printed = capsys.readouterr().out
     assert "--quick" in printed
     assert "--output" in printed
+
+
+@pytest.mark.slow
+def test_sampling_compares_methods_by_their_evaluations(tmp_path: Path) -> None:
+    figures, printed = figures_of("sampling", tmp_path)
+    for data in ("checkerboard", "digits"):
+        assert f"{data}: root mean square error" in printed
+        errors = {name: dict(map(tuple, points)) for name, points in figures[data].items()}
+        for name, points in errors.items():
+            assert points[max(points)] < 0.1 * points[min(points)], name
+        # A step of Adams–Bashforth takes one evaluation, but for those of the start.
+        assert 64 <= max(errors["ab4"]) < 96
+        assert errors["ab4"][max(errors["ab4"])] < 0.2 * errors["midpoint"][max(errors["midpoint"])]
