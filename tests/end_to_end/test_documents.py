@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from methods import slow_but
 from programs import run_here
 
 ROOT = Path(__file__).parents[2]
@@ -47,12 +48,13 @@ def test_no_block_is_overlooked() -> None:
         assert printed == sum(bool(block.printed) for block in blocks_of(document).values()), document
 
 
+def is_slow(block: Block) -> bool:
+    """The adaptive solves of stiff problems take a second or two, and so does PyTorch to import what optimisers use."""
+    return '"bdf"' in block.code or "torch.optim" in block.code
+
+
 @pytest.mark.usefixtures("_method_tables")
-@pytest.mark.parametrize(
-    "place",
-    # The adaptive solves of stiff problems take a second or two.
-    [pytest.param(place, marks=[pytest.mark.slow] if '"bdf"' in block.code else []) for place, block in BLOCKS.items()],
-)
+@pytest.mark.parametrize("place", slow_but([place for place, block in BLOCKS.items() if not is_slow(block)], BLOCKS))
 def test_a_block_runs_by_itself_and_prints_what_is_said(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
