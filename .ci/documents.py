@@ -1,5 +1,7 @@
 """What documents say of files holds: every link leads to one, and the table of rooms has all of the package.
 
+Nothing is left where no reader comes: some document links to every other, but for the README, and shows every picture.
+
 The repository's address is `url` in setup.cfg. README.md, which package indexes show as well, has absolute links alone,
 to pictures as they are (``raw``), to all else as a page (``blob``). Other documents may have relative links. Links to
 other places are not followed. CONTRIBUTING.md has a table with a row for every room, which ends with its modules.
@@ -34,6 +36,16 @@ def anchors_of(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
+def path_of(target: str, document: str, url: str) -> str:
+    """The path in the repository of what a link of a document leads to; empty where it leads out of it."""
+    address = target.partition("#")[0]
+    if address.startswith(url + "/"):
+        return re.sub(rf"^{re.escape(url)}/(raw|blob)/{BRANCH}/", "", address)
+    if re.match(r"https?://", address):
+        return ""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(document), address)) if address else document
+
+
 def problem_of(target: str, document: str, url: str, files: set[str]) -> str | None:
     """What is wrong with a link of a document; None if nothing is.
 
@@ -49,16 +61,12 @@ def problem_of(target: str, document: str, url: str, files: set[str]) -> str | N
         start = f"{url}/{kind}/{BRANCH}/"
         if not address.startswith(start):
             return f"must begin with {start}"
-        path = address.removeprefix(start)
     elif re.match(r"https?://", address):
         name = url.rpartition("/")[2]
         return f"must begin with {url}/" if re.search(rf"^https?://[^/]+/[^/]+/{name}(/|$)", address) else None
-    elif not address:
-        path = document
-    elif document == "README.md":
+    elif address and document == "README.md":
         return f"must be absolute, beginning with {url}/"
-    else:
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(document), address))
+    path = path_of(target, document, url)
     if path not in files:
         return "leads to no file of the repository"
     if anchor and anchor not in anchors_of((ROOT / path).read_text(encoding="utf-8")):
@@ -88,12 +96,17 @@ def main() -> None:
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     url, files = config["metadata"]["url"], tracked()
     count, problems = 0, []
+    linked = {"README.md"}
     for document in sorted(path for path in files if path.endswith(".md")):
         for target in links_of((ROOT / document).read_text(encoding="utf-8")):
             problem = problem_of(target, document, url, files)
             count += 1
+            if path_of(target, document, url) != document:
+                linked.add(path_of(target, document, url))
             if problem:
                 problems.append(f"{document}: {target} {problem}")
+    readable = {path for path in files if path.endswith(".md") or Path(path).suffix in PICTURES}
+    problems += [f"{path}: no document links to it" for path in sorted(readable - linked)]
     rooms, table = rooms_of(files), table_of((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     for room in sorted(rooms.keys() | table.keys()):
         differ = sorted(rooms.get(room, set()) ^ table.get(room, set()))

@@ -38,9 +38,12 @@ class CostateFilter:
             are shared by all steps (a hypernetwork, a basis in t): their gradient, a sum over m, converges at second
             order, where step weights would make it first order only. Where all parameters are shared no filter is
             needed: there the gradient of auto-differentiation converges by itself, at the order of the method.
+        order: of p̃_m. 2, 3, or ``"method"`` for the method's own, at most 5; by a method of a lower order, that. So are
+            the totals of shared parameters with trapezoid weights, but of second order where every node is observed.
+            An observation between nodes counts to the order of its interpolation. SDEs take 2, whatever is given.
 
     Raises:
-        ValueError: `weights` is neither.
+        ValueError: `weights` or `order` is none of these.
 
     Source: Xu, Chen, Li, Wright, *Correcting auto-differentiation in neural-ODE training* (arXiv 2306.02192) for
     leapfrog, step weights and uniform grids; the derivation for all else heads `filters.costate`, for higher orders

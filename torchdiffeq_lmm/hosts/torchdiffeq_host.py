@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"torchdiffeq {getattr(torchdiffeq, '__version__', 'of unknown version')} lacks what torchdiffeq_lmm builds on "
-        f"({error}); install a version that the README names as tested"
+        f"({error}); install a version that DOCUMENTATION.md names as tested"
     ) from error
 
 MAX_EVENT_STEPS = 20_000

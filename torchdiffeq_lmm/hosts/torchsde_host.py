@@ -21,7 +21,7 @@ try:
 except (ImportError, AttributeError) as error:
     raise ImportError(
         f"torchsde {getattr(torchsde, '__version__', 'of unknown version')} lacks what torchdiffeq_lmm builds on "
-        f"({error}); install a version that the README names as tested"
+        f"({error}); install a version that DOCUMENTATION.md names as tested"
     ) from error
 
 
