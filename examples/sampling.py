@@ -157,7 +157,7 @@ def main() -> None:
     results: dict[str, dict[str, list[tuple[int, float]]]] = {}
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for data, axes in zip(kinds, figure.subplots(1, 2), strict=True):
-        velocity = learn(data, 40 if args.quick else 2000)
+        velocity = learn(data, 40 if args.quick else 6000)
         every = 3 if args.quick else 1
         found = errors_of(velocity, torch.randn(16 if args.quick else 512, data.size), every)
         results[data.name] = found
