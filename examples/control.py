@@ -7,8 +7,8 @@ until it vanishes; it begins with the control of the coarser grid. The control t
 that satisfies Pontryagin's conditions, a boundary value problem that SciPy solves.
 
 The control is as accurate as the gradient: second order by the filter's default, third with order=3, fourth by ab4 with
-order="method". Without a filter ab4's cost has no minimum to be found, for it counts the last node but one negatively;
-ab3's has one, and it is off by O(h).
+order="method". Without a filter ab4's cost has no minimum to be found, for it counts two nodes negatively; ab3's has
+one, and it is off by O(h).
 
     python examples/control.py
 """
