@@ -34,7 +34,7 @@ HORIZON = 4.0
 BEGIN = (0.6, 0.8)
 TARGETS = ((1.2, 0.7), (1.5, 1.2), (0.7, 1.4), (0.5, 0.9))
 GRIDS = (20, 40, 80, 160, 320)
-QUICK_GRIDS = (40, 80, 160)
+QUICK_GRIDS = (40, 80, 240)
 ACCURATE = {"method": "DOP853", "rtol": 1e-12, "atol": 1e-13}
 
 FILTERS = {
