@@ -1,10 +1,15 @@
 """The examples that ask whether the right gradient trains better, in their quick modes."""
 
+import runpy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from programs import figures_of, run_alone
+import torch
+from programs import EXAMPLES, figures_of, run_alone
+
+from torchdiffeq_lmm import GridParameter
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +36,42 @@ def test_optimal_control_is_found_with_a_filter_and_missed_without(tmp_path: Pat
     searched = learned["20"]["filtered"]["L-BFGS, line search"]["error"]
     assert searched > 3 * errors["filtered"][1]
     assert f"{errors['filtered'][1]:.3g}" in printed
+
+
+def test_a_control_is_trained_more_accurately_with_every_order_of_the_filter_and_not_at_all_without(
+    tmp_path: Path,
+) -> None:
+    found, printed = figures_of("control", tmp_path)
+    learned = found["learned"]["growing"]
+    first, second, third, fourth = (
+        learned[name][-1]["error"]
+        for name in ("ab3, no filter", "ab4, order 2", "ab4, order 3", "ab4, the method's order")
+    )
+    assert first > 5 * second > 25 * third > 50 * fourth
+    assert f"{fourth:.1e}" in printed
+    assert all(of["error"] is None for of in learned["ab4, no filter"])
+    curvature = found["least curvature"]["growing"]
+    assert curvature["ab4, no filter"] < -0.1
+    assert curvature["ab3, no filter"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("way", "wanted"), [("ab3, no filter", 1), ("ab4, order 2", 2), ("ab4, order 3", 3), ("ab4, the method's order", 4)]
+)
+def test_a_control_trained_by_ab4_converges_to_the_optimal_one_at_the_order_of_the_filter(
+    way: str, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    control = runpy.run_path(str(EXAMPLES / "control.py"))
+    optimum, grids = control["optimal_control"](), (40, 56, 80)
+    learned = []
+    for nodes in (control["grid"](n, 3.0) for n in grids):
+        # Training begins near to where it ends, as it takes less time.
+        begin = GridParameter(torch.from_numpy(optimum(nodes[:-1].numpy())), nodes)
+        learned.append(control["learn"](control["WAYS"][way], begin, optimum))
+    assert all(of.density < control["TOLERANCE"] for of in learned)
+    order = -np.polyfit(np.log(grids), np.log([of.error for of in learned]), 1)[0]
+    assert wanted - 0.5 < order < wanted + 0.6
 
 
 def test_digits_trained_with_a_filter_can_be_run_at_any_depth(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from methods import slow_but
 from programs import EXAMPLES, figures_of
 
+from torchdiffeq_lmm import method_info
 from torchdiffeq_lmm.schemes.methods import METHODS
 
 
@@ -48,8 +50,8 @@ def test_method_gallery_shows_that_the_filter_makes_every_gradient_converge(tmp_
 
 @pytest.mark.slow
 def test_why_draws_weights_and_a_shift_of_the_past_that_are_what_the_text_says(tmp_path: Path) -> None:
-    figures, printed = figures_of("why", tmp_path, pictures=("why_weights", "why_shift"))
-    for picture in ("why_weights.png", "why_shift.png"):
+    figures, printed = figures_of("why", tmp_path, pictures=("why_weights", "why_shift", "why_orders"))
+    for picture in ("why_weights.png", "why_shift.png", "why_orders.png"):
         assert str(tmp_path / picture) in printed
         assert f"({picture})" in (EXAMPLES / "WHY.md").read_text(encoding="utf-8")
 
@@ -71,6 +73,13 @@ def test_why_draws_weights_and_a_shift_of_the_past_that_are_what_the_text_says(t
         for gradient in ("auto-differentiation", "filtered")
     }
     assert errors["filtered"] < 0.02 < 0.5 < errors["auto-differentiation"]
+
+    for case, of_case in figures["orders"].items():
+        own = method_info(case.split(",")[0]).order
+        for gradient, wanted in {"AD": 0, "order 2": 2, "order 3": 3, "the method's order": own}.items():
+            reached = -np.polyfit(np.log(figures["steps"]), np.log(of_case[gradient]), 1)[0]
+            assert abs(reached - wanted) < 0.5, (case, gradient)
+            assert all(f"{error:.1e}" in printed for error in of_case[gradient]), (case, gradient)
 
 
 NAMES = {path.stem for path in EXAMPLES.glob("*.py")} - {"harness"}
