@@ -1,0 +1,214 @@
+"""Blocks of a captured func, traced and compiled once: then they serve for any steps, times, values and batch sizes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from torchdiffeq_lmm.schemes.block_rows import Pattern
+
+from .block_functions import (
+    AROUND,
+    AdjointKind,
+    AdjointValues,
+    BlockNumbers,
+    Cotangents,
+    FilterNumbers,
+    adjoint_block,
+    forward_block,
+)
+from .compile_settings import Compile, Traced
+from .func_capture import CapturedFunc, Dependencies
+
+compilations = 0
+"""How many functions have been compiled by this process."""
+
+
+class Shapes(NamedTuple):
+    """Of what blocks are compiled for.
+
+    Attributes:
+        x: a state.
+        time: what func is given for a time.
+        tensors: what func depends on.
+    """
+
+    x: Tensor
+    time: Tensor
+    tensors: tuple[Tensor, ...]
+
+
+class CompiledBlocks:
+    """The blocks of one func.
+
+    Args:
+        dependencies: func and what it depends on.
+        settings: how to compile.
+        x, time: a state and a time, whose values do not matter.
+    """
+
+    def __init__(self, dependencies: Dependencies, settings: Compile, x: Tensor, time: Tensor) -> None:
+        self._func = dependencies.func
+        self._settings = settings
+        self._like = Shapes(x.detach(), time.detach(), dependencies.tensors)
+        self._key = (settings.key, () if self._func.is_dynamic else x.shape, x.dtype, x.device)
+
+    def forward(self, pattern: Pattern) -> Callable[..., tuple[tuple[Tensor, ...], Tensor]]:
+        """`forward_block`, without the func and the pattern."""
+        run = self._made((pattern, None), lambda: _forward(self._func, pattern, self._like))
+
+        def call(
+            window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]
+        ) -> tuple[tuple[Tensor, ...], Tensor]:
+            *end, nodes = run(*window, *numbers, *tensors)
+            return tuple(end), nodes
+
+        return call
+
+    def adjoint(self, pattern: Pattern, kind: AdjointKind) -> Callable[..., AdjointValues]:
+        """`adjoint_block`, without the func, the pattern and the kind."""
+        run = self._made((pattern, kind), lambda: _adjoint(self._func, pattern, kind, self._like))
+        sizes = (1 + sum(pattern.begins), len(kind.wanted), 2 * kind.times)
+
+        def call(
+            window: Sequence[Tensor],
+            numbers: BlockNumbers,
+            tensors: Sequence[Tensor],
+            cotangents: Cotangents,
+            filters: FilterNumbers | None,
+        ) -> AdjointValues:
+            found = run(
+                *window,
+                *numbers,
+                *tensors,
+                *cotangents.window,
+                cotangents.seen,
+                *cotangents.sums,
+                *cotangents.later,
+                *(given for given in filters or () if given is not None),
+            )
+            return AdjointValues(*_parts(found, sizes))
+
+        return call
+
+    def _made(self, key: object, traced: Callable[[], tuple[torch.fx.GraphModule, list[Any]]]) -> Traced:
+        global compilations  # noqa: PLW0603
+        made = self._func.made
+        if (self._key, key) not in made:
+            with torch.no_grad():
+                made[self._key, key] = self._settings.compiled(*traced())
+            compilations += 1
+        found: Traced = made[self._key, key]
+        return found
+
+
+def _forward(func: CapturedFunc, pattern: Pattern, like: Shapes) -> tuple[torch.fx.GraphModule, list[Any]]:
+    def run(*flat: Tensor) -> tuple[Tensor, ...]:
+        window, numbers, tensors = _parts(flat, (1 + sum(pattern.begins), 3))
+        end, nodes = forward_block(func, pattern, window, BlockNumbers(*numbers), tensors)
+        return (*end, nodes)
+
+    fakes = _Fakes(like, func.is_dynamic)
+    return fakes.traced(run, [*fakes.window(pattern.begins), *fakes.numbers(pattern), *fakes.tensors])
+
+
+def _adjoint(
+    func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shapes
+) -> tuple[torch.fx.GraphModule, list[Any]]:
+    sizes = (1 + sum(pattern.begins), 3, len(like.tensors), 1 + sum(pattern.ends), 1, len(kind.wanted), kind.later)
+
+    def run(*flat: Tensor) -> tuple[Tensor, ...]:
+        window, numbers, tensors, of_window, (seen,), sums, of_later, filters = _parts(flat, sizes)
+        found = adjoint_block(
+            func,
+            pattern,
+            kind,
+            window,
+            BlockNumbers(*numbers),
+            tensors,
+            Cotangents(of_window, seen, sums, of_later),
+            FilterNumbers(*filters) if filters else None,
+        )
+        return tuple(tensor for part in found for tensor in part)
+
+    fakes, rows = _Fakes(like, func.is_dynamic), len(pattern.rows)
+    filters: list[Tensor] = []
+    if kind.filtering != "none":
+        filters.append(fakes.empty(rows, AROUND + pattern.reach, dtype=torch.float64))
+    if kind.filtering == "slope":
+        filters += [fakes.empty(rows, pattern.reach, dtype=torch.float64), fakes.states(rows), fakes.states(rows)]
+    inputs = [
+        *fakes.window(pattern.begins),
+        *fakes.numbers(pattern),
+        *fakes.tensors,
+        *fakes.window(pattern.ends),
+        fakes.states(pattern.steps),
+        *(fakes.tensors[i] for i in kind.wanted),
+        *(fakes.state() for _ in range(kind.later)),
+        *filters,
+    ]
+    return fakes.traced(run, inputs)
+
+
+class _Fakes:
+    """Tensors without memory, to trace with.
+
+    Args:
+        like: their dtypes, devices and shapes.
+        is_dynamic: whether the size of the first dimension of a state is a symbol.
+    """
+
+    def __init__(self, like: Shapes, is_dynamic: bool) -> None:
+        from torch._dynamo.source import ConstantSource
+
+        self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        context = None
+        if is_dynamic:
+            static = [DimDynamic.STATIC] * (like.x.ndim - 1)
+            context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, *static])
+        self._x = self._mode.from_tensor(
+            like.x.contiguous(),
+            static_shapes=None if is_dynamic else True,
+            symbolic_context=context,
+            source=ConstantSource("x"),
+        )
+        self._time = like.time
+        self.tensors = [self._mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in like.tensors]
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        with self._mode:
+            return torch.empty(shape, dtype=dtype, device=self._x.device)
+
+    def state(self) -> Tensor:
+        return self.states()
+
+    def states(self, *count: int) -> Tensor:
+        return self.empty(*count, *self._x.shape, dtype=self._x.dtype)
+
+    def window(self, known: tuple[int, int]) -> list[Tensor]:
+        return [self.state() for _ in range(1 + sum(known))]
+
+    def numbers(self, pattern: Pattern) -> BlockNumbers:
+        rows = len(pattern.rows)
+        return BlockNumbers(
+            self.empty(pattern.weights, dtype=torch.float64),
+            self.empty(rows, dtype=self._time.dtype),
+            self.empty(rows, dtype=torch.bool),
+        )
+
+    def traced(self, run: Callable[..., Any], inputs: list[Any]) -> tuple[torch.fx.GraphModule, list[Any]]:
+        with self._mode:
+            return make_fx(run)(*inputs), inputs
+
+
+def _parts(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """A sequence in parts of given sizes, and the rest."""
+    parts, begin = [], 0
+    for size in sizes:
+        parts.append(tuple(flat[begin : begin + size]))
+        begin += size
+    return [*parts, tuple(flat[begin:])]
