@@ -1,6 +1,6 @@
 """Blocks of a captured func, traced and compiled once: then they serve for any steps, times, values and batch sizes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -147,7 +147,7 @@ def _adjoint(
         *fakes.tensors,
         *fakes.window(pattern.ends),
         fakes.states(pattern.steps),
-        *(fakes.tensors[i] for i in kind.wanted),
+        *fakes.like(fakes.tensors[i] for i in kind.wanted),
         *(fakes.state() for _ in range(kind.later)),
         *filters,
     ]
@@ -182,6 +182,11 @@ class _Fakes:
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         with self._mode:
             return torch.empty(shape, dtype=dtype, device=self._x.device)
+
+    def like(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        # Others, for one tensor in two places is one input.
+        with self._mode:
+            return [torch.empty_like(tensor) for tensor in tensors]
 
     def state(self) -> Tensor:
         return self.states()
