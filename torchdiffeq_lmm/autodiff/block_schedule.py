@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torchdiffeq_lmm.filters.filter_plan import FilterPlan
 from torchdiffeq_lmm.forward.step_source import FixedSteps
 from torchdiffeq_lmm.schemes.block_rows import Block, ExplicitMethod, all_weights, blocks_of, weight_indices
 
-from .block_functions import AROUND, BlockNumbers
+from .block_functions import AROUND, BlockNumbers, Filtering
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ class ScheduledBlock:
     sees_end: bool
     filtered: FilteredBlock | None
 
+    @cached_property
+    def filtering(self) -> Filtering:
+        """What the filter asks of its adjoint."""
+        if self.filtered is None:
+            return "none"
+        return "value" if self.filtered.slope is None else "slope"
+
     def numbers(self, weights: Tensor, times: Tensor) -> BlockNumbers:
         """Those of the block, of the weights and times of all rows."""
         return BlockNumbers(weights[self.weights], times[self.times], self.active)
@@ -64,12 +72,14 @@ class Schedule:
         observed: the nodes with outputs, in their order, without the first one.
         numbers: of all blocks; None where they have a gradient.
         later: how many D of later blocks the filter needs; 0 without.
+        time: what func is given for the first time.
     """
 
     blocks: list[ScheduledBlock]
     observed: list[int]
     numbers: list[BlockNumbers] | None
     later: int
+    time: Tensor
 
 
 def schedule(
@@ -78,7 +88,6 @@ def schedule(
     observed: Sequence[int],
     plan: FilterPlan | None,
     steps: int,
-    device: torch.device,
 ) -> Schedule | None:
     """Plan a solve; None where it has no more steps than its start.
 
@@ -88,13 +97,13 @@ def schedule(
         observed: the nodes with outputs.
         plan: the filter.
         steps: of a block.
-        device: of the state.
     """
     recurrence = source.recurrence
     blocks = blocks_of(method, recurrence, steps)
     if not blocks:
         return None
-    observed = sorted(set(observed) - {0})
+    observed, time = sorted(set(observed) - {0}), source.user_time(0).detach()
+    device = time.device
     forms = None if plan is None else filter_coefficients(plan, observed)
     later = 0 if plan is None else blocks[-1].pattern.reach
     made = []
@@ -119,7 +128,7 @@ def schedule(
     if not source.requires_grad:
         of_rows, times = all_weights(recurrence).to(device), source.every_user_time()
         numbers = [block.numbers(of_rows, times) for block in made]
-    return Schedule(made, observed, numbers, later)
+    return Schedule(made, observed, numbers, later, time)
 
 
 def _filtered(

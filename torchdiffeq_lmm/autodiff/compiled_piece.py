@@ -16,7 +16,7 @@ from torchdiffeq_lmm.forward.vector_field import HostedFunction, VectorField
 from torchdiffeq_lmm.schemes.block_rows import ExplicitMethod, all_weights
 from torchdiffeq_lmm.schemes.methods import MultistepMethod
 
-from .block_schedule import schedule
+from .block_schedule import Schedule, schedule
 from .compile_settings import Compile
 from .compiled_blocks import CompiledBlocks
 from .compiled_solve import CompiledSolve, solve_compiled
@@ -63,20 +63,13 @@ class CompiledPieceSolver:
             RuntimeError: func cannot be compiled.
             ValueError: a tensor of `adjoint_params` is not one that func takes.
         """
-        plan = self._plan(source)
-        planned = schedule(self.method, source, goal.states, plan, self.settings.block, y0.device)
+        planned = self.planned(source, goal)
         if planned is None:
             return self.eager.solve(source, y0, goal, before, after)
-        time = source.user_time(0)
-        dependencies = self._dependencies(time, y0)
-        blocks = CompiledBlocks(dependencies, self.settings, y0, time)
-        wanted = self._wanted(dependencies.tensors) if torch.is_grad_enabled() else ()
-        solve = CompiledSolve(planned, blocks, wanted, source.requires_grad and torch.is_grad_enabled())
         weights = times = None
         if source.requires_grad:
             weights, times = all_weights(source.recurrence), source.every_user_time()
-        found = solve_compiled(solve, y0, weights, times, dependencies.tensors)
-        states = {0: y0, **dict(zip(planned.observed, found.unbind(), strict=True))}
+        states = self.states(planned, y0, weights, times)
         slopes = _SlopesAtNodes(self.vector_field, source, goal.slopes or {})
         for node in goal.states:
             state = source.recurrence.nodes[node]
@@ -84,6 +77,26 @@ class CompiledPieceSolver:
             slopes.pass_by(state, states[node])
         trajectory = goal.trajectory(slopes)
         return Piece(trajectory, source.until(source.recurrence.nodes[-1], source.count), None)
+
+    def planned(self, source: FixedSteps, goal: Outputs) -> Schedule | None:
+        """What is known of the piece before any values; None where it is too short for a block."""
+        return schedule(self.method, source, goal.states, self._plan(source), self.settings.block)
+
+    def states(self, planned: Schedule, y0: Tensor, weights: Tensor | None, times: Tensor | None) -> dict[int, Tensor]:
+        """The states at the observed nodes, and the first one, with their graph.
+
+        Args:
+            planned: the piece.
+            y0: the state at its beginning.
+            weights, times: of all rows, where they have a gradient.
+        """
+        dependencies = self._dependencies(planned.time, y0)
+        blocks = CompiledBlocks(dependencies, self.settings, y0, planned.time)
+        records = torch.is_grad_enabled()
+        wanted = self._wanted(dependencies.tensors) if records else ()
+        solve = CompiledSolve(planned, blocks, wanted, records and weights is not None)
+        found = solve_compiled(solve, y0, weights, times, dependencies.tensors)
+        return {0: y0, **dict(zip(planned.observed, found.unbind(), strict=True))}
 
     def _plan(self, source: FixedSteps) -> FilterPlan | None:
         if self.costate_filter is None or not torch.is_grad_enabled():

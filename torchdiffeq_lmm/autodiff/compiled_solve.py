@@ -1,15 +1,17 @@
 """A solve by compiled blocks as one node of autograd: it keeps the past at the beginning of every block, and no more."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .block_functions import AdjointKind, BlockNumbers, Cotangents, FilterNumbers
+from .block_functions import AdjointKind, AdjointValues, BlockNumbers, Cotangents, Filtering, FilterNumbers
 from .block_schedule import FilteredBlock, Schedule, ScheduledBlock
 from .compiled_blocks import CompiledBlocks
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class CompiledSolve:
 
     def compile_adjoints(self) -> None:
         """Compile what the backward pass needs, so that what cannot be is known beforehand."""
+        adjoints = self._adjoints()
         for block in self.schedule.blocks:
-            self.blocks.adjoint(block.block.pattern, self._kind(block))
+            adjoints(block)
 
     def forward(
         self, y0: Tensor, numbers: Sequence[BlockNumbers], tensors: Sequence[Tensor]
@@ -39,9 +42,10 @@ class CompiledSolve:
         """The states at the observed nodes, of shape (n, *y0.shape), and the past before each block."""
         window = (y0.contiguous(), *_zeros(y0, sum(self.schedule.blocks[0].block.pattern.begins)))
         windows, found = [], []
+        forwards = _once(lambda scheduled: self.blocks.forward(scheduled.block.pattern))
         for scheduled, given in zip(self.schedule.blocks, numbers, strict=True):
             windows.append(window)
-            window, nodes = self.blocks.forward(scheduled.block.pattern)(window, given, tensors)
+            window, nodes = forwards(scheduled)(window, given, tensors)
             if scheduled.seen is not None:
                 found.append(nodes if len(scheduled.seen) == len(nodes) else nodes.index_select(0, scheduled.seen))
             if scheduled.sees_end:
@@ -68,27 +72,30 @@ class CompiledSolve:
             later=tuple(_zeros(like, self.schedule.later)),
         )
         of_numbers: list[tuple[Tensor, ...]] = []
+        adjoints = self._adjoints()
+        unseen = _once(lambda scheduled: like.new_zeros(scheduled.block.pattern.steps, *like.shape))
         end, of_observed = len(seen), seen.flatten(1)
         for scheduled, window, given in reversed(list(zip(self.schedule.blocks, windows, numbers, strict=True))):
-            pattern = scheduled.block.pattern
             if scheduled.sees_end:
                 end -= 1
                 cotangents = cotangents._replace(window=(seen[end], *cotangents.window[1:]))
-            of_nodes = like.new_zeros(pattern.steps, *like.shape)
+            of_nodes = unseen(scheduled)
             if scheduled.seen is not None:
-                of_nodes.index_copy_(0, scheduled.seen, seen[end - len(scheduled.seen) : end])
+                of_nodes = of_nodes.index_copy(0, scheduled.seen, seen[end - len(scheduled.seen) : end])
                 end -= len(scheduled.seen)
             filters = None if scheduled.filtered is None else _filters(scheduled.filtered, of_observed, like)
-            adjoint = self.blocks.adjoint(pattern, self._kind(scheduled))
-            found = adjoint(window, given, tensors, cotangents._replace(seen=of_nodes), filters)
+            given_cotangents = Cotangents(cotangents.window, of_nodes, cotangents.sums, cotangents.later)
+            found = adjoints(scheduled)(window, given, tensors, given_cotangents, filters)
             cotangents = Cotangents(found.window, of_nodes, found.sums, found.later)
             of_numbers.append(found.numbers)
         return cotangents.window[0], of_numbers[::-1], cotangents.sums
 
-    def _kind(self, scheduled: ScheduledBlock) -> AdjointKind:
-        filtered = scheduled.filtered
-        filtering = "none" if filtered is None else "value" if filtered.slope is None else "slope"
-        return AdjointKind(self.wanted, self.differentiate_times, filtering, self.schedule.later)  # type: ignore[arg-type]
+    def _adjoints(self) -> Callable[[ScheduledBlock], Callable[..., AdjointValues]]:
+        def made(scheduled: ScheduledBlock) -> Callable[..., AdjointValues]:
+            kind = AdjointKind(self.wanted, self.differentiate_times, scheduled.filtering, self.schedule.later)
+            return self.blocks.adjoint(scheduled.block.pattern, kind)
+
+        return _once(made)
 
 
 def solve_compiled(
@@ -177,6 +184,19 @@ def _filters(filtered: FilteredBlock, seen: Tensor, like: Tensor) -> FilterNumbe
     made = (weights.to(seen.dtype) @ seen for weights in (filtered.observed_value, filtered.observed_slope))
     observed_value, observed_slope = (found.reshape(shape) for found in made)
     return FilterNumbers(filtered.value, filtered.slope, observed_value, observed_slope)
+
+
+def _once(make: Callable[[ScheduledBlock], Made]) -> Callable[[ScheduledBlock], Made]:
+    """What is made for a block, made once for all that are alike: it is asked for at every block."""
+    known: dict[tuple[int, Filtering], Made] = {}
+
+    def made(scheduled: ScheduledBlock) -> Made:
+        key = id(scheduled.block.pattern), scheduled.filtering
+        if key not in known:
+            known[key] = make(scheduled)
+        return known[key]
+
+    return made
 
 
 def _zeros(like: Tensor, count: int) -> list[Tensor]:

@@ -55,6 +55,11 @@ class Outputs:
         self._trajectory = Trajectory()
         self.is_reached = None
 
+    @property
+    def takes_states_alone(self) -> bool:
+        """Whether no slope is needed."""
+        return not (self._wanted.slopes or self._wanted.end_slopes)
+
     def pass_by(self, node: int, state: int, x: Tensor, slopes: NodeSlopes) -> None:
         """See `Goal`."""
         if node in self._wanted.states:

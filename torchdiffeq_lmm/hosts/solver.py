@@ -1,6 +1,6 @@
 """A multistep method in the form in which torchdiffeq calls its solvers: from options and times to states."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from typing import Any, ClassVar
@@ -49,6 +49,7 @@ from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 from torchdiffeq_lmm.schemes.unrolling import unroll
 
+from .compiled_grids import PLANNED_GRIDS, PlannedGrid, grid_key
 from .compile_checks import check_compile, check_compiled_solve, resolve_compiled_params
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
 from .torchdiffeq_host import MAX_EVENT_STEPS, find_event, warn_of_unused_options
@@ -183,6 +184,12 @@ class MultistepSolver(DifferentiableSolver):
         check_times(t)
         if len(t) == 1:
             return torch.stack([self.y0])
+        key = self._grid_key(t)
+        known = None if key is None else PLANNED_GRIDS.find(key)
+        if known is not None:
+            compiled = self._solver_of_grid([known.placements])
+            assert isinstance(compiled, CompiledPieceSolver)
+            return known.outputs(compiled, self.y0, self._rule)
         pieces, placements = self._grids(t)
         check_steps(sum(len(piece.steps) for piece in pieces), self.max_num_steps)
         if self._is_smooth:
@@ -197,6 +204,10 @@ class MultistepSolver(DifferentiableSolver):
         around, solver = [None, *sources, None], self._solver_of_grid(placements)
         for source, placed, before, after in zip(sources, placements, around, around[2:], strict=False):
             goal = Outputs(source, placed, self._rule, self._is_smooth)
+            if key is not None and isinstance(solver, CompiledPieceSolver) and goal.takes_states_alone:
+                planned = solver.planned(source, goal)
+                if planned is not None:
+                    PLANNED_GRIDS.keep(key, PlannedGrid(planned, placed, source.lengths))
             trajectory, made, keeper = solver.solve(source, x, goal, before, after)
             if self._is_smooth:
                 trajectory = smoothed(trajectory, goal.nodes, made.steps)
@@ -284,6 +295,16 @@ class MultistepSolver(DifferentiableSolver):
 
     def _solver(self) -> PieceSolver:
         return self._pieces(self._max_event_steps, self._hosted.callback_step)
+
+    def _grid_key(self, t: Tensor) -> Hashable | None:
+        """What a compiled solve knows a grid by; None where it does not."""
+        if self._compile is None or self.grid_constructor is not None or self._is_smooth:
+            return None
+        of_state = self.y0.device, self._vector_field.time_dtype, self._reverse, self.perturb, self.interp
+        filtered = self.grad_filter if torch.is_grad_enabled() else None
+        return grid_key(
+            t, self.step_size, self.method, self._compile.block, self.max_num_steps, filtered, *of_state
+        )
 
     def _solver_of_grid(self, placements: Sequence[Sequence[Placement]]) -> PieceSolver | CompiledPieceSolver:
         if self._compile is None:

@@ -94,7 +94,7 @@ def blocks_of(method: ExplicitMethod, recurrence: Recurrence, steps: int) -> lis
     if begin:
         beginning = tuple(_without_weights(row) for row in rows[:begin])
         blocks.append(Block(Pattern(beginning, nothing, period.begins), 0, begin, 0))
-    steady = Pattern(period.rows * steps, period.begins, period.begins)
+    steady = _steady_block(method, steps)
     node = at_node.index(begin)
     for first in range(begin, len(rows), count * steps):
         blocks.append(Block(steady, first, min(count * steps, len(rows) - first), node + (first - begin) // count))
@@ -132,6 +132,12 @@ def all_weights(recurrence: Recurrence) -> Tensor:
         numbers = [float(weight) for row in recurrence.rows for weight in row.weights]
         return torch.tensor([*numbers, 0.0], dtype=torch.float64, device="cpu")
     return torch.cat([weights, weights.new_zeros(1)])
+
+
+@lru_cache(64)
+def _steady_block(method: ExplicitMethod, steps: int) -> Pattern:
+    period = _steady_rows(method)
+    return Pattern(period.rows * steps, period.begins, period.begins)
 
 
 @lru_cache(64)
