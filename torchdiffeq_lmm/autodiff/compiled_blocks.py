@@ -23,6 +23,7 @@ from .block_functions import (
 )
 from .compile_settings import Compile, Traced
 from .func_capture import CapturedFunc, Dependencies
+from .small_products import SMALL_PRODUCTS
 
 compilations = 0
 """How many functions have been compiled by this process."""
@@ -206,8 +207,56 @@ class _Fakes:
         )
 
     def traced(self, run: Callable[..., Any], inputs: list[Any]) -> tuple[torch.fx.GraphModule, list[Any]]:
-        with self._mode:
-            return make_fx(run)(*inputs), inputs
+        try:
+            with self._mode:
+                graph = make_fx(run, decomposition_table=SMALL_PRODUCTS)(*inputs)
+        except Exception as error:
+            raise RuntimeError(
+                f"compile cannot trace func and its derivative, {type(error).__name__}: {error}. Solve without compile"
+            ) from error
+        _check(graph)
+        return graph, inputs
+
+
+def _check(graph: torch.fx.GraphModule) -> None:
+    """Raise a RuntimeError where a graph does more than to compute its outputs."""
+    inputs = {node for node in graph.graph.nodes if node.op == "placeholder"}
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise RuntimeError(
+                f"compile does not support a func that draws random numbers, got one that calls {node.target}: the "
+                f"backward pass would draw others. Leave that out, with eval() perhaps, or solve without compile"
+            )
+        is_mutable = node.target._schema.is_mutable or node.target in _HIDDEN_UPDATES
+        if is_mutable and any(_base(given) in inputs for given in _updated(node)):
+            raise RuntimeError(
+                f"compile does not support a func that changes a buffer or another tensor in place, got one that calls "
+                f"{node.target}; leave that out, with eval() perhaps, or solve without compile"
+            )
+
+
+_HIDDEN_UPDATES = {
+    torch.ops.aten.native_batch_norm.default,
+    torch.ops.aten.cudnn_batch_norm.default,
+    torch.ops.aten.miopen_batch_norm.default,
+}
+"""Operations that change running_mean and running_var when they train, and do not say so."""
+
+
+def _updated(node: torch.fx.Node) -> Sequence[Any]:
+    """What an operation that changes tensors may change of its arguments."""
+    if node.target in _HIDDEN_UPDATES:
+        return node.args[3:5] if node.args[5] else ()
+    return [*node.args, *node.kwargs.values()]
+
+
+def _base(node: Any) -> Any:  # noqa: ANN401
+    """What a chain of views begins with."""
+    while isinstance(node, torch.fx.Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
+        node = node.args[0]
+    return node
 
 
 def _parts(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[tuple[Tensor, ...]]:

@@ -49,17 +49,20 @@ class CapturedFunc:
     Args:
         graph: returns the slope alone.
         roles: of its inputs.
+        made: see below.
 
     Attributes:
         is_dynamic: whether it is for states of any size in their first dimension.
-        made: what others keep with it, for as long as it is used.
+        made: what others keep with it. Captures of one func that turn out to be the same share it.
     """
 
-    def __init__(self, graph: Callable[..., Sequence[Tensor]], roles: Sequence[Role]) -> None:
+    def __init__(
+        self, graph: Callable[..., Sequence[Tensor]], roles: Sequence[Role], made: dict[Any, Any]
+    ) -> None:
         self._graph = graph
         self._roles = roles
         self.is_dynamic = any(isinstance(role, tuple) for role in roles)
-        self.made: dict[Any, Any] = {}
+        self.made = made
 
     def tensors_in(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         """Those of its inputs that are neither the time, the state, nor a size."""
@@ -92,6 +95,7 @@ class FuncCapture:
         self._given: tuple[Tensor, Tensor]
         self._found: Dependencies
         self._sizes: dict[Any, int] = {}
+        self._made: dict[Any, dict[Any, Any]] = {}
         self.captures = 0
 
     def dependencies(self, func: HostedFunction, time: Tensor, x: Tensor, dynamic: bool) -> Dependencies:
@@ -156,12 +160,21 @@ class FuncCapture:
 
         def run(*arguments: Any) -> tuple[Tensor]:
             if not captured:
-                captured.append(CapturedFunc(graph, _roles(arguments, values, *self._given)))
+                roles = _roles(arguments, values, *self._given)
+                captured.append(CapturedFunc(graph, roles, self._made_for(graph, roles, arguments)))
             (func,) = captured
             self._found = Dependencies(func, func.tensors_in(arguments))
             return (self._given[1],)
 
         return run
+
+    def _made_for(self, graph: Any, roles: Sequence[Role], arguments: Sequence[Any]) -> dict[Any, Any]:  # noqa: ANN401
+        """What has been made for the same graph, captured in another mode say."""
+        if any(node.op in ("get_attr", "call_module") for node in graph.graph.nodes):
+            return {}
+        tensors = (given for given, role in zip(arguments, roles, strict=True) if role == "tensor")
+        shapes = tuple((given.shape, given.stride(), given.dtype, given.device) for given in tensors)
+        return self._made.setdefault((graph.code, tuple(roles), shapes), {})
 
 
 class _RefusedError(RuntimeError):

@@ -16,6 +16,12 @@ _OLDEST = (2, 13)
 """The version of PyTorch that compiled solves have been tested with; they lean on parts that change."""
 
 
+def refuse_compile(given: object, what: str) -> None:
+    """Raise a ValueError if a solve that cannot be compiled is to be."""
+    if given is not None and given is not False:
+        raise ValueError(f"compile is for ODEs and explicit methods with fixed steps, not for {what}, got {given!r}")
+
+
 def check_compile(method: Method, hosted: HostedFunction, backward: object, jump_t: object) -> None:
     """Raise an error where a solve cannot be compiled.
 

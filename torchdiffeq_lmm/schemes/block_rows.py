@@ -88,7 +88,11 @@ def blocks_of(method: ExplicitMethod, recurrence: Recurrence, steps: int) -> lis
     begin = len(rows)
     while begin >= count and all(map(_fits, rows[begin - count : begin], period.rows)):
         begin -= count
-    if begin == len(rows):
+    is_node = set(at_node)
+    # The last rows of a start may look like those of steps.
+    while begin not in is_node:
+        begin += count
+    if begin >= len(rows):
         return []
     blocks, nothing = [], Keeps(0, 0)
     if begin:
