@@ -1,7 +1,7 @@
 """A block of a solve and its adjoint, as functions of tensors alone: what is traced and compiled.
 
-They run the stepping loop and auto-differentiation, with the weights of the rows as tensors. The adjoint begins with the
-past at the beginning of the block, and makes its states again.
+They run the stepping loop and auto-differentiation, with the weights of the rows as tensors. The adjoint begins with
+the past at the beginning of the block, and makes its states again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -147,7 +147,8 @@ def adjoint_block(
         window = _leaves(window)
         weights, times = _leaves(numbers[:2]) if kind.times else numbers[:2]
         leaves = [
-            tensor.detach().requires_grad_() if i in kind.wanted else tensor.detach() for i, tensor in enumerate(tensors)
+            tensor.detach().requires_grad_() if i in kind.wanted else tensor.detach()
+            for i, tensor in enumerate(tensors)
         ]
         wanted = [leaves[i] for i in kind.wanted]
         numbers = BlockNumbers(weights, times, numbers.active)
@@ -226,7 +227,8 @@ def _filtered(
         around = (nodes[step], nodes[step + 1], seen[step])
         value = weighted_sum(*_weighted(filters.value[number], (*around, *increments[number:])))
         if filters.slope is not None:
-            assert filters.observed_value is not None and filters.observed_slope is not None
+            assert filters.observed_value is not None
+            assert filters.observed_slope is not None
             of_slope = weighted_sum(*_weighted(filters.slope[number], increments[number:]))
             (pulled,) = _grads(slopes[-1:], (of_slope + filters.observed_slope[number],), (cut,))
             value = value + filters.observed_value[number] + pulled

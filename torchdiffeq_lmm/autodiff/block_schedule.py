@@ -1,4 +1,4 @@
-"""What is known of a compiled solve before any state: its blocks, their numbers, where the outputs are, the filter's."""
+"""What is known of a compiled solve before any state: its blocks, their numbers, where outputs are, the filter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,9 +131,7 @@ def schedule(
     return Schedule(made, observed, numbers, later, time)
 
 
-def _filtered(
-    block: Block, forms: dict[int, FilteredCotangent], observed: int, device: torch.device
-) -> FilteredBlock:
+def _filtered(block: Block, forms: dict[int, FilteredCotangent], observed: int, device: torch.device) -> FilteredBlock:
     rows, reach = len(block.pattern.rows), block.pattern.reach
     value, slope = [[0.0] * (AROUND + reach) for _ in range(rows)], [[0.0] * reach for _ in range(rows)]
     nothing = torch.zeros(observed, dtype=torch.float64)

@@ -72,13 +72,14 @@ class Compile:
             options.update(inductor.list_mode_options(self.mode))
         options.update(self.options or {})
         try:
-            return inductor.compile(traced, inputs, options=options)
+            made: Traced = inductor.compile(traced, inputs, options=options)
         except Exception as error:
             reason = " ".join(str(error).split())[:_LONGEST]
             raise RuntimeError(
                 f"compile failed in Inductor, {type(error).__name__}: {reason}. Inductor needs a C++ compiler such as "
                 f"g++ on the CPU, Triton on a GPU; see that one is installed, or solve without compile"
             ) from error
+        return made
 
 
 _SHORTEST = 5
@@ -88,7 +89,7 @@ _LONGEST = 500
 """So many characters of an error are quoted."""
 
 
-def resolve_compile(compile: object) -> Compile | None:
+def resolve_compile(compile: object) -> Compile | None:  # noqa: A002
     """The settings that the user asks for; None for not to compile.
 
     Raises:

@@ -97,7 +97,7 @@ class CompiledBlocks:
         return call
 
     def _made(self, key: object, traced: Callable[[], tuple[torch.fx.GraphModule, list[Any]]]) -> Traced:
-        global compilations  # noqa: PLW0603
+        global compilations
         made = self._func.made
         if (self._key, key) not in made:
             with torch.no_grad():
@@ -167,7 +167,7 @@ class _Fakes:
         from torch._dynamo.source import ConstantSource
 
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        context = None
+        context: StatelessSymbolicContext[Any, Any] | None = None
         if is_dynamic:
             static = [DimDynamic.STATIC] * (like.x.ndim - 1)
             context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, *static])
@@ -252,7 +252,7 @@ def _updated(node: torch.fx.Node) -> Sequence[Any]:
     return [*node.args, *node.kwargs.values()]
 
 
-def _base(node: Any) -> Any:  # noqa: ANN401
+def _base(node: Any) -> Any:
     """What a chain of views begins with."""
     while isinstance(node, torch.fx.Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
         node = node.args[0]

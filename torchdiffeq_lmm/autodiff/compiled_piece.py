@@ -1,4 +1,4 @@
-"""One piece of a solve by compiled blocks, in place of `PieceSolver`; and what is kept of a func from solve to solve."""
+"""A piece of a solve by compiled blocks, in place of `PieceSolver`; what is kept of a func from solve to solve."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,14 +122,14 @@ class CompiledPieceSolver:
         for parameter in self.adjoint_params:
             if not parameter.is_leaf and id(parameter) not in taken:
                 raise ValueError(
-                    f"adjoint_params must be tensors that func itself takes where compile is given, such as `values` of "
-                    f"a GridParameter instead of its rows; got another, of shape {tuple(parameter.shape)}"
+                    f"adjoint_params must be tensors that func itself takes where compile is given, such as `values` "
+                    f"of a GridParameter instead of its rows; got another, of shape {tuple(parameter.shape)}"
                 )
         given = {id(parameter) for parameter in self.adjoint_params}
         return tuple(i for i, tensor in enumerate(tensors) if tensor.requires_grad and id(tensor) in given)
 
 
-def capture_of(call: Any) -> FuncCapture:  # noqa: ANN401
+def capture_of(call: Any) -> FuncCapture:
     """What is kept of a function from solve to solve, for as long as it, its object or its code is there."""
     owner, name = call, None
     if isinstance(call, MethodType):

@@ -1,4 +1,4 @@
-"""A solve by compiled blocks as one node of autograd: it keeps the past at the beginning of every block, and no more."""
+"""A solve by compiled blocks as one node of autograd: it keeps the past at the beginning of every block alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,7 +122,8 @@ def _numbers(solve: CompiledSolve, weights: Tensor | None, times: Tensor | None)
     known = solve.schedule.numbers
     if known is not None:
         return known
-    assert weights is not None and times is not None
+    assert weights is not None
+    assert times is not None
     on_device = weights.to(times.device)
     return [block.numbers(on_device, times) for block in solve.schedule.blocks]
 

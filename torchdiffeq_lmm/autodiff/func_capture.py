@@ -20,8 +20,8 @@ Role = str | tuple[int, ...]
 """Of an input of the graph: "time", "state", "tensor", or the dimension of the state whose size it is."""
 
 _ADVICE = (
-    "Write func in PyTorch operations whose course does not depend on values: torch.where instead of if, a GridParameter "
-    "or an indexed stack instead of a list indexed by the time; or solve without compile"
+    "Write func in PyTorch operations whose course does not depend on values: torch.where instead of if, a "
+    "GridParameter or an indexed stack instead of a list indexed by the time; or solve without compile"
 )
 
 
@@ -56,9 +56,7 @@ class CapturedFunc:
         made: what others keep with it. Captures of one func that turn out to be the same share it.
     """
 
-    def __init__(
-        self, graph: Callable[..., Sequence[Tensor]], roles: Sequence[Role], made: dict[Any, Any]
-    ) -> None:
+    def __init__(self, graph: Callable[..., Sequence[Tensor]], roles: Sequence[Role], made: dict[Any, Any]) -> None:
         self._graph = graph
         self._roles = roles
         self.is_dynamic = any(isinstance(role, tuple) for role in roles)
@@ -133,7 +131,7 @@ class FuncCapture:
         # Tensors that nobody else has.
         time, state = self._given = time.detach(), state
         try:
-            with dynamo.config.patch(  # type: ignore[no-untyped-call]
+            with dynamo.config.patch(
                 capture_scalar_outputs=False, automatic_dynamic_shapes=False, specialize_float=True
             ):
                 self._ask(func.call, func.shapes, func.reversed, time, state)
@@ -168,7 +166,7 @@ class FuncCapture:
 
         return run
 
-    def _made_for(self, graph: Any, roles: Sequence[Role], arguments: Sequence[Any]) -> dict[Any, Any]:  # noqa: ANN401
+    def _made_for(self, graph: Any, roles: Sequence[Role], arguments: Sequence[Any]) -> dict[Any, Any]:
         """What has been made for the same graph, captured in another mode say."""
         if any(node.op in ("get_attr", "call_module") for node in graph.graph.nodes):
             return {}
@@ -192,7 +190,8 @@ def _slope_of(
         components = call(time, tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
         slope = torch.cat([component.reshape(-1) for component in components])
     # An operation in any case, for a graph without one would not be asked.
-    return -slope if is_reversed else slope.clone()
+    given: Tensor = -slope if is_reversed else slope.clone()
+    return given
 
 
 def _roles(arguments: Sequence[Any], values: Sequence[Any], time: Tensor, state: Tensor) -> list[Role]:

@@ -1,4 +1,4 @@
-"""Small matrix products as sums, which Inductor fuses with what is around them: a call of BLAS takes longer than they."""
+"""Small matrix products as sums, which Inductor fuses with what is around them; a call of BLAS would take longer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +25,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return (a.unsqueeze(2) * b.unsqueeze(0)).sum(1)
 
 
-def _mm(a: Tensor, b: Tensor) -> Any:  # noqa: ANN401
+def _mm(a: Tensor, b: Tensor) -> Any:
     return _product(a, b) if _is_small(a, b) else NotImplemented
 
 
-def _addmm(c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Any:  # noqa: ANN401
+def _addmm(c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Any:
     if (beta, alpha) != (1, 1) or not _is_small(a, b):
         return NotImplemented
     return c + _product(a, b)

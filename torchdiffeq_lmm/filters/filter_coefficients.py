@@ -54,7 +54,8 @@ def filter_coefficients(plan: FilterPlan, observed: Sequence[int]) -> dict[int, 
     for node, unit in zip(observed, units, strict=True):
         seen[node], cotangents[node] = _Form({("seen", node): 1.0}), unit
     zero = torch.zeros(len(observed), dtype=torch.float64, device="cpu")
-    found = filtered_cotangents(plan, _symbols(plan.recurrence.rows), seen, cotangents, _expanded, zero)
+    expanded: Any = _expanded
+    found = filtered_cotangents(plan, _symbols(plan.recurrence.rows), seen, cotangents, expanded, zero)
     return {state: (weight * _as_form(costate)).coefficients for state, weight, costate in found}
 
 
@@ -100,7 +101,7 @@ class _Form:
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         if func is torch.add:
             return _plus(_as_form(args[0]), _as_form(args[1]), (kwargs or {}).get("alpha", 1.0))
         if func is torch.Tensor.add:

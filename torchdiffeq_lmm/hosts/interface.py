@@ -92,7 +92,7 @@ def odeint(
     grad_filter: GradFilterLike = None,
     backward: BackwardLike = "autograd",
     adjoint_params: Iterable[Tensor] | None = None,
-    compile: CompileLike = None,
+    compile: CompileLike = None,  # noqa: A002
 ) -> State | tuple[Tensor, State]:
     """`torchdiffeq.odeint` with a gradient filter, and with a choice between memory and time.
 
@@ -130,8 +130,8 @@ def odeint(
         adjoint_params: with the latter four, the tensors, leaves or not, that get a gradient besides `y0` and `t`, as
             in `torchdiffeq.odeint_adjoint`; others get none. By default the parameters of func, which must be an
             nn.Module then, and which must not depend on others.
-        compile: True or a `Compile`, with an explicit method of this package and fixed steps: the solve runs in blocks of
-            steps, each compiled by Inductor with its adjoint, many times as fast where func is small. The values are
+        compile: True or a `Compile`, with an explicit method of this package and fixed steps: the solve runs in blocks
+            of steps, each compiled by Inductor with its adjoint, many times as fast where func is small. The values are
             the same, to rounding, filtered or not. The first solve takes seconds; later ones of the same func, method,
             dtype and shapes, whatever the steps, the times and the values, take what was compiled. The state at the
             beginning of every block is kept and the others are made again, as by ``backward="checkpoint"``. All tensors
@@ -148,8 +148,9 @@ def odeint(
         ValueError: `grad_filter` or `backward` is unknown, is for another method, or is given here and in `options`;
             or `adjoint_params` is not given where it is needed, given where it is not, or was made in inference mode.
         TypeError: `grad_filter` is neither None, a name nor a filter; or `backward` neither a name nor a way.
-        RuntimeError: func or the solve cannot be compiled; the equation of an implicit step was not solved; func draws random numbers, and `backward` is
-            "reversible"; or, in the backward pass, func is not what it was, or the drift is too large.
+        RuntimeError: func or the solve cannot be compiled; the equation of an implicit step was not solved; func draws
+            random numbers, and `backward` is "reversible"; or, in the backward pass, func is not what it was, or the
+            drift is too large.
         Others where `torchdiffeq.odeint` raises them; and, for a method of this package, TypeErrors and ValueErrors
         that name a wrong option, a wrong grid, or what func returned, before the first step.
 

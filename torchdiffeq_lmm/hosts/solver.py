@@ -49,8 +49,8 @@ from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 from torchdiffeq_lmm.schemes.unrolling import unroll
 
-from .compiled_grids import PLANNED_GRIDS, PlannedGrid, grid_key
 from .compile_checks import check_compile, check_compiled_solve, resolve_compiled_params
+from .compiled_grids import PLANNED_GRIDS, PlannedGrid, grid_key
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
 from .torchdiffeq_host import MAX_EVENT_STEPS, find_event, warn_of_unused_options
 
@@ -126,7 +126,7 @@ class MultistepSolver(DifferentiableSolver):
         grad_filter: object = None,
         backward: object = "autograd",
         adjoint_params: Iterable[Tensor] | None = None,
-        compile: object = None,
+        compile: object = None,  # noqa: A002
         **unused: Any,
     ) -> None:
         unused.pop("norm", None)
@@ -302,9 +302,7 @@ class MultistepSolver(DifferentiableSolver):
             return None
         of_state = self.y0.device, self._vector_field.time_dtype, self._reverse, self.perturb, self.interp
         filtered = self.grad_filter if torch.is_grad_enabled() else None
-        return grid_key(
-            t, self.step_size, self.method, self._compile.block, self.max_num_steps, filtered, *of_state
-        )
+        return grid_key(t, self.step_size, self.method, self._compile.block, self.max_num_steps, filtered, *of_state)
 
     def _solver_of_grid(self, placements: Sequence[Sequence[Placement]]) -> PieceSolver | CompiledPieceSolver:
         if self._compile is None:

@@ -100,9 +100,10 @@ def blocks_of(method: ExplicitMethod, recurrence: Recurrence, steps: int) -> lis
         blocks.append(Block(Pattern(beginning, nothing, period.begins), 0, begin, 0))
     steady = _steady_block(method, steps)
     node = at_node.index(begin)
-    for first in range(begin, len(rows), count * steps):
-        blocks.append(Block(steady, first, min(count * steps, len(rows) - first), node + (first - begin) // count))
-    return blocks
+    return blocks + [
+        Block(steady, first, min(count * steps, len(rows) - first), node + (first - begin) // count)
+        for first in range(begin, len(rows), count * steps)
+    ]
 
 
 def weight_indices(recurrence: Recurrence, blocks: Sequence[Block]) -> list[list[int]]:
@@ -183,7 +184,9 @@ def _without_weights(row: Row) -> Row:
 
 def _fits(row: Row, pattern: Row) -> bool:
     is_alike = (row.evaluates, row.is_node, row.implicit) == (pattern.evaluates, pattern.is_node, pattern.implicit)
-    return is_alike and _lags(row.increments) <= _lags(pattern.increments) and _lags(row.slopes) <= _lags(pattern.slopes)
+    return (
+        is_alike and _lags(row.increments) <= _lags(pattern.increments) and _lags(row.slopes) <= _lags(pattern.slopes)
+    )
 
 
 def _lags(terms: Iterable[tuple[int, object]]) -> set[int]:
