@@ -147,7 +147,7 @@ class Updating(nn.Module):
         self.register_buffer("total", torch.zeros((), dtype=torch.float64))
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
-        self.total += y.sum()
+        self.total.add_(y.sum())
         return y
 
 
@@ -213,11 +213,11 @@ def test_derivatives_of_gradients_are_refused() -> None:
         torch.autograd.grad(states, (func.net[0].weight,), cotangents, is_grads_batched=True)
 
 
-def refused(match: str, error: type[Exception] = ValueError, **keywords: Any) -> None:
+def refused(match: str, error: type[Exception] = ValueError, t: Tensor = INSIDE, **keywords: Any) -> None:
     options = {**REGULAR, **keywords.pop("options", {})}
     given: dict[str, Any] = {"method": "ab2", "compile": TRACED, **keywords}
     with pytest.raises(error, match=match), compiling(0):
-        torchdiffeq_lmm.odeint(Field(), start(), INSIDE, options=options, **given)
+        torchdiffeq_lmm.odeint(Field(), start(), t, options=options, **given)
 
 
 def _autocast() -> None:
@@ -226,7 +226,7 @@ def _autocast() -> None:
 
 
 def _event() -> None:
-    refused("compile must not be given where event_fn is", event_fn=lambda t, y: t - 0.5, options={})
+    refused("compile must not be given where event_fn is", t=INSIDE[:2], event_fn=lambda t, y: t - 0.5)
 
 
 def _adjoint() -> None:
@@ -237,8 +237,10 @@ def _adjoint() -> None:
 
 
 def _transform() -> None:
+    func = Field()
+
     def end(y0: Tensor) -> Tensor:
-        return torchdiffeq_lmm.odeint(Field(), y0, INSIDE, method="ab2", options=REGULAR, compile=TRACED).sum()
+        return torchdiffeq_lmm.odeint(func, y0, INSIDE, method="ab2", options=REGULAR, compile=TRACED).sum()
 
     with pytest.raises(RuntimeError, match="compile does not support torch.func transforms"):
         torch.func.grad(end)(start())

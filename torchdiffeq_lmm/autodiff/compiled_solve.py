@@ -74,7 +74,7 @@ class CompiledSolve:
         of_numbers: list[tuple[Tensor, ...]] = []
         adjoints = self._adjoints()
         unseen = _once(lambda scheduled: like.new_zeros(scheduled.block.pattern.steps, *like.shape))
-        end, of_observed = len(seen), seen.flatten(1)
+        end, of_observed = len(seen), seen.reshape(len(seen), -1)
         for scheduled, window, given in reversed(list(zip(self.schedule.blocks, windows, numbers, strict=True))):
             if scheduled.sees_end:
                 end -= 1

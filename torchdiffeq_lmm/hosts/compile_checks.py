@@ -26,7 +26,7 @@ def check_compile(method: Method, hosted: HostedFunction, backward: object, jump
     """Raise an error where a solve cannot be compiled.
 
     Raises:
-        RuntimeError: PyTorch is too old.
+        RuntimeError: PyTorch is too old, or a transform of torch.func is on.
         ValueError: another option does not go with it.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -35,6 +35,8 @@ def check_compile(method: Method, hosted: HostedFunction, backward: object, jump
             f"compile needs PyTorch {'.'.join(map(str, _OLDEST))} or newer, got {torch.__version__}; install that, or "
             f"solve without compile"
         )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError("compile does not support torch.func transforms of a solve; solve without compile")
     if method.is_implicit:
         raise ValueError(
             f"compile is for explicit methods, got method {method.name!r}: how many iterations an implicit step takes "
@@ -66,15 +68,13 @@ def check_compiled_solve(
     """Raise an error where what is around a solve does not go with compiled blocks.
 
     Raises:
-        RuntimeError: autocast, a transform of torch.func or forward mode is on.
+        RuntimeError: autocast or forward mode is on.
         ValueError: outputs inside steps are cubic, with a filter; or func is distributed.
     """
     if torch.is_autocast_enabled(y0.device.type):
         raise RuntimeError(
             "compile does not support autocast around a solve; put autocast inside func, or solve without compile"
         )
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError("compile does not support torch.func transforms of a solve; solve without compile")
     refuse_tangents(y0)
     if isinstance(hosted.call, torch.nn.Module) and any(
         isinstance(part, torch.nn.parallel.DistributedDataParallel) for part in hosted.call.modules()
