@@ -72,9 +72,9 @@ class CapturedFunc:
         inputs: list[Any] = []
         for role in self._roles:
             if role == "time":
-                inputs.append(time)
+                inputs.append(_not_scalar(time))
             elif role == "state":
-                inputs.append(x)
+                inputs.append(_not_scalar(x))
             elif isinstance(role, tuple):
                 inputs.append(x.shape[role[0]])
             else:
@@ -129,12 +129,12 @@ class FuncCapture:
         import torch._dynamo as dynamo
 
         # Tensors that nobody else has.
-        time, state = self._given = time.detach(), state
+        given = self._given = _not_scalar(time.detach()), _not_scalar(state)
         try:
             with dynamo.config.patch(
                 capture_scalar_outputs=False, automatic_dynamic_shapes=False, specialize_float=True
             ):
-                self._ask(func.call, func.shapes, func.reversed, time, state)
+                self._ask(func.call, func.shapes, func.reversed, state.ndim == 0, *given)
         except dynamo.exc.TorchDynamoException as error:
             raise RuntimeError(f"compile cannot trace func. {_reason(error)}\n{_ADVICE}") from error
         found = self._found
@@ -179,10 +179,21 @@ class _RefusedError(RuntimeError):
     """func can be captured, but not used."""
 
 
+def _not_scalar(tensor: Tensor) -> Tensor:
+    # The value of an input of no dimension would become a constant where func reads it.
+    return tensor if tensor.ndim else tensor.reshape(1)
+
+
 def _slope_of(
-    call: Callable[..., Any], shapes: tuple[torch.Size, ...] | None, is_reversed: bool, time: Tensor, x: Tensor
+    call: Callable[..., Any],
+    shapes: tuple[torch.Size, ...] | None,
+    is_reversed: bool,
+    is_scalar: bool,
+    times: Tensor,
+    x: Tensor,
 ) -> Tensor:
-    """As `VectorField.__call__`, without its checks and its count."""
+    """As `VectorField.__call__`, without its checks and its count; see `_not_scalar`."""
+    time, x = times[0], x[0] if is_scalar else x
     if shapes is None:
         slope = call(time, x)
     else:
