@@ -68,7 +68,7 @@ def test_what_changes_in_python_is_noticed() -> None:
             self.rate = nn.Parameter(torch.ones((), dtype=torch.float64))
             self.scale = 1.0
 
-        def forward(self, t: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
             return -self.rate * (self.scale if self.training else 0.1) * y
 
     func = Scaled()
@@ -103,7 +103,7 @@ def test_adjoint_params_name_whose_gradients_are_wanted() -> None:
         torchdiffeq_lmm.odeint(func, y0, INSIDE, adjoint_params=bias, **keywords)
 
 
-def branches(t: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+def branches(t: Tensor, y: Tensor) -> Tensor:
     if y.sum() > 0:
         return y
     return -y
@@ -130,13 +130,13 @@ class Layers(nn.Module):
 class Counter(nn.Module):
     calls = 0
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
         self.calls += 1
         return y
 
 
 class Storing(nn.Module):
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
         self.latest = 2 * y
         return y
 
@@ -146,7 +146,7 @@ class Updating(nn.Module):
         super().__init__()
         self.register_buffer("total", torch.zeros((), dtype=torch.float64))
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
         self.total.add_(y.sum())
         return y
 
@@ -157,7 +157,7 @@ class Normalising(nn.Module):
         self.register_buffer("mean", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("var", torch.ones(2, dtype=torch.float64))
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
         return nn.functional.batch_norm(y, self.mean, self.var, training=True)
 
 
@@ -177,7 +177,7 @@ class Normalising(nn.Module):
     ids=lambda given: getattr(given, "__name__", None) or type(given).__name__,
 )
 def test_a_func_that_cannot_be_compiled_is_an_error_that_says_why_and_where(func: Any, message: str) -> None:
-    call = (lambda t, y: func(y)) if isinstance(func, nn.Dropout) else func  # noqa: ARG005
+    call = (lambda t, y: func(y)) if isinstance(func, nn.Dropout) else func
     with pytest.raises(RuntimeError, match=message), compiling(0):
         torchdiffeq_lmm.odeint(call, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
 
@@ -190,8 +190,17 @@ def test_what_func_returns_is_checked() -> None:
             INSIDE,
             method="ab2",
             options=REGULAR,
-            compile=TRACED,  # noqa: ARG005
+            compile=TRACED,
         )
+
+
+def test_errors_of_func_are_its_own() -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return y @ torch.ones(3, 3, dtype=torch.float64)
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as raised, compiling(0):
+        torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
+    assert "compile" not in str(raised.value)
 
 
 def test_a_parameter_changed_in_place_before_the_backward_pass_is_an_error() -> None:
@@ -269,6 +278,6 @@ def test_what_it_is_not_for_is_refused_before_any_work(refusal: Callable[[], Non
 
 def test_a_callback_is_refused() -> None:
     func = Field()
-    func.callback_step = lambda t, y, dt: None  # type: ignore[assignment]  # noqa: ARG005
+    func.callback_step = lambda t, y, dt: None  # type: ignore[assignment]
     with pytest.raises(ValueError, match="callback_step"):
         torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)

@@ -1,6 +1,7 @@
 """Compiled solves: the values and gradients of eager ones, and of a reference; by the backend without machine code."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def test_states_and_gradients_converge_to_the_closed_form(method: str, order: in
             super().__init__()
             self.rate = nn.Parameter(torch.tensor(-0.7, dtype=torch.float64))
 
-        def forward(self, t: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
             return self.rate * y
 
     func, errors = Decay(), []
@@ -74,7 +75,7 @@ def test_states_and_gradients_converge_to_the_closed_form(method: str, order: in
         (grad,) = torch.autograd.grad(end, (func.rate,))
         # Both are e^{-0.7}.
         errors.append(max(abs(float(found.detach()) - math.exp(-0.7)) for found in (end, grad)))
-    measured = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+    measured = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert all(abs(found - order) < 0.2 for found in measured), measured
 
 
@@ -115,7 +116,7 @@ class Pair(nn.Module):
         super().__init__()
         self.rate = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
 
-    def forward(self, t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def forward(self, t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         position, speed = y
         return speed.expand_as(position) * self.rate, -position.sum(-1, keepdim=True)
 

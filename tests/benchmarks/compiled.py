@@ -93,7 +93,7 @@ class FieldModule(nn.Module):
 
 
 def run_case(case: Case, rounds: int) -> dict[str, Any]:
-    """The first call, and all ratios."""
+    """The first call, and all ratios; of no rounds the former alone."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     peers: dict[str, Callable[[], object]] = {}
@@ -102,7 +102,7 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
         y0, horizon = torch.randn(case.batch, case.width), 1.0
         weights = [weight.detach().numpy() for weight in func.parameters()]
 
-        def field(xp: Any, y: Any, p: Any) -> Any:  # noqa: ARG001
+        def field(xp: Any, y: Any, p: Any) -> Any:
             shapes = [weight.shape for weight in weights]
             parts = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
             w1, b1, w2, b2 = (p[a:b].reshape(s) for a, b, s in zip(parts, parts[1:], shapes, strict=False))
@@ -139,6 +139,8 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
     begin = time.perf_counter()
     training_step(compile=True)()
     first = time.perf_counter() - begin
+    if not rounds:
+        return {"first call, s": first}
     contestants: dict[str, Callable[[], object]] = {
         "eager": training_step(),
         "eager, filtered": training_step(grad_filter="auto"),
@@ -152,7 +154,9 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
     if case.problem != "network":
         exact = np.stack(
             [
-                solve_ivp(lambda t, y: field(np, y, flat), (0, horizon), begin, "DOP853", rtol=1e-13, atol=1e-14).y[:, -1]
+                solve_ivp(lambda t, y: field(np, y, flat), (0, horizon), begin, "DOP853", rtol=1e-13, atol=1e-14).y[
+                    :, -1
+                ]
                 for begin in y0.numpy()
             ]
         )
@@ -205,7 +209,7 @@ def _equally_accurate(
     return None
 
 
-def measure(*, quick: bool, long: bool) -> dict[str, Any]:  # noqa: ARG001
+def measure(*, quick: bool, long: bool) -> dict[str, Any]:
     """Every case; in haste the first alone, with fewer rounds."""
     results: dict[str, Any] = {"cases": {}, "absent": {}}
     for number, case in enumerate(CASES[: 1 if quick else None]):
@@ -213,7 +217,7 @@ def measure(*, quick: bool, long: bool) -> dict[str, Any]:  # noqa: ARG001
             environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
             command = [sys.executable, str(Path(__file__)), str(number), "--rounds", "3" if quick else "15"]
             found = []
-            for again in (command, [*command, "--first"]):
+            for again in (command, [*command[:3], "--rounds", "0"]):
                 try:
                     done = subprocess.run(
                         again, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=False
@@ -259,10 +263,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Time one case and print it as JSON.")
     parser.add_argument("case", type=int)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--first", action="store_true", help="no more than the first call, against the eager solve")
     given = parser.parse_args()
-    if given.first:
-        chosen = CASES[given.case]
-        print(json.dumps(run_case(chosen, 1)))
-    else:
-        print(json.dumps(run_case(CASES[given.case], given.rounds)))
+    print(json.dumps(run_case(CASES[given.case], given.rounds)))

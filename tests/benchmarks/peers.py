@@ -204,7 +204,7 @@ def diffrax_gradient(
     accuracy: float,
     forward: bool = False,
 ) -> Callable[[], Any]:
-    """Forward and backward through a solver of diffrax, jitted, with its default adjoint: of the mean square at the end.
+    """The gradient of the mean square at the end through a solver of diffrax, jitted, with its default adjoint.
 
     Args:
         field: ``field(xp, y, p)``.
@@ -220,7 +220,7 @@ def diffrax_gradient(
     """
     made: list[Callable[[], Any]] = []
 
-    def run() -> Any:  # noqa: ANN401
+    def run() -> Any:
         if not made:
             made.append(_jitted_gradient(field, parameters, start, horizon, solver, accuracy, forward))
         return made[0]()
@@ -245,7 +245,7 @@ def _jitted_gradient(
     else:
         controller, steps, first = diffrax.PIDController(rtol=accuracy, atol=accuracy), 4096, None
 
-    def end(inputs: Any) -> Any:  # noqa: ANN401
+    def end(inputs: Any) -> Any:
         p, y0 = inputs
         term = diffrax.ODETerm(lambda t, y, p: field(jnp, y, p))
         method = getattr(diffrax, solver)()
@@ -253,7 +253,7 @@ def _jitted_gradient(
             term, method, 0.0, horizon, first, y0, args=p, stepsize_controller=controller, max_steps=steps
         ).ys[-1]
 
-    def loss(inputs: Any) -> Any:  # noqa: ANN401
+    def loss(inputs: Any) -> Any:
         found = end(inputs)
         return jnp.square(found).mean(), found
 

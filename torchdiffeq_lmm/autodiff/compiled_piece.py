@@ -107,12 +107,19 @@ class CompiledPieceSolver:
     def _dependencies(self, time: Tensor, y0: Tensor) -> Dependencies:
         capture = capture_of(self.hosted.call)
         captures = capture.captures
-        found = capture.dependencies(self.hosted, time, y0, self.settings.dynamic)
+        try:
+            found = capture.dependencies(self.hosted, time, y0, self.settings.dynamic)
+        except RuntimeError:
+            self._check_func(time, y0)
+            raise
         if capture.captures > captures:
-            # For the errors that func and its values may have.
-            with torch.no_grad():
-                self.vector_field(time, y0.detach())
+            self._check_func(time, y0)
         return found
+
+    def _check_func(self, time: Tensor, y0: Tensor) -> None:
+        """Raise the errors that func and its values may have in an eager solve, too."""
+        with torch.no_grad():
+            self.vector_field(time, y0.detach())
 
     def _wanted(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
         """The numbers of the tensors whose gradients are wanted."""
