@@ -199,3 +199,31 @@ def test_the_length_of_a_block_does_not_matter() -> None:
         assert_same(
             solved(func, start(), INSIDE, "ab3", options=REGULAR, grad_filter="auto", compile=settings), expected
         )
+
+
+def test_layouts_and_conjugates_of_states_and_parameters() -> None:
+    # Slopes come out transposed, y0 is conjugated by a mark alone.
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = nn.Parameter(torch.randn(3, 3, dtype=torch.complex128).t())
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return (self.weight @ y.t()).t() * t
+
+    func, found = Transposed(), []
+    y0 = (start(3).reshape(2, 3) * (1 + 2j)).requires_grad_()
+    for compile in (None, TRACED):  # noqa: A001
+        states = torchdiffeq_lmm.odeint(func, y0.conj(), INSIDE, method="ab2", options=REGULAR, compile=compile)
+        found.append([states.detach(), *torch.autograd.grad((states * states.conj()).real.sum(), (y0, func.weight))])
+    assert_same(found[1], found[0])
+
+
+def test_one_graph_for_states_of_several_shapes() -> None:
+    def ends(y0: Tensor, **keywords: Any) -> Tensor:
+        return torchdiffeq_lmm.odeint(lambda t, y: -t * y, y0, INSIDE, method="ab2", options=REGULAR, **keywords)
+
+    for shape in ((2, 3), (4, 3), (5, 3), (2, 2), (4, 2), (6, 2), (4,), (6,), ()):
+        y0 = torch.ones(shape, dtype=torch.float64)
+        torch.testing.assert_close(ends(y0, compile=TRACED), ends(y0), rtol=1e-12, atol=0)

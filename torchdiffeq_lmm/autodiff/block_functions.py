@@ -129,7 +129,7 @@ def forward_block(
         tensors: what f depends on.
     """
     marched = _marched(slope, pattern, window, numbers, tensors)
-    return marched.window, torch.stack(marched.nodes)
+    return _dense(marched.window), torch.stack(marched.nodes)
 
 
 def adjoint_block(
@@ -169,8 +169,9 @@ def adjoint_block(
             grads = _filtered(
                 slope, pattern, numbers, leaves, wanted, marched.arguments, nodes, later, cotangents.seen, filters
             )
-        sums = tuple(total + grad for total, grad in zip(cotangents.sums, grads, strict=True))
-    return AdjointValues(tuple(of_window), sums, tuple(of_numbers), tuple(later[: len(cotangents.later)]))
+        sums = tuple(_strided_as(total + grad, total) for total, grad in zip(cotangents.sums, grads, strict=True))
+    later = later[: len(cotangents.later)]
+    return AdjointValues(_dense(of_window), sums, tuple(of_numbers), _dense(later))
 
 
 def _marched(
@@ -193,12 +194,8 @@ def _marched(
         if is_node:
             nodes.append(state)
     ends = pattern.ends
-    window = (
-        history.x,
-        *_filled(history.increments, ends.increments, x),
-        *_filled(history.slopes, ends.slopes, x),
-    )
-    return _Marched(window, nodes[:-1], made, arguments)
+    past = [*_filled(history.increments, ends.increments, x), *_filled(history.slopes, ends.slopes, x)]
+    return _Marched((history.x, *past), nodes[:-1], made, arguments)
 
 
 def _filtered(
@@ -261,6 +258,15 @@ def _leaves(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _filled(tensors: Sequence[Tensor], count: int, like: Tensor) -> list[Tensor]:
     return [*tensors[:count], *(torch.zeros_like(like) for _ in range(count - len(tensors)))]
+
+
+def _dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    # What is compiled takes its inputs for what they were when it was traced, and does not look.
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
+def _strided_as(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
 def _no_equation(*_: object) -> tuple[Tensor, Tensor]:

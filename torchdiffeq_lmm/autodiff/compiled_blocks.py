@@ -56,7 +56,7 @@ class CompiledBlocks:
         self._func = dependencies.func
         self._settings = settings
         self._like = Shapes(x.detach(), time.detach(), dependencies.tensors)
-        self._key = (settings.key, () if self._func.is_dynamic else x.shape, x.dtype, x.device)
+        self._key = (settings.key, x.shape[1:] if self._func.is_dynamic else x.shape, x.dtype, x.device)
 
     def forward(self, pattern: Pattern) -> Callable[..., tuple[tuple[Tensor, ...], Tensor]]:
         """`forward_block`, without the func and the pattern."""
@@ -172,7 +172,7 @@ class _Fakes:
             static = [DimDynamic.STATIC] * (like.x.ndim - 1)
             context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, *static])
         self._x = self._mode.from_tensor(
-            like.x.contiguous(),
+            torch.empty_like(like.x, memory_format=torch.contiguous_format),
             static_shapes=None if is_dynamic else True,
             symbolic_context=context,
             source=ConstantSource("x"),

@@ -109,6 +109,8 @@ def solve_compiled(
         weights, times: of all rows, where they have a gradient.
         tensors: what func depends on.
     """
+    # Of marks of conjugation compiled functions know nothing.
+    y0, *tensors = (given.resolve_conj().resolve_neg() for given in (y0, *tensors))
     needs_graph = y0.requires_grad or solve.wanted or solve.differentiate_times
     if not (torch.is_grad_enabled() and needs_graph):
         with torch.no_grad():
@@ -159,7 +161,9 @@ class _CompiledSolve(torch.autograd.Function):
             )
         solve, tensors, rest = ctx.solve, saved[1 : ctx.count], iter(saved[ctx.count :])
         windows = [tuple(next(rest) for _ in range(size)) for size in ctx.sizes]
-        of_y0, of_numbers, sums = solve.backward(seen.contiguous(), windows, ctx.numbers, tensors)
+        of_y0, of_numbers, sums = solve.backward(
+            seen.resolve_conj().resolve_neg().contiguous(), windows, ctx.numbers, tensors
+        )
         of_weights = of_times = None
         if solve.differentiate_times:
             weights_shape, weights_device, times_shape = ctx.like

@@ -141,9 +141,12 @@ class FuncCapture:
         del self._given, self._found
         return found
 
-    def _capture(self, graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:  # noqa: ARG002
+    def _capture(self, graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
         """See the backends of `torch.compile`."""
         self.captures += 1
+        for given in inputs:
+            if isinstance(given, Tensor) and given.layout != torch.strided:
+                raise _RefusedError(f"It depends on a tensor of layout {given.layout}: use a dense one.")
         *placeholders, results = [node for node in graph.graph.nodes if node.op in ("placeholder", "output")]
         if len(results.args[0]) != 1:
             raise _RefusedError(
