@@ -79,6 +79,25 @@ def test_what_changes_in_python_is_noticed() -> None:
         assert_same(compiled, solved(func, start(), INSIDE, "ab2", options=REGULAR))
 
 
+def test_a_func_that_is_another_one_again_and_again_is_an_error() -> None:
+    class Numbered(nn.Module):
+        number = 0
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return self.number * t * y
+
+    func = Numbered()
+
+    def solve(number: int) -> None:
+        func.number = number
+        torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab1", options=REGULAR, compile=TRACED)
+
+    for number in range(2, 10):
+        solve(number)
+    with pytest.raises(RuntimeError, match="trace one func in more than 8 ways"):
+        solve(10)
+
+
 def test_nothing_is_held_once_func_is_gone() -> None:
     func = Field()
     solved(func, start(), INSIDE, "ab2", options=REGULAR, compile=TRACED)

@@ -13,11 +13,13 @@ from tests.compiled import EXPLICIT, INSIDE, REGULAR, TRACED, UNEQUAL, Field, as
 from tests.methods import slow_but
 from torchdiffeq_lmm import Compile, CostateFilter
 
-FILTERS: dict[str, Any] = {"plain": None, "auto": "auto", "trapezoid": CostateFilter("trapezoid")}
+FILTERS = (None, "auto", CostateFilter("trapezoid"))
 
 
-@pytest.mark.parametrize("grad_filter", FILTERS.values(), ids=FILTERS)
-@pytest.mark.parametrize("method", slow_but(("leapfrog", "ab3"), EXPLICIT))
+@pytest.mark.parametrize(
+    ("method", "grad_filter"),
+    slow_but((("leapfrog", "auto"), ("ab3", None)), ((name, given) for name in EXPLICIT for given in FILTERS)),
+)
 def test_values_and_gradients_are_those_of_an_eager_solve(method: str, grad_filter: Any) -> None:
     func = Field()
     for t, options in ((INSIDE, REGULAR), (UNEQUAL, None), (INSIDE.flip(0), {"step_size": 0.033})):
@@ -36,8 +38,12 @@ def test_filtered_two_stage_methods(method: str) -> None:
         assert_same(compiled, solved(func, start(), t, method, **keywords))
 
 
-@pytest.mark.parametrize("method", slow_but(("ab2",), ("ab2", "leapfrog", "ab4", "abm3")))
-@pytest.mark.parametrize("grad_filter", [None, "auto"])
+@pytest.mark.parametrize(
+    ("method", "grad_filter"),
+    slow_but(
+        (("ab2", "auto"),), ((name, given) for name in ("ab2", "leapfrog", "ab4", "abm3") for given in (None, "auto"))
+    ),
+)
 def test_gradients_of_times(method: str, grad_filter: Any) -> None:
     func, t = Field(), UNEQUAL.clone().requires_grad_()
     compiled = solved(func, start(), t, method, compile=TRACED, grad_filter=grad_filter)
@@ -55,7 +61,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(solve, (y0, t, rate))
 
 
-@pytest.mark.parametrize(("method", "order"), [("leapfrog", 2), ("ab3", 3)])
+@pytest.mark.parametrize(("method", "order"), slow_but((("leapfrog", 2),), (("leapfrog", 2), ("ab3", 3))))
 def test_states_and_gradients_converge_to_the_closed_form(method: str, order: int) -> None:
     class Decay(nn.Module):
         def __init__(self) -> None:
@@ -121,7 +127,7 @@ class Pair(nn.Module):
         return speed.expand_as(position) * self.rate, -position.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("sign", slow_but((-1.0,), (1.0, -1.0)))
 def test_a_tuple_of_tensors(sign: float) -> None:
     func, t = Pair(), sign * INSIDE
     found = []
@@ -133,6 +139,7 @@ def test_a_tuple_of_tensors(sign: float) -> None:
     assert_same([part.detach() for part in found[1]], [part.detach() for part in found[0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keywords",
     [
@@ -149,6 +156,7 @@ def test_other_outputs_and_grids(keywords: dict[str, Any]) -> None:
     assert_same(compiled, solved(func, start(), INSIDE, **keywords))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     class Turn(nn.Module):
@@ -191,6 +199,7 @@ def test_rows_that_fill_up_a_block_do_not_evaluate_func_beyond_the_end() -> None
     assert math.isfinite(float(grad))
 
 
+@pytest.mark.slow
 def test_the_length_of_a_block_does_not_matter() -> None:
     func = Field()
     expected = solved(func, start(), INSIDE, "ab3", options=REGULAR, grad_filter="auto")

@@ -1,6 +1,7 @@
 """Blocks of a captured func, traced and compiled once: then they serve for any steps, times, values and batch sizes."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ class CompiledBlocks:
         self._func = dependencies.func
         self._settings = settings
         self._like = Shapes(x.detach(), time.detach(), dependencies.tensors)
+        self._batch = len(x) if self._func.is_dynamic else 0
         self._key = (settings.key, x.shape[1:] if self._func.is_dynamic else x.shape, x.dtype, x.device)
 
     def forward(self, pattern: Pattern) -> Callable[..., tuple[tuple[Tensor, ...], Tensor]]:
@@ -96,18 +98,50 @@ class CompiledBlocks:
 
         return call
 
-    def _made(self, key: object, traced: Callable[[], tuple[torch.fx.GraphModule, list[Any]]]) -> Traced:
+    def _made(self, key: object, traced: Callable[[], "_TracedBlock"]) -> Traced:
         global compilations
         made = self._func.made
         if (self._key, key) not in made:
             with torch.no_grad():
-                made[self._key, key] = self._settings.compiled(*traced())
+                block = traced()
+                made[self._key, key] = self._settings.compiled(block.graph, block.inputs), block
             compilations += 1
-        found: Traced = made[self._key, key]
+        found: Traced
+        found, block = made[self._key, key]
+        block.check(self._batch)
         return found
 
 
-def _forward(func: CapturedFunc, pattern: Pattern, like: Shapes) -> tuple[torch.fx.GraphModule, list[Any]]:
+@dataclass(frozen=True)
+class _TracedBlock:
+    """A block that has been traced.
+
+    Attributes:
+        graph: of it.
+        inputs: those that it was traced with.
+        shapes: what was taken for granted of symbols.
+        batch: the symbol of the first dimension of a state; None where it is a number.
+    """
+
+    graph: torch.fx.GraphModule
+    inputs: list[Any]
+    shapes: ShapeEnv
+    batch: Any
+
+    def check(self, size: int) -> None:
+        """Raise a RuntimeError where it was not traced for a size of the batch."""
+        if self.batch is None:
+            return
+        wanted = [guard.expr.subs({self.batch: size}) for guard in self.shapes.guards]
+        fixed = self.shapes.replacements.get(self.batch, size)
+        if not all(wanted) or fixed != size:
+            raise RuntimeError(
+                f"compile has made a function for batch sizes with {[str(g.expr) for g in self.shapes.guards]}, "
+                f"got one of {size}, for func, or Inductor, takes sizes for special; give Compile(dynamic=False)"
+            )
+
+
+def _forward(func: CapturedFunc, pattern: Pattern, like: Shapes) -> _TracedBlock:
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
         window, numbers, tensors = _parts(flat, (1 + sum(pattern.begins), 3))
         end, nodes = forward_block(func, pattern, window, BlockNumbers(*numbers), tensors)
@@ -117,9 +151,7 @@ def _forward(func: CapturedFunc, pattern: Pattern, like: Shapes) -> tuple[torch.
     return fakes.traced(run, [*fakes.window(pattern.begins), *fakes.numbers(pattern), *fakes.tensors])
 
 
-def _adjoint(
-    func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shapes
-) -> tuple[torch.fx.GraphModule, list[Any]]:
+def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shapes) -> _TracedBlock:
     sizes = (1 + sum(pattern.begins), 3, len(like.tensors), 1 + sum(pattern.ends), 1, len(kind.wanted), kind.later)
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
@@ -166,7 +198,8 @@ class _Fakes:
     def __init__(self, like: Shapes, is_dynamic: bool) -> None:
         from torch._dynamo.source import ConstantSource
 
-        self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self._shapes = ShapeEnv()
+        self._mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
         context: StatelessSymbolicContext[Any, Any] | None = None
         if is_dynamic:
             static = [DimDynamic.STATIC] * (like.x.ndim - 1)
@@ -206,7 +239,7 @@ class _Fakes:
             self.empty(rows, dtype=torch.bool),
         )
 
-    def traced(self, run: Callable[..., Any], inputs: list[Any]) -> tuple[torch.fx.GraphModule, list[Any]]:
+    def traced(self, run: Callable[..., Any], inputs: list[Any]) -> _TracedBlock:
         try:
             with self._mode:
                 graph = make_fx(run, decomposition_table=SMALL_PRODUCTS)(*inputs)
@@ -215,7 +248,8 @@ class _Fakes:
                 f"compile cannot trace func and its derivative, {type(error).__name__}: {error}. Solve without compile"
             ) from error
         _check(graph)
-        return graph, inputs
+        size = self._x.shape[0] if self._x.ndim else 0
+        return _TracedBlock(graph, inputs, self._shapes, size.node.expr if isinstance(size, torch.SymInt) else None)
 
 
 def _check(graph: torch.fx.GraphModule) -> None:

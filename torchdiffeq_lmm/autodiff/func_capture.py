@@ -135,6 +135,12 @@ class FuncCapture:
                 capture_scalar_outputs=False, automatic_dynamic_shapes=False, specialize_float=True
             ):
                 self._ask(func.call, func.shapes, func.reversed, state.ndim == 0, *given)
+        except dynamo.exc.FailOnRecompileLimitHit as error:
+            raise RuntimeError(
+                f"compile has been asked to trace one func in more than {dynamo.config.recompile_limit} ways, for "
+                f"other shapes, modes, or values of attributes that it takes from Python; let those be tensors, or "
+                f"raise torch._dynamo.config.recompile_limit, or solve without compile"
+            ) from error
         except dynamo.exc.TorchDynamoException as error:
             raise RuntimeError(f"compile cannot trace func. {_reason(error)}\n{_ADVICE}") from error
         found = self._found
