@@ -32,12 +32,11 @@ def test_one_compilation_serves_all_batch_sizes_from_the_second_on() -> None:
         assert_same(compiled, solved(func, start(batch), INSIDE, "leapfrog", options=REGULAR))
 
 
-def test_a_missing_compiler_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_an_error_that_says_so() -> None:
     import torch._inductor.config as config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(config, "force_disable_caches", True)
-    with pytest.raises(RuntimeError, match=r"compile failed in Inductor(?s:.*)C\+\+ compiler"):
+    patched = config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False})
+    with patched, pytest.raises(RuntimeError, match=r"compile failed in Inductor(?s:.*)C\+\+ compiler"):
         torchdiffeq_lmm.odeint(lambda t, y: y.sin() * t, start(), INSIDE, method="ab1", options=REGULAR, compile=SHORT)
 
 
