@@ -6,6 +6,7 @@ and ``"bdf"`` and ``"adams"``, which choose their steps.
 """
 
 from .autodiff.checkpoints import Checkpoint
+from .autodiff.compile_settings import Compile
 from .autodiff.reversal import DriftError, Reversible
 from .filters.grad_filter import CostateFilter, LeapfrogFilter, SmoothFilter
 from .filters.stack_filter import filter_gradient, register_grad_filter
@@ -19,6 +20,7 @@ from .schemes.method_info import MethodInfo
 
 __all__ = [
     "Checkpoint",
+    "Compile",
     "CostateFilter",
     "DriftError",
     "GridParameter",

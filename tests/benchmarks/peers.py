@@ -193,3 +193,72 @@ def _diffrax() -> tuple[Any, Any, Any]:
 
     jax.config.update("jax_enable_x64", True)
     return diffrax, jax, jax.numpy
+
+
+def diffrax_gradient(
+    field: Callable[[Any, Any, Any], Any],
+    parameters: Any,
+    start: Any,
+    horizon: float,
+    solver: str,
+    accuracy: float,
+    forward: bool = False,
+) -> Callable[[], Any]:
+    """The gradient of the mean square at the end through a solver of diffrax, jitted, with its default adjoint.
+
+    Args:
+        field: ``field(xp, y, p)``.
+        parameters: p, of shape (P,).
+        start: y(0), in the dtype of the solve.
+        horizon: the end.
+        solver: "LeapfrogMidpoint", with so many steps, or the name of an adaptive one, with a tolerance.
+        accuracy: the number of steps, or rtol and atol.
+        forward: whether only the end is asked for.
+
+    Returns:
+        What makes the gradient with respect to parameters and y(0), and the final state, once they are there.
+    """
+    made: list[Callable[[], Any]] = []
+
+    def run() -> Any:
+        if not made:
+            made.append(_jitted_gradient(field, parameters, start, horizon, solver, accuracy, forward))
+        return made[0]()
+
+    return run
+
+
+def _jitted_gradient(
+    field: Callable[[Any, Any, Any], Any],
+    parameters: Any,
+    start: Any,
+    horizon: float,
+    solver: str,
+    accuracy: float,
+    forward: bool,
+) -> Callable[[], Any]:
+    diffrax, jax, jnp = _diffrax()
+    p, y0 = jnp.asarray(parameters), jnp.asarray(start)
+    if solver == "LeapfrogMidpoint":
+        times = jnp.linspace(0, horizon, int(accuracy) + 1, dtype=y0.dtype)
+        controller, steps, first = diffrax.StepTo(times), int(accuracy), None
+    else:
+        controller, steps, first = diffrax.PIDController(rtol=accuracy, atol=accuracy), 4096, None
+
+    def end(inputs: Any) -> Any:
+        p, y0 = inputs
+        term = diffrax.ODETerm(lambda t, y, p: field(jnp, y, p))
+        method = getattr(diffrax, solver)()
+        return diffrax.diffeqsolve(
+            term, method, 0.0, horizon, first, y0, args=p, stepsize_controller=controller, max_steps=steps
+        ).ys[-1]
+
+    def loss(inputs: Any) -> Any:
+        found = end(inputs)
+        return jnp.square(found).mean(), found
+
+    if forward:
+        jitted = jax.jit(end)
+        return lambda: jax.block_until_ready(jitted((p, y0)))
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return lambda: jax.block_until_ready(gradient((p, y0)))

@@ -16,6 +16,7 @@ from typing import Any
 import adaptive
 import batches
 import compilation
+import compiled
 import implicit
 import length
 import memory
@@ -32,6 +33,7 @@ PARTS: dict[str, ModuleType] = {
     "batches": batches,
     "length": length,
     "compile": compilation,
+    "compiled": compiled,
     "memory": memory,
     "precision": precision,
     "adaptive": adaptive,
@@ -68,7 +70,7 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     here, results = machine(), {}
     # Compiling one function takes longer than all the rest in haste.
-    chosen = given.only or [name for name in PARTS if not (given.quick and name == "compile")]
+    chosen = given.only or [name for name in PARTS if not (given.quick and name in ("compile", "compiled"))]
     texts = [markdown(("machine", ""), list(here.items()))]
     print(texts[0], flush=True)
     for name in chosen:

@@ -22,7 +22,7 @@ def decay(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def test_has_torchdiffeqs_keywords_and_defaults_and_grad_filter() -> None:
     ours, theirs = (inspect.signature(module.odeint).parameters for module in (torchdiffeq_lmm, torchdiffeq))
-    assert list(ours) == [*theirs, "grad_filter", "backward", "adjoint_params"]
+    assert list(ours) == [*theirs, "grad_filter", "backward", "adjoint_params", "compile"]
     for name, parameter in theirs.items():
         assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default)
     assert ours["grad_filter"].default is None

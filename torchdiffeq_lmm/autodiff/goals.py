@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,17 @@ from torchdiffeq_lmm.forward.step_source import FixedSteps, StepSource
 from torchdiffeq_lmm.schemes.weighted_sum import Weight
 
 from .piece import Slopes
+
+
+class NodeSlopes(Protocol):
+    """What of `piece.Slopes` outputs at given times use."""
+
+    @property
+    def kept(self) -> dict[int, Tensor]:
+        """See there."""
+
+    def at_end(self, node: int, state: int, x: Tensor) -> Tensor:
+        """See there."""
 
 
 class Outputs:
@@ -28,6 +39,7 @@ class Outputs:
     Attributes:
         slopes, is_reached: see `Goal`.
         nodes: those whose states the outputs are made of, and the last one.
+        states: the same, and what smoothing them takes besides.
     """
 
     def __init__(self, source: FixedSteps, placements: Sequence[Placement], rule: OutputRule, smooth: bool) -> None:
@@ -38,18 +50,24 @@ class Outputs:
         if smooth:
             wanted.add_neighbours(evaluated)
         self.slopes: Mapping[int, int] | None = {at_node[node]: node for node in wanted.slopes}
+        self.states = sorted(wanted.states)
         self._wanted = wanted
         self._trajectory = Trajectory()
         self.is_reached = None
 
-    def pass_by(self, node: int, state: int, x: Tensor, slopes: Slopes) -> None:
+    @property
+    def takes_states_alone(self) -> bool:
+        """Whether no slope is needed."""
+        return not (self._wanted.slopes or self._wanted.end_slopes)
+
+    def pass_by(self, node: int, state: int, x: Tensor, slopes: NodeSlopes) -> None:
         """See `Goal`."""
         if node in self._wanted.states:
             self._trajectory.states[node] = x
         if node in self._wanted.end_slopes:
             self._trajectory.end_slopes[node] = slopes.at_end(node, state, x)
 
-    def trajectory(self, slopes: Slopes) -> Trajectory:
+    def trajectory(self, slopes: NodeSlopes) -> Trajectory:
         """See `Goal`."""
         return Trajectory(self._trajectory.states, slopes.kept, self._trajectory.end_slopes)
 

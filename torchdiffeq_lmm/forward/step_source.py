@@ -183,6 +183,13 @@ class FixedSteps:
         rows = self.recurrence.differentiable_rows() if differentiable else self.recurrence.rows
         return march(history, rows, evaluate, solve_implicit)
 
+    def every_user_time(self) -> Tensor:
+        """What func is given for the times of all states, of shape (S,), on the device of the state."""
+        if self.user_times is not None:
+            return self.user_times
+        assert isinstance(self.user_time, _Blocks)
+        return self.user_time.all()
+
     def time_of(self, node: int) -> Tensor:
         """See `StepSource`."""
         return self.time(self.recurrence.nodes[node])
@@ -299,6 +306,10 @@ class _Blocks:
             # Cut once, for indexing a tensor costs as much as a small layer.
             self._entries = self._block.unbind()
         return self._block
+
+    def all(self) -> Tensor:
+        """All entries."""
+        return torch.cat([self.block(first) for first in range(0, len(self._numbers), self._SIZE)])
 
     def __call__(self, index: int) -> Tensor:
         rest = index % self._SIZE

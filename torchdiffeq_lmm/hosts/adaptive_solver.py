@@ -30,6 +30,7 @@ from torchdiffeq_lmm.forward.step_controller import StepControl
 from torchdiffeq_lmm.forward.tolerances import check_max_num_steps, event_tolerance
 from torchdiffeq_lmm.schemes.variable_order import VariableOrderFamily
 
+from .compile_checks import refuse_compile
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
 from .torchdiffeq_host import find_event, warn_of_unused_options
 
@@ -118,6 +119,7 @@ class AdaptiveSolver(DifferentiableSolver):
         **unused: Any,
     ) -> None:
         self._refuse_fixed(unused)
+        refuse_compile(unused.pop("compile", None), f"method {self.method.name!r}, whose steps depend on values")
         warn_of_unused_options(self, unused)
         if not callable(norm):
             raise TypeError(f"norm must be a callable that takes a state, got {norm!r}")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchdiffeq_lmm.autodiff.backward_modes import resolve_backward
 from torchdiffeq_lmm.autodiff.checkpoints import Checkpoint
+from torchdiffeq_lmm.autodiff.compile_settings import Compile, resolve_compile
 from torchdiffeq_lmm.autodiff.reversal import Reversible
 from torchdiffeq_lmm.filters.grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
 from torchdiffeq_lmm.forward.events import checked_event
@@ -20,6 +21,7 @@ SUBSTITUTES = {two_stage.substitutes: two_stage.name for two_stage in TWO_STAGE_
 
 State = Tensor | tuple[Tensor, ...]
 GradFilterLike = Literal["auto", "leapfrog", "smooth"] | CostateFilter | SmoothFilter | None
+CompileLike = bool | Compile | None
 BackwardLike = Literal["autograd", "reversible", "checkpoint"] | Reversible | Checkpoint
 
 
@@ -37,6 +39,7 @@ def odeint(
     grad_filter: GradFilterLike = ...,
     backward: BackwardLike = ...,
     adjoint_params: Iterable[Tensor] | None = ...,
+    compile: CompileLike = ...,
 ) -> Tensor: ...
 
 
@@ -54,6 +57,7 @@ def odeint(
     grad_filter: GradFilterLike = ...,
     backward: BackwardLike = ...,
     adjoint_params: Iterable[Tensor] | None = ...,
+    compile: CompileLike = ...,
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -71,6 +75,7 @@ def odeint(
     grad_filter: GradFilterLike = ...,
     backward: BackwardLike = ...,
     adjoint_params: Iterable[Tensor] | None = ...,
+    compile: CompileLike = ...,
 ) -> tuple[Tensor, State]: ...
 
 
@@ -87,6 +92,7 @@ def odeint(
     grad_filter: GradFilterLike = None,
     backward: BackwardLike = "autograd",
     adjoint_params: Iterable[Tensor] | None = None,
+    compile: CompileLike = None,  # noqa: A002
 ) -> State | tuple[Tensor, State]:
     """`torchdiffeq.odeint` with a gradient filter, and with a choice between memory and time.
 
@@ -124,6 +130,15 @@ def odeint(
         adjoint_params: with the latter four, the tensors, leaves or not, that get a gradient besides `y0` and `t`, as
             in `torchdiffeq.odeint_adjoint`; others get none. By default the parameters of func, which must be an
             nn.Module then, and which must not depend on others.
+        compile: True or a `Compile`, with an explicit method of this package and fixed steps: the solve runs in blocks
+            of steps, each compiled by Inductor with its adjoint, many times as fast where func is small. The values are
+            the same, to rounding, filtered or not. The first solve takes seconds; later ones of the same func, method,
+            dtype and shapes, whatever the steps, the times and the values, take what was compiled. The state at the
+            beginning of every block is kept and the others are made again, as by ``backward="checkpoint"``. All tensors
+            that func depends on get their gradients; `adjoint_params` may name some of them instead. func must be
+            traceable by `torch.compile` without a break, draw no random numbers and change no buffers: otherwise an
+            error says so, before the first step. Implicit and adaptive methods, events, `jump_t`, other backward modes,
+            callbacks, autocast around the solve, second derivatives and transforms of torch.func are refused.
 
     Returns:
         As `torchdiffeq.odeint`: the states at `t`, of shape (n, *y0.shape), or a tuple of such; with `event_fn` the
@@ -133,8 +148,9 @@ def odeint(
         ValueError: `grad_filter` or `backward` is unknown, is for another method, or is given here and in `options`;
             or `adjoint_params` is not given where it is needed, given where it is not, or was made in inference mode.
         TypeError: `grad_filter` is neither None, a name nor a filter; or `backward` neither a name nor a way.
-        RuntimeError: the equation of an implicit step was not solved; func draws random numbers, and `backward` is
-            "reversible"; or, in the backward pass, func is not what it was, or the drift is too large.
+        RuntimeError: func or the solve cannot be compiled; the equation of an implicit step was not solved; func draws
+            random numbers, and `backward` is "reversible"; or, in the backward pass, func is not what it was, or the
+            drift is too large.
         Others where `torchdiffeq.odeint` raises them; and, for a method of this package, TypeErrors and ValueErrors
         that name a wrong option, a wrong grid, or what func returned, before the first step.
 
@@ -160,6 +176,7 @@ def odeint(
     for option, value in (
         ("backward", backward if backward != "autograd" else None),
         ("adjoint_params", adjoint_params),
+        ("compile", compile if compile is not False else None),
     ):
         if value is None:
             continue
@@ -168,6 +185,7 @@ def odeint(
         name = method or "dopri5"
         if method not in ODE_SOLVERS:
             resolve_backward(backward)
+            resolve_compile(compile)
             raise ValueError(f"{option} is for the methods of torchdiffeq_lmm, got method {name!r}")
         options[option] = value
     return torchdiffeq.odeint(  # type: ignore[no-any-return]

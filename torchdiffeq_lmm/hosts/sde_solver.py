@@ -42,6 +42,7 @@ from torchdiffeq_lmm.schemes.methods import MultistepMethod
 from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.unrolling import start_length
 
+from .compile_checks import refuse_compile
 from .torchsde_host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class MultistepSDESolver:
             )
         self._newton = options.pop("newton", DEFAULT_NEWTON)
         check_newton(self._newton)
+        refuse_compile(options.pop("compile", None), "SDEs, which draw random numbers")
         if options:
             warn_of_unused_sde_options(name, options)
         self.grad_filter = grad_filter

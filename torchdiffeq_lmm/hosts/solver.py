@@ -1,6 +1,6 @@
 """A multistep method in the form in which torchdiffeq calls its solvers: from options and times to states."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from typing import Any, ClassVar
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from torchdiffeq_lmm.autodiff.autograd_function import stack
 from torchdiffeq_lmm.autodiff.compilation import eager
+from torchdiffeq_lmm.autodiff.compile_settings import resolve_compile
+from torchdiffeq_lmm.autodiff.compiled_piece import CompiledPieceSolver
 from torchdiffeq_lmm.autodiff.goals import Outputs, Search, UntilEvent, smoothed
 from torchdiffeq_lmm.autodiff.piece import Piece, PieceSolver
-from torchdiffeq_lmm.filters.grad_filter import SmoothFilter
+from torchdiffeq_lmm.filters.grad_filter import CostateFilter, SmoothFilter
 from torchdiffeq_lmm.forward.autograd_state import savable
 from torchdiffeq_lmm.forward.events import EventSign
 from torchdiffeq_lmm.forward.grid import (
@@ -47,6 +49,8 @@ from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 from torchdiffeq_lmm.schemes.unrolling import unroll
 
+from .compile_checks import check_compile, check_compiled_solve, resolve_compiled_params
+from .compiled_grids import PLANNED_GRIDS, PlannedGrid, grid_key
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
 from .torchdiffeq_host import MAX_EVENT_STEPS, find_event, warn_of_unused_options
 
@@ -80,6 +84,7 @@ class MultistepSolver(DifferentiableSolver):
         backward: "autograd", "reversible", "checkpoint", a `Reversible` or a `Checkpoint`: see there.
         adjoint_params: for the latter four, the tensors whose gradients are wanted besides those of y0 and t. By
             default the parameters of func, which must be a module then.
+        compile: None or False, True, or a `Compile`: see there.
         unused: rtol and atol, for implicit steps, the latter for events too; norm, which nothing uses; anything else
             is warned of.
 
@@ -121,6 +126,7 @@ class MultistepSolver(DifferentiableSolver):
         grad_filter: object = None,
         backward: object = "autograd",
         adjoint_params: Iterable[Tensor] | None = None,
+        compile: object = None,  # noqa: A002
         **unused: Any,
     ) -> None:
         unused.pop("norm", None)
@@ -135,7 +141,10 @@ class MultistepSolver(DifferentiableSolver):
         check_interpolation(interp)
         check_max_num_steps(max_num_steps)
         equations = ImplicitOptions(batch_dims, on_failure, newton, jac_sparsity, jac, preconditioner)
-        gradients = GradientOptions(grad_filter, backward, adjoint_params)
+        settings = resolve_compile(compile)
+        # Blocks find out by themselves what func depends on.
+        own_params = adjoint_params if settings is None else None
+        gradients = GradientOptions(grad_filter, backward, own_params)
         super().__init__(func, y0, tolerances, perturb, jump_t, equations, gradients)
         self.step_size = step_size
         self.grid_constructor = grid_constructor
@@ -144,6 +153,10 @@ class MultistepSolver(DifferentiableSolver):
         self.max_num_steps = max_num_steps
         self._max_event_steps = MAX_EVENT_STEPS if max_num_steps is None else max_num_steps
         self._sides = Sides(self._vector_field, perturb)
+        self._compile = settings
+        self._adjoint_params = resolve_compiled_params(adjoint_params) if settings is not None else None
+        if settings is not None:
+            check_compile(self.method, self._hosted, backward, jump_t)
         self._is_smooth = isinstance(self.grad_filter, SmoothFilter)
         left_slopes = perturb and not self.method.is_implicit
         self._rule = OutputRule(interp, left_slopes, has_straight_gradient=self._is_smooth)
@@ -171,6 +184,12 @@ class MultistepSolver(DifferentiableSolver):
         check_times(t)
         if len(t) == 1:
             return torch.stack([self.y0])
+        key = self._grid_key(t)
+        known = None if key is None else PLANNED_GRIDS.find(key)
+        if known is not None:
+            compiled = self._solver_of_grid([known.placements])
+            assert isinstance(compiled, CompiledPieceSolver)
+            return known.outputs(compiled, self.y0, self._rule)
         pieces, placements = self._grids(t)
         check_steps(sum(len(piece.steps) for piece in pieces), self.max_num_steps)
         if self._is_smooth:
@@ -182,9 +201,13 @@ class MultistepSolver(DifferentiableSolver):
         # No tensor that grows with the number of steps is held without need.
         del pieces
         x, outputs, keepers = self.y0, [], []
-        around, solver = [None, *sources, None], self._solver()
+        around, solver = [None, *sources, None], self._solver_of_grid(placements)
         for source, placed, before, after in zip(sources, placements, around, around[2:], strict=False):
             goal = Outputs(source, placed, self._rule, self._is_smooth)
+            if key is not None and isinstance(solver, CompiledPieceSolver) and goal.takes_states_alone:
+                planned = solver.planned(source, goal)
+                if planned is not None:
+                    PLANNED_GRIDS.keep(key, PlannedGrid(planned, placed, source.lengths))
             trajectory, made, keeper = solver.solve(source, x, goal, before, after)
             if self._is_smooth:
                 trajectory = smoothed(trajectory, goal.nodes, made.steps)
@@ -210,6 +233,8 @@ class MultistepSolver(DifferentiableSolver):
                 anywhere.
             RuntimeError: there is no event within torchdiffeq's limit of steps, or an implicit equation was not solved.
         """
+        if self._compile is not None:
+            raise ValueError("compile must not be given where event_fn is: how many steps there are depends on values")
         if self.step_size is None:
             raise ValueError("step_size must be given in options where event_fn is, got None")
         tolerance = event_tolerance(self.atol, self.y0)
@@ -270,6 +295,29 @@ class MultistepSolver(DifferentiableSolver):
 
     def _solver(self) -> PieceSolver:
         return self._pieces(self._max_event_steps, self._hosted.callback_step)
+
+    def _grid_key(self, t: Tensor) -> Hashable | None:
+        """What a compiled solve knows a grid by; None where it does not."""
+        if self._compile is None or self.grid_constructor is not None or self._is_smooth:
+            return None
+        of_state = self.y0.device, self._vector_field.time_dtype, self._reverse, self.perturb, self.interp
+        filtered = self.grad_filter if torch.is_grad_enabled() else None
+        return grid_key(t, self.step_size, self.method, self._compile.block, self.max_num_steps, filtered, *of_state)
+
+    def _solver_of_grid(self, placements: Sequence[Sequence[Placement]]) -> PieceSolver | CompiledPieceSolver:
+        if self._compile is None:
+            return self._solver()
+        costate_filter = self.grad_filter if isinstance(self.grad_filter, CostateFilter) else None
+        check_compiled_solve(self._hosted, self.y0, costate_filter, self._rule, placements)
+        return CompiledPieceSolver(
+            settings=self._compile,
+            hosted=self._hosted,
+            vector_field=self._vector_field,
+            method=self.method,
+            costate_filter=costate_filter,
+            adjoint_params=self._adjoint_params,
+            eager=self._solver(),
+        )
 
     def _unroll(self, steps: Tensor) -> Recurrence:
         return self.method.unroll(steps) if isinstance(self.method, TwoStageMethod) else unroll(self.method, steps)

@@ -204,7 +204,7 @@ class GridParameter(nn.Module):
 
     def _rows_at(self, m: Tensor) -> Tensor:
         # Indexing by a 0-d tensor would have its value read.
-        return self.values.index_select(0, m.reshape(-1)).reshape(*m.shape, *self.values.shape[1:])
+        return self.values.index_select(0, m.reshape(-1)).reshape((*m.shape, *self.values.shape[1:]))
 
     def _fraction(self, t: Tensor, begin: Tensor | float, length: Tensor | float) -> Tensor:
         real = self.values.real if self.values.is_complex() else self.values

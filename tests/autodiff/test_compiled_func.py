@@ -1,0 +1,302 @@
+"""What compiled solves ask of func: what they notice, what they refuse, when they compile, what they hold."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchdiffeq_lmm
+from tests.compiled import INSIDE, REGULAR, TRACED, Field, assert_same, compiling, solved, start
+
+
+def test_it_is_compiled_once_for_all_steps_times_values_and_batches() -> None:
+    func = Field()
+
+    def check(batch: int, t: Tensor, step_size: float) -> None:
+        keywords = {"options": {"step_size": step_size}}
+        compiled = solved(func, start(batch), t, "ab2", compile=TRACED, **keywords)
+        assert_same(compiled, solved(func, start(batch), t, "ab2", **keywords))
+
+    with compiling(2):
+        check(3, INSIDE, 0.05)
+    with compiling(0):
+        check(3, INSIDE, 0.017)
+        check(3, torch.tensor([0.5, 0.9], dtype=torch.float64), 0.1)
+        with torch.no_grad():
+            func.net[0].weight.mul_(1.1)
+        check(3, INSIDE, 0.05)
+    # The second size is compiled for all sizes.
+    with compiling(2):
+        check(5, INSIDE, 0.05)
+    with compiling(0):
+        check(7, INSIDE, 0.03)
+        check(4, INSIDE, 0.05)
+        check(3, INSIDE, 0.05)
+        with torch.no_grad():
+            torchdiffeq_lmm.odeint(func, start(9), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
+
+
+def test_a_function_made_anew_for_every_solve_is_compiled_once() -> None:
+    weight = torch.eye(2, dtype=torch.float64, requires_grad=True)
+
+    def ends(factor: Tensor) -> Tensor:
+        return torchdiffeq_lmm.odeint(
+            lambda t, y: (y @ factor).tanh(), start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED
+        )
+
+    with compiling(2):
+        first = ends(weight)
+    with compiling(0):
+        # Made outside, by a hypernetwork say: it gets its gradient all the same.
+        doubled = ends(2 * weight)
+    assert not torch.equal(first, doubled)
+    (grad,) = torch.autograd.grad(doubled.sum(), (weight,))
+    expected = torchdiffeq_lmm.odeint(
+        lambda t, y: (y @ (2 * weight)).tanh(), start(), INSIDE, method="ab2", options=REGULAR
+    )
+    assert_same([doubled.detach(), grad], [expected.detach(), *torch.autograd.grad(expected.sum(), (weight,))])
+
+
+def test_what_changes_in_python_is_noticed() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rate = nn.Parameter(torch.ones((), dtype=torch.float64))
+            self.scale = 1.0
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return -self.rate * (self.scale if self.training else 0.1) * y
+
+    func = Scaled()
+    for scale, training in ((1.0, True), (0.5, True), (0.5, False)):
+        func.scale = scale
+        func.train(training)
+        compiled = solved(func, start(), INSIDE, "ab2", options=REGULAR, compile=TRACED)
+        assert_same(compiled, solved(func, start(), INSIDE, "ab2", options=REGULAR))
+
+
+def test_a_func_that_is_another_one_again_and_again_is_an_error() -> None:
+    class Numbered(nn.Module):
+        number = 0
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return self.number * t * y
+
+    func = Numbered()
+
+    def solve(number: int) -> None:
+        func.number = number
+        torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab1", options=REGULAR, compile=TRACED)
+
+    for number in range(2, 10):
+        solve(number)
+    with pytest.raises(RuntimeError, match="trace one func in more than 8 ways"):
+        solve(10)
+
+
+def test_nothing_is_held_once_func_is_gone() -> None:
+    func = Field()
+    solved(func, start(), INSIDE, "ab2", options=REGULAR, compile=TRACED)
+    gone = weakref.ref(func)
+    del func
+    gc.collect()
+    assert gone() is None
+
+
+def test_adjoint_params_name_whose_gradients_are_wanted() -> None:
+    func, y0 = Field(), start()
+    keywords: dict[str, Any] = {"method": "ab2", "options": REGULAR, "compile": TRACED}
+    bias = func.net[2].bias
+    states = torchdiffeq_lmm.odeint(func, y0, INSIDE, adjoint_params=(bias,), **keywords)
+    found = torch.autograd.grad(states.sum(), (bias, func.net[0].weight), allow_unused=True)
+    expected = torchdiffeq_lmm.odeint(func, y0, INSIDE, method="ab2", options=REGULAR)
+    assert_same([found[0]], list(torch.autograd.grad(expected.sum(), (bias,))))
+    assert found[1] is None
+    with pytest.raises(ValueError, match="adjoint_params must be tensors that func itself takes"):
+        torchdiffeq_lmm.odeint(func, y0, INSIDE, adjoint_params=func.theta.rows, **keywords)
+    with pytest.raises(TypeError, match="adjoint_params must be an iterable of tensors"):
+        torchdiffeq_lmm.odeint(func, y0, INSIDE, adjoint_params=bias, **keywords)
+
+
+def branches(t: Tensor, y: Tensor) -> Tensor:
+    if y.sum() > 0:
+        return y
+    return -y
+
+
+def reads(t: Tensor, y: Tensor) -> Tensor:
+    return y * int(t.item())
+
+
+def prints(t: Tensor, y: Tensor) -> Tensor:
+    print(t)
+    return y
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2).double() for _ in range(2)])
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.layers[int(t)](y)
+
+
+class Counter(nn.Module):
+    calls = 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return y
+
+
+class Storing(nn.Module):
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.latest = 2 * y
+        return y
+
+
+class Updating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.total.add_(y.sum())
+        return y
+
+
+class Normalising(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(2, dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.batch_norm(y, self.mean, self.var, training=True)
+
+
+@pytest.mark.parametrize(
+    ("func", "message"),
+    [
+        (branches, r"Data-dependent branching.*line \d+, in branches: if y.sum\(\) > 0:"),
+        (reads, r"reads the value of a tensor, by .item\(\). In .*line \d+, in reads: return y"),
+        (prints, r"print.*line \d+, in prints: print\(t\)"),
+        (Layers(), r"line \d+, in forward: return self.layers\[int\(t\)\]\(y\)(?s:.*)GridParameter"),
+        (Counter(), "changes a Python value that it depends on"),
+        (Storing(), "stores tensors on the side"),
+        (nn.Dropout(), "draws random numbers"),
+        (Updating(), "changes a buffer"),
+        (Normalising(), "changes a buffer"),
+    ],
+    ids=lambda given: getattr(given, "__name__", None) or type(given).__name__,
+)
+def test_a_func_that_cannot_be_compiled_is_an_error_that_says_why_and_where(func: Any, message: str) -> None:
+    call = (lambda t, y: func(y)) if isinstance(func, nn.Dropout) else func
+    with pytest.raises(RuntimeError, match=message), compiling(0):
+        torchdiffeq_lmm.odeint(call, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
+
+
+def test_what_func_returns_is_checked() -> None:
+    with pytest.raises(ValueError, match="func returned a tensor of shape"), compiling(0):
+        torchdiffeq_lmm.odeint(
+            lambda t, y: y[0],
+            start(),
+            INSIDE,
+            method="ab2",
+            options=REGULAR,
+            compile=TRACED,
+        )
+
+
+def test_errors_of_func_are_its_own() -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return y @ torch.ones(3, 3, dtype=torch.float64)
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as raised, compiling(0):
+        torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
+    assert "compile" not in str(raised.value)
+
+
+def test_a_parameter_changed_in_place_before_the_backward_pass_is_an_error() -> None:
+    func = Field()
+    states = torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
+    with torch.no_grad():
+        func.net[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        states.sum().backward()
+
+
+def test_derivatives_of_gradients_are_refused() -> None:
+    func = Field()
+    states = torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
+    with pytest.raises(RuntimeError, match="compile does not support create_graph=True"):
+        torch.autograd.grad(states.sum(), (func.net[0].weight,), create_graph=True)
+    cotangents = torch.ones(2, *states.shape, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="is_grads_batched"):
+        torch.autograd.grad(states, (func.net[0].weight,), cotangents, is_grads_batched=True)
+
+
+def refused(match: str, error: type[Exception] = ValueError, t: Tensor = INSIDE, **keywords: Any) -> None:
+    options = {**REGULAR, **keywords.pop("options", {})}
+    given: dict[str, Any] = {"method": "ab2", "compile": TRACED, **keywords}
+    with pytest.raises(error, match=match), compiling(0):
+        torchdiffeq_lmm.odeint(Field(), start(), t, options=options, **given)
+
+
+def _autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        refused("compile does not support autocast around a solve", RuntimeError)
+
+
+def _event() -> None:
+    refused("compile must not be given where event_fn is", t=INSIDE[:2], event_fn=lambda t, y: t - 0.5)
+
+
+def _adjoint() -> None:
+    import torchdiffeq
+
+    with pytest.raises(ValueError, match="compile must not be given to odeint_adjoint"):
+        torchdiffeq.odeint_adjoint(Field(), start(), INSIDE, method="ab2", options={**REGULAR, "compile": True})
+
+
+def _transform() -> None:
+    func = Field()
+
+    def end(y0: Tensor) -> Tensor:
+        return torchdiffeq_lmm.odeint(func, y0, INSIDE, method="ab2", options=REGULAR, compile=TRACED).sum()
+
+    with pytest.raises(RuntimeError, match=r"compile does not support torch\.func transforms"):
+        torch.func.grad(end)(start())
+
+
+REFUSALS: dict[str, Callable[[], None]] = {
+    "implicit": lambda: refused("compile is for explicit methods, got method 'bdf2'", method="bdf2"),
+    "adaptive": lambda: refused("not for method 'adams'", method="adams", options={"step_size": None}),
+    "torchdiffeq's": lambda: refused("compile is for the methods of torchdiffeq_lmm", method="rk4"),
+    "backward": lambda: refused("backward must be 'autograd' where compile is given", backward="checkpoint"),
+    "jump_t": lambda: refused("jump_t must not be given where compile is", options={"jump_t": [0.5]}),
+    "cubic": lambda: refused("interp must be 'linear'", grad_filter="auto", options={"interp": "cubic"}),
+    "twice": lambda: refused("compile is given twice", options={"compile": True}),
+    "type": lambda: refused("compile must be True, False or a Compile, got 3", TypeError, compile=3),
+    "autocast": _autocast,
+    "event": _event,
+    "odeint_adjoint": _adjoint,
+    "torch.func": _transform,
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+def test_what_it_is_not_for_is_refused_before_any_work(refusal: Callable[[], None]) -> None:
+    refusal()
+
+
+def test_a_callback_is_refused() -> None:
+    func = Field()
+    func.callback_step = lambda t, y, dt: None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="callback_step"):
+        torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)

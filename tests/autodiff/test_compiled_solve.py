@@ -1,0 +1,238 @@
+"""Compiled solves: the values and gradients of eager ones, and of a reference; by the backend without machine code."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchdiffeq_lmm
+from tests.compiled import EXPLICIT, INSIDE, REGULAR, TRACED, UNEQUAL, Field, assert_same, solved, start
+from tests.methods import slow_but
+from torchdiffeq_lmm import Compile, CostateFilter
+
+FILTERS = (None, "auto", CostateFilter("trapezoid"))
+
+
+@pytest.mark.parametrize(
+    ("method", "grad_filter"),
+    slow_but((("leapfrog", "auto"), ("ab3", None)), ((name, given) for name in EXPLICIT for given in FILTERS)),
+)
+def test_values_and_gradients_are_those_of_an_eager_solve(method: str, grad_filter: Any) -> None:
+    func = Field()
+    for t, options in ((INSIDE, REGULAR), (UNEQUAL, None), (INSIDE.flip(0), {"step_size": 0.033})):
+        keywords = {"options": options, "grad_filter": grad_filter}
+        compiled = solved(func, start(), t, method, compile=TRACED, **keywords)
+        assert_same(compiled, solved(func, start(), t, method, **keywords))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["midpoint", "heun2"])
+def test_filtered_two_stage_methods(method: str) -> None:
+    func = Field()
+    for t, options in ((INSIDE, REGULAR), (UNEQUAL, None)):
+        keywords = {"options": options, "grad_filter": "auto"}
+        compiled = solved(func, start(), t, method, compile=TRACED, **keywords)
+        assert_same(compiled, solved(func, start(), t, method, **keywords))
+
+
+@pytest.mark.parametrize(
+    ("method", "grad_filter"),
+    slow_but(
+        (("ab2", "auto"),), ((name, given) for name in ("ab2", "leapfrog", "ab4", "abm3") for given in (None, "auto"))
+    ),
+)
+def test_gradients_of_times(method: str, grad_filter: Any) -> None:
+    func, t = Field(), UNEQUAL.clone().requires_grad_()
+    compiled = solved(func, start(), t, method, compile=TRACED, grad_filter=grad_filter)
+    assert_same(compiled, solved(func, start(), t, method, grad_filter=grad_filter))
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    rate = torch.tensor([0.3, -1.1], dtype=torch.float64, requires_grad=True)
+    y0 = start().requires_grad_()
+    t = torch.tensor([0.0, 0.2, 0.45, 0.8, 1.0, 1.1, 1.3, 1.6, 2.0], dtype=torch.float64, requires_grad=True)
+
+    def solve(y0: Tensor, t: Tensor, rate: Tensor) -> Tensor:
+        return torchdiffeq_lmm.odeint(lambda t, y: rate * y.sin() + t, y0, t, method="ab2", compile=TRACED)
+
+    assert torch.autograd.gradcheck(solve, (y0, t, rate))
+
+
+@pytest.mark.parametrize(("method", "order"), slow_but((("leapfrog", 2),), (("leapfrog", 2), ("ab3", 3))))
+def test_states_and_gradients_converge_to_the_closed_form(method: str, order: int) -> None:
+    class Decay(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rate = nn.Parameter(torch.tensor(-0.7, dtype=torch.float64))
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return self.rate * y
+
+    func, errors = Decay(), []
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for steps in (20, 40, 80):
+        options = {"step_size": 1 / steps}
+        end = torchdiffeq_lmm.odeint(
+            func, torch.ones((), dtype=torch.float64), t, method=method, options=options, compile=TRACED
+        )[-1]
+        (grad,) = torch.autograd.grad(end, (func.rate,))
+        # Both are e^{-0.7}.
+        errors.append(max(abs(float(found.detach()) - math.exp(-0.7)) for found in (end, grad)))
+    measured = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
+    assert all(abs(found - order) < 0.2 for found in measured), measured
+
+
+def test_a_filtered_gradient_converges_to_the_density_and_a_plain_one_oscillates() -> None:
+    # x' = -x + θ(t), E = x(1): the density of dE/dθ at t is e^{t - 1}.
+    class Forced(nn.Module):
+        def __init__(self, steps: int) -> None:
+            super().__init__()
+            nodes = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+            self.theta = torchdiffeq_lmm.GridParameter(torch.zeros(steps, dtype=torch.float64), nodes)
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return self.theta(t) - y
+
+    t, errors = torch.tensor([0.0, 1.0], dtype=torch.float64), {}
+    for grad_filter in (None, "auto"):
+        for steps in (20, 40, 80):
+            func, options = Forced(steps), {"step_size": 1 / steps}
+            end = torchdiffeq_lmm.odeint(
+                func,
+                torch.ones((), dtype=torch.float64),
+                t,
+                method="leapfrog",
+                options=options,
+                grad_filter=grad_filter,
+                compile=TRACED,
+            )[-1]
+            (grad,) = torch.autograd.grad(end, (func.theta.values,))
+            exact = torch.exp(torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:-1] - 1)
+            errors[grad_filter, steps] = float((grad * steps - exact).abs().max())
+    assert errors[None, 80] > 0.3
+    for steps in (20, 40):
+        assert math.log2(errors["auto", steps] / errors["auto", 2 * steps]) > 1.8
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        position, speed = y
+        return speed.expand_as(position) * self.rate, -position.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("sign", slow_but((-1.0,), (1.0, -1.0)))
+def test_a_tuple_of_tensors(sign: float) -> None:
+    func, t = Pair(), sign * INSIDE
+    found = []
+    for compile in (None, TRACED):  # noqa: A001
+        y0 = (start().requires_grad_(), start()[:, :1].clone().requires_grad_())
+        states = torchdiffeq_lmm.odeint(func, y0, t, method="ab2", options=REGULAR, compile=compile)
+        loss = states[0].square().sum() + states[1].sum()
+        found.append([*states, *torch.autograd.grad(loss, (*y0, func.rate))])
+    assert_same([part.detach() for part in found[1]], [part.detach() for part in found[0]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"method": "leapfrog", "grad_filter": "smooth", "options": REGULAR},
+        {"method": "leapfrog", "options": {**REGULAR, "interp": "cubic"}},
+        {"method": "ab2", "options": {**REGULAR, "perturb": True}},
+        {"method": "ab4", "options": {"step_size": 0.5}},
+    ],
+    ids=["smooth", "cubic", "perturb", "shorter than a block"],
+)
+def test_other_outputs_and_grids(keywords: dict[str, Any]) -> None:
+    func = Field()
+    compiled = solved(func, start(), INSIDE, compile=TRACED, **keywords)
+    assert_same(compiled, solved(func, start(), INSIDE, **keywords))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    class Turn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn = nn.Parameter(torch.tensor([[0.0, 1.0], [-1.0, 0.3]], dtype=dtype))
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return (1j if dtype.is_complex else 1) * y @ self.turn * t
+
+    func = Turn()
+    found = []
+    for compile in (None, TRACED):  # noqa: A001
+        y0 = start().to(dtype).requires_grad_()
+        t = INSIDE.to(dtype.to_real())
+        states = torchdiffeq_lmm.odeint(func, y0, t, method="ab3", options=REGULAR, grad_filter="auto", compile=compile)
+        found.append([states.detach(), *torch.autograd.grad(states.abs().square().sum(), (y0, func.turn))])
+    assert_same(found[1], found[0], 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_without_gradients_there_are_none() -> None:
+    func, options = Field(), REGULAR
+    expected = torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=options).detach()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=options, compile=TRACED)
+            assert not found.requires_grad
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_that_fill_up_a_block_do_not_evaluate_func_beyond_the_end() -> None:
+    # At the end f has an infinite derivative.
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return (1 - t).sqrt() * (2 - y).sqrt()
+
+    t = torch.linspace(0, 1, 8, dtype=torch.float64)
+    y0 = torch.ones((), dtype=torch.float64, requires_grad=True)
+    end = torchdiffeq_lmm.odeint(func, y0, t, method="ab1", compile=TRACED)[-1]
+    (grad,) = torch.autograd.grad(end, (y0,))
+    assert math.isfinite(float(grad))
+
+
+@pytest.mark.slow
+def test_the_length_of_a_block_does_not_matter() -> None:
+    func = Field()
+    expected = solved(func, start(), INSIDE, "ab3", options=REGULAR, grad_filter="auto")
+    for block in (5, 8):
+        settings = Compile(block=block, backend="eager")
+        assert_same(
+            solved(func, start(), INSIDE, "ab3", options=REGULAR, grad_filter="auto", compile=settings), expected
+        )
+
+
+def test_layouts_and_conjugates_of_states_and_parameters() -> None:
+    # Slopes come out transposed, y0 is conjugated by a mark alone.
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = nn.Parameter(torch.randn(3, 3, dtype=torch.complex128).t())
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return (self.weight @ y.t()).t() * t
+
+    func, found = Transposed(), []
+    y0 = (start(3).reshape(2, 3) * (1 + 2j)).requires_grad_()
+    for compile in (None, TRACED):  # noqa: A001
+        states = torchdiffeq_lmm.odeint(func, y0.conj(), INSIDE, method="ab2", options=REGULAR, compile=compile)
+        found.append([states.detach(), *torch.autograd.grad((states * states.conj()).real.sum(), (y0, func.weight))])
+    assert_same(found[1], found[0])
+
+
+def test_one_graph_for_states_of_several_shapes() -> None:
+    def ends(y0: Tensor, **keywords: Any) -> Tensor:
+        return torchdiffeq_lmm.odeint(lambda t, y: -t * y, y0, INSIDE, method="ab2", options=REGULAR, **keywords)
+
+    for shape in ((2, 3), (4, 3), (5, 3), (2, 2), (4, 2), (6, 2), (4,), (6,), ()):
+        y0 = torch.ones(shape, dtype=torch.float64)
+        torch.testing.assert_close(ends(y0, compile=TRACED), ends(y0), rtol=1e-12, atol=0)

@@ -1,0 +1,67 @@
+"""Compiled solves, for tests: fields, and a solve with its gradients, eager or compiled."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import torchdiffeq_lmm
+from torchdiffeq_lmm import Compile, GridParameter
+from torchdiffeq_lmm.autodiff import compiled_blocks
+
+TRACED = Compile(block=5, backend="eager")
+"""Traces and differentiates all, and leaves out the machine code."""
+
+EXPLICIT = ("leapfrog", *(f"ab{k}" for k in range(1, 6)), "nystrom3", *(f"abm{k}" for k in range(2, 6)))
+
+REGULAR: dict[str, Any] = {"step_size": 1 / 23}
+INSIDE = torch.tensor([0.0, 0.31, 0.62, 1.0], dtype=torch.float64)
+"""Outputs inside steps."""
+
+UNEQUAL = torch.linspace(0, 1, 23, dtype=torch.float64) ** 1.1
+"""A grid of unequal steps, with an output at every node."""
+
+
+class Field(nn.Module):
+    """A small network with a value of its own for every step, on 23 steps from 0 to 1."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2)).double()
+        nodes = torch.linspace(0, 1, 24, dtype=torch.float64)
+        self.theta = GridParameter(torch.randn(23, 2, dtype=torch.float64), nodes)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.net(y) * t.cos() + self.theta(t)
+
+
+def start(batch: int = 3) -> Tensor:
+    """An initial state, of shape (batch, 2)."""
+    return torch.linspace(-1, 1, 2 * batch, dtype=torch.float64).reshape(batch, 2)
+
+
+def solved(func: nn.Module, y0: Tensor, t: Tensor, method: str, **keywords: Any) -> list[Tensor]:
+    """The states, and the gradients of y0, of t where it requires one, and of all parameters."""
+    y0, t = y0.detach().clone().requires_grad_(), t.detach().clone().requires_grad_(t.requires_grad)
+    states = torchdiffeq_lmm.odeint(func, y0, t, method=method, **keywords)
+    weights = torch.linspace(1, 2, states.numel(), dtype=torch.float64).reshape(states.shape).to(states.dtype)
+    wanted = (y0, *((t,) if t.requires_grad else ()), *func.parameters())
+    return [states.detach(), *torch.autograd.grad((weights * states).sum(), wanted)]
+
+
+def assert_same(one: list[Tensor], other: list[Tensor], tolerance: float = 1e-12) -> None:
+    """All are the same, relative to the largest entry of each."""
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(1e-3, float(b.abs().max())))
+
+
+@contextmanager
+def compiling(count: int) -> Iterator[None]:
+    """Assert that so many functions are compiled within."""
+    before = compiled_blocks.compilations
+    yield
+    assert compiled_blocks.compilations - before == count

@@ -1,0 +1,49 @@
+"""Solves compiled by Inductor: slow, for each takes the compiler seconds."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import torchdiffeq_lmm
+from tests.compiled import INSIDE, REGULAR, UNEQUAL, Field, assert_same, compiling, solved, start
+from torchdiffeq_lmm import Compile
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+SHORT = Compile(block=5)
+
+
+@pytest.mark.parametrize(("method", "grad_filter"), [("leapfrog", "leapfrog"), ("ab3", "auto"), ("abm2", None)])
+def test_values_and_gradients_are_those_of_an_eager_solve(method: str, grad_filter: Any) -> None:
+    func = Field()
+    for t, options in ((INSIDE, REGULAR), (UNEQUAL, None)):
+        keywords = {"options": options, "grad_filter": grad_filter}
+        compiled = solved(func, start(), t, method, compile=SHORT, **keywords)
+        assert_same(compiled, solved(func, start(), t, method, **keywords))
+
+
+def test_one_compilation_serves_all_batch_sizes_from_the_second_on() -> None:
+    # Its products are too large to be sums.
+    func = Field(width=65)
+    for batch, compilations in ((3, 2), (40, 2), (64, 0), (2, 0)):
+        with compiling(compilations):
+            compiled = solved(func, start(batch), INSIDE, "leapfrog", options=REGULAR, compile=SHORT)
+        assert_same(compiled, solved(func, start(batch), INSIDE, "leapfrog", options=REGULAR))
+
+
+def test_a_missing_compiler_is_an_error_that_says_so() -> None:
+    import torch._inductor.config as config
+
+    patched = config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False})
+    with patched, pytest.raises(RuntimeError, match=r"compile failed in Inductor(?s:.*)C\+\+ compiler"):
+        torchdiffeq_lmm.odeint(lambda t, y: y.sin() * t, start(), INSIDE, method="ab1", options=REGULAR, compile=SHORT)
+
+
+def test_single_precision() -> None:
+    func = Field().float()
+    y0 = start().float().requires_grad_()
+    states = torchdiffeq_lmm.odeint(func, y0, INSIDE.float(), method="ab2", options=REGULAR, compile=SHORT)
+    found = [states, *torch.autograd.grad(states.sum(), (y0, *func.parameters()))]
+    expected = solved(func.double(), start(), INSIDE, "ab2", options=REGULAR)
+    assert torch.allclose(found[0].double(), expected[0], rtol=1e-5, atol=1e-5)

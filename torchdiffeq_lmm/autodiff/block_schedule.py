@@ -1,0 +1,174 @@
+"""What is known of a compiled solve before any state: its blocks, their numbers, where outputs are, the filter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_lmm.filters.filter_coefficients import FilteredCotangent, filter_coefficients
+from torchdiffeq_lmm.filters.filter_plan import FilterPlan
+from torchdiffeq_lmm.forward.step_source import FixedSteps
+from torchdiffeq_lmm.schemes.block_rows import Block, ExplicitMethod, all_weights, blocks_of, weight_indices
+
+from .block_functions import AROUND, BlockNumbers, Filtering
+
+
+@dataclass(frozen=True)
+class FilteredBlock:
+    """What the filter needs in a block; see `FilterNumbers`.
+
+    Attributes:
+        value, slope: see there; slope is None where V is all.
+        observed_value, observed_slope: weights of g at the observed nodes, of shape (rows, nodes); None for none.
+    """
+
+    value: Tensor
+    slope: Tensor | None
+    observed_value: Tensor | None
+    observed_slope: Tensor | None
+
+
+@dataclass(frozen=True)
+class ScheduledBlock:
+    """A block of a solve.
+
+    Attributes:
+        block: its rows.
+        weights, times: which weights and times of all are its rows', on the device of the state.
+        active: which of its rows are rows of the solve.
+        seen: the steps at whose beginnings there are outputs.
+        sees_end: whether there is one at its end.
+        filtered: what the filter needs; None without.
+    """
+
+    block: Block
+    weights: Tensor
+    times: Tensor
+    active: Tensor
+    seen: Tensor | None
+    sees_end: bool
+    filtered: FilteredBlock | None
+
+    @cached_property
+    def filtering(self) -> Filtering:
+        """What the filter asks of its adjoint."""
+        if self.filtered is None:
+            return "none"
+        return "value" if self.filtered.slope is None else "slope"
+
+    def numbers(self, weights: Tensor, times: Tensor) -> BlockNumbers:
+        """Those of the block, of the weights and times of all rows."""
+        return BlockNumbers(weights[self.weights], times[self.times], self.active)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is known of a solve.
+
+    Attributes:
+        blocks: from the first one on.
+        observed: the nodes with outputs, in their order, without the first one.
+        numbers: of all blocks; None where they have a gradient.
+        later: how many D of later blocks the filter needs; 0 without.
+        time: what func is given for the first time.
+    """
+
+    blocks: list[ScheduledBlock]
+    observed: list[int]
+    numbers: list[BlockNumbers] | None
+    later: int
+    time: Tensor
+
+
+def schedule(
+    method: ExplicitMethod,
+    source: FixedSteps,
+    observed: Sequence[int],
+    plan: FilterPlan | None,
+    steps: int,
+) -> Schedule | None:
+    """Plan a solve; None where it has no more steps than its start.
+
+    Args:
+        method: an explicit method.
+        source: the steps.
+        observed: the nodes with outputs.
+        plan: the filter.
+        steps: of a block.
+    """
+    recurrence = source.recurrence
+    blocks = blocks_of(method, recurrence, steps)
+    if not blocks:
+        return None
+    observed, time = sorted(set(observed) - {0}), source.user_time(0).detach()
+    device = time.device
+    forms = None if plan is None else filter_coefficients(plan, observed)
+    later = 0 if plan is None else blocks[-1].pattern.reach
+    made = []
+    for block, weights in zip(blocks, weight_indices(recurrence, blocks), strict=True):
+        pattern, count = block.pattern, len(block.pattern.rows)
+        rows = torch.arange(count)
+        is_last, made_steps = block is blocks[-1], sum(row.is_node for row in pattern.rows[: block.rows])
+        ends_inside = is_last and made_steps < pattern.steps
+        seen = [n - block.node for n in observed if block.node <= n < block.node + made_steps + ends_inside]
+        made.append(
+            ScheduledBlock(
+                block,
+                torch.tensor(weights, device=device),
+                torch.where(rows < block.rows, rows + block.first, block.first).to(device),
+                (rows < block.rows).to(device),
+                torch.tensor(seen, device=device) if seen else None,
+                is_last and not ends_inside,
+                None if forms is None else _filtered(block, forms, len(observed), device),
+            )
+        )
+    numbers = None
+    if not source.requires_grad:
+        of_rows, times = all_weights(recurrence).to(device), source.every_user_time()
+        numbers = [block.numbers(of_rows, times) for block in made]
+    return Schedule(made, observed, numbers, later, time)
+
+
+def _filtered(block: Block, forms: dict[int, FilteredCotangent], observed: int, device: torch.device) -> FilteredBlock:
+    rows, reach = len(block.pattern.rows), block.pattern.reach
+    value, slope = [[0.0] * (AROUND + reach) for _ in range(rows)], [[0.0] * reach for _ in range(rows)]
+    nothing = torch.zeros(observed, dtype=torch.float64)
+    observed_value, observed_slope = [nothing] * rows, [nothing] * rows
+    node, has_slope, has_observed = block.node, False, False
+    for i, row in enumerate(block.pattern.rows[: block.rows]):
+        form = forms.get(block.first + i)
+        if form is not None:
+            for (kind, number), weight in form.value.items():
+                if kind == "increment":
+                    column = AROUND + _lag(number, block.first + i + 1, reach)
+                elif kind == "window":
+                    column = _lag(number, node, 2)
+                else:
+                    column = 2 + _lag(number, node, 1)
+                value[i][column] += weight
+            for (_, number), weight in form.slope.items():
+                slope[i][_lag(number, block.first + i + 1, reach)] += weight
+            observed_value[i] = nothing if form.observed_value is None else form.observed_value
+            observed_slope[i] = nothing if form.observed_slope is None else form.observed_slope
+            has_observed |= form.observed_value is not None or form.observed_slope is not None
+            has_slope |= has_observed or bool(form.slope)
+        node += row.is_node
+
+    def on_device(numbers: list[list[float]]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64).to(device)
+
+    return FilteredBlock(
+        on_device(value),
+        on_device(slope) if has_slope else None,
+        torch.stack(observed_value).to(device) if has_observed else None,
+        torch.stack(observed_slope).to(device) if has_observed else None,
+    )
+
+
+def _lag(number: int, first: int, count: int) -> int:
+    """How far a symbol is from the first one that a row may have."""
+    lag = number - first
+    assert 0 <= lag < count, "a filtered cotangent is made of what is around it"
+    return lag

@@ -1,0 +1,104 @@
+"""How a solve is compiled: the settings that users can give, and what they lead to."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+CompileBackend = Literal["inductor", "eager"]
+Traced = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Compile:
+    """Settings for ``odeint(..., compile=Compile(...))``; ``compile=True`` takes the defaults.
+
+    Args:
+        block: of how many steps the compiled function is. A longer one has less overhead and keeps fewer states; the
+            time to compile it is proportional to its length.
+        dynamic: whether it is compiled for all batch sizes, the sizes of the state's first dimension, once there is a
+            second one. A tuple state, and a batch of 1, are compiled for every size by themselves.
+        mode: of `torch.compile`: "default", "reduce-overhead" (CUDA graphs), "max-autotune", ...
+        options: of Inductor, as those of `torch.compile`, before which they come. On the CPU ``{"cpp_wrapper": True}``
+            is a default.
+        backend: "inductor"; "eager" runs the traced operations one by one, for finding faults.
+
+    Raises:
+        TypeError: `block` is not an int, `dynamic` not a bool, or `options` no mapping.
+        ValueError: `block` is less than 5, or `backend` unknown.
+    """
+
+    block: int = 10
+    dynamic: bool = True
+    mode: str | None = None
+    options: Mapping[str, Any] | None = None
+    backend: CompileBackend = "inductor"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.block, int) or isinstance(self.block, bool):
+            raise TypeError(f"block must be an int, got {self.block!r}")
+        if self.block < _SHORTEST:
+            raise ValueError(f"block must be at least {_SHORTEST} steps, got {self.block}")
+        if not isinstance(self.dynamic, bool):
+            raise TypeError(f"dynamic must be a bool, got {self.dynamic!r}")
+        if self.options is not None and not isinstance(self.options, Mapping):
+            raise TypeError(f"options must be a mapping, got {self.options!r}")
+        if self.backend not in get_args(CompileBackend):
+            raise ValueError(f"backend must be one of {get_args(CompileBackend)}, got {self.backend!r}")
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What compiled functions depend on."""
+        return self.block, self.mode, repr(sorted((self.options or {}).items())), self.backend
+
+    def compiled(self, traced: torch.fx.GraphModule, inputs: list[Any]) -> Traced:
+        """A traced function, compiled.
+
+        Args:
+            traced: the function.
+            inputs: as it has been traced with.
+
+        Raises:
+            RuntimeError: it cannot be compiled.
+        """
+        if self.backend == "eager":
+            return traced
+        import torch._inductor as inductor
+
+        is_on_cpu = all(given.device.type == "cpu" for given in inputs)
+        options: dict[str, Any] = {"cpp_wrapper": True} if is_on_cpu else {}
+        if self.mode is not None:
+            options.update(inductor.list_mode_options(self.mode))
+        options.update(self.options or {})
+        try:
+            made: Traced = inductor.compile(traced, inputs, options=options)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:_LONGEST]
+            raise RuntimeError(
+                f"compile failed in Inductor, {type(error).__name__}: {reason}. Inductor needs a C++ compiler such as "
+                f"g++ on the CPU, Triton on a GPU; see that one is installed, or solve without compile"
+            ) from error
+        return made
+
+
+_SHORTEST = 5
+"""A block has as many steps as any method looks back."""
+
+_LONGEST = 500
+"""So many characters of an error are quoted."""
+
+
+def resolve_compile(compile: object) -> Compile | None:  # noqa: A002
+    """The settings that the user asks for; None for not to compile.
+
+    Raises:
+        TypeError: `compile` is neither a bool nor settings.
+    """
+    if compile is None or compile is False:
+        return None
+    if compile is True:
+        return Compile()
+    if isinstance(compile, Compile):
+        return compile
+    raise TypeError(f"compile must be True, False or a Compile, got {compile!r}")

@@ -1,0 +1,302 @@
+"""Blocks of a captured func, traced and compiled once: then they serve for any steps, times, values and batch sizes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from torchdiffeq_lmm.schemes.block_rows import Pattern
+
+from .block_functions import (
+    AROUND,
+    AdjointKind,
+    AdjointValues,
+    BlockNumbers,
+    Cotangents,
+    FilterNumbers,
+    adjoint_block,
+    forward_block,
+)
+from .compile_settings import Compile, Traced
+from .func_capture import CapturedFunc, Dependencies
+from .small_products import SMALL_PRODUCTS
+
+compilations = 0
+"""How many functions have been compiled by this process."""
+
+
+class Shapes(NamedTuple):
+    """Of what blocks are compiled for.
+
+    Attributes:
+        x: a state.
+        time: what func is given for a time.
+        tensors: what func depends on.
+    """
+
+    x: Tensor
+    time: Tensor
+    tensors: tuple[Tensor, ...]
+
+
+class CompiledBlocks:
+    """The blocks of one func.
+
+    Args:
+        dependencies: func and what it depends on.
+        settings: how to compile.
+        x, time: a state and a time, whose values do not matter.
+    """
+
+    def __init__(self, dependencies: Dependencies, settings: Compile, x: Tensor, time: Tensor) -> None:
+        self._func = dependencies.func
+        self._settings = settings
+        self._like = Shapes(x.detach(), time.detach(), dependencies.tensors)
+        self._batch = len(x) if self._func.is_dynamic else 0
+        self._key = (settings.key, x.shape[1:] if self._func.is_dynamic else x.shape, x.dtype, x.device)
+
+    def forward(self, pattern: Pattern) -> Callable[..., tuple[tuple[Tensor, ...], Tensor]]:
+        """`forward_block`, without the func and the pattern."""
+        run = self._made((pattern, None), lambda: _forward(self._func, pattern, self._like))
+
+        def call(
+            window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]
+        ) -> tuple[tuple[Tensor, ...], Tensor]:
+            *end, nodes = run(*window, *numbers, *tensors)
+            return tuple(end), nodes
+
+        return call
+
+    def adjoint(self, pattern: Pattern, kind: AdjointKind) -> Callable[..., AdjointValues]:
+        """`adjoint_block`, without the func, the pattern and the kind."""
+        run = self._made((pattern, kind), lambda: _adjoint(self._func, pattern, kind, self._like))
+        sizes = (1 + sum(pattern.begins), len(kind.wanted), 2 * kind.times)
+
+        def call(
+            window: Sequence[Tensor],
+            numbers: BlockNumbers,
+            tensors: Sequence[Tensor],
+            cotangents: Cotangents,
+            filters: FilterNumbers | None,
+        ) -> AdjointValues:
+            found = run(
+                *window,
+                *numbers,
+                *tensors,
+                *cotangents.window,
+                cotangents.seen,
+                *cotangents.sums,
+                *cotangents.later,
+                *(given for given in filters or () if given is not None),
+            )
+            return AdjointValues(*_parts(found, sizes))
+
+        return call
+
+    def _made(self, key: object, traced: Callable[[], "_TracedBlock"]) -> Traced:
+        global compilations
+        made = self._func.made
+        if (self._key, key) not in made:
+            with torch.no_grad():
+                block = traced()
+                made[self._key, key] = self._settings.compiled(block.graph, block.inputs), block
+            compilations += 1
+        found: Traced
+        found, block = made[self._key, key]
+        block.check(self._batch)
+        return found
+
+
+@dataclass(frozen=True)
+class _TracedBlock:
+    """A block that has been traced.
+
+    Attributes:
+        graph: of it.
+        inputs: those that it was traced with.
+        shapes: what was taken for granted of symbols.
+        batch: the symbol of the first dimension of a state; None where it is a number.
+    """
+
+    graph: torch.fx.GraphModule
+    inputs: list[Any]
+    shapes: ShapeEnv
+    batch: Any
+
+    def check(self, size: int) -> None:
+        """Raise a RuntimeError where it was not traced for a size of the batch."""
+        if self.batch is None:
+            return
+        wanted = [guard.expr.subs({self.batch: size}) for guard in self.shapes.guards]
+        fixed = self.shapes.replacements.get(self.batch, size)
+        if not all(wanted) or fixed != size:
+            raise RuntimeError(
+                f"compile has made a function for batch sizes with {[str(g.expr) for g in self.shapes.guards]}, "
+                f"got one of {size}, for func, or Inductor, takes sizes for special; give Compile(dynamic=False)"
+            )
+
+
+def _forward(func: CapturedFunc, pattern: Pattern, like: Shapes) -> _TracedBlock:
+    def run(*flat: Tensor) -> tuple[Tensor, ...]:
+        window, numbers, tensors = _parts(flat, (1 + sum(pattern.begins), 3))
+        end, nodes = forward_block(func, pattern, window, BlockNumbers(*numbers), tensors)
+        return (*end, nodes)
+
+    fakes = _Fakes(like, func.is_dynamic)
+    return fakes.traced(run, [*fakes.window(pattern.begins), *fakes.numbers(pattern), *fakes.tensors])
+
+
+def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shapes) -> _TracedBlock:
+    sizes = (1 + sum(pattern.begins), 3, len(like.tensors), 1 + sum(pattern.ends), 1, len(kind.wanted), kind.later)
+
+    def run(*flat: Tensor) -> tuple[Tensor, ...]:
+        window, numbers, tensors, of_window, (seen,), sums, of_later, filters = _parts(flat, sizes)
+        found = adjoint_block(
+            func,
+            pattern,
+            kind,
+            window,
+            BlockNumbers(*numbers),
+            tensors,
+            Cotangents(of_window, seen, sums, of_later),
+            FilterNumbers(*filters) if filters else None,
+        )
+        return tuple(tensor for part in found for tensor in part)
+
+    fakes, rows = _Fakes(like, func.is_dynamic), len(pattern.rows)
+    filters: list[Tensor] = []
+    if kind.filtering != "none":
+        filters.append(fakes.empty(rows, AROUND + pattern.reach, dtype=torch.float64))
+    if kind.filtering == "slope":
+        filters += [fakes.empty(rows, pattern.reach, dtype=torch.float64), fakes.states(rows), fakes.states(rows)]
+    inputs = [
+        *fakes.window(pattern.begins),
+        *fakes.numbers(pattern),
+        *fakes.tensors,
+        *fakes.window(pattern.ends),
+        fakes.states(pattern.steps),
+        *fakes.like(fakes.tensors[i] for i in kind.wanted),
+        *(fakes.state() for _ in range(kind.later)),
+        *filters,
+    ]
+    return fakes.traced(run, inputs)
+
+
+class _Fakes:
+    """Tensors without memory, to trace with.
+
+    Args:
+        like: their dtypes, devices and shapes.
+        is_dynamic: whether the size of the first dimension of a state is a symbol.
+    """
+
+    def __init__(self, like: Shapes, is_dynamic: bool) -> None:
+        from torch._dynamo.source import ConstantSource
+
+        self._shapes = ShapeEnv()
+        self._mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
+        context: StatelessSymbolicContext[Any, Any] | None = None
+        if is_dynamic:
+            static = [DimDynamic.STATIC] * (like.x.ndim - 1)
+            context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, *static])
+        self._x = self._mode.from_tensor(
+            torch.empty_like(like.x, memory_format=torch.contiguous_format),
+            static_shapes=None if is_dynamic else True,
+            symbolic_context=context,
+            source=ConstantSource("x"),
+        )
+        self._time = like.time
+        self.tensors = [self._mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in like.tensors]
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        with self._mode:
+            return torch.empty(shape, dtype=dtype, device=self._x.device)
+
+    def like(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        # Others, for one tensor in two places is one input.
+        with self._mode:
+            return [torch.empty_like(tensor) for tensor in tensors]
+
+    def state(self) -> Tensor:
+        return self.states()
+
+    def states(self, *count: int) -> Tensor:
+        return self.empty(*count, *self._x.shape, dtype=self._x.dtype)
+
+    def window(self, known: tuple[int, int]) -> list[Tensor]:
+        return [self.state() for _ in range(1 + sum(known))]
+
+    def numbers(self, pattern: Pattern) -> BlockNumbers:
+        rows = len(pattern.rows)
+        return BlockNumbers(
+            self.empty(pattern.weights, dtype=torch.float64),
+            self.empty(rows, dtype=self._time.dtype),
+            self.empty(rows, dtype=torch.bool),
+        )
+
+    def traced(self, run: Callable[..., Any], inputs: list[Any]) -> _TracedBlock:
+        try:
+            with self._mode:
+                graph = make_fx(run, decomposition_table=SMALL_PRODUCTS)(*inputs)
+        except Exception as error:
+            raise RuntimeError(
+                f"compile cannot trace func and its derivative, {type(error).__name__}: {error}. Solve without compile"
+            ) from error
+        _check(graph)
+        size = self._x.shape[0] if self._x.ndim else 0
+        return _TracedBlock(graph, inputs, self._shapes, size.node.expr if isinstance(size, torch.SymInt) else None)
+
+
+def _check(graph: torch.fx.GraphModule) -> None:
+    """Raise a RuntimeError where a graph does more than to compute its outputs."""
+    inputs = {node for node in graph.graph.nodes if node.op == "placeholder"}
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise RuntimeError(
+                f"compile does not support a func that draws random numbers, got one that calls {node.target}: the "
+                f"backward pass would draw others. Leave that out, with eval() perhaps, or solve without compile"
+            )
+        is_mutable = node.target._schema.is_mutable or node.target in _HIDDEN_UPDATES
+        if is_mutable and any(_base(given) in inputs for given in _updated(node)):
+            raise RuntimeError(
+                f"compile does not support a func that changes a buffer or another tensor in place, got one that calls "
+                f"{node.target}; leave that out, with eval() perhaps, or solve without compile"
+            )
+
+
+_HIDDEN_UPDATES = {
+    torch.ops.aten.native_batch_norm.default,
+    torch.ops.aten.cudnn_batch_norm.default,
+    torch.ops.aten.miopen_batch_norm.default,
+}
+"""Operations that change running_mean and running_var when they train, and do not say so."""
+
+
+def _updated(node: torch.fx.Node) -> Sequence[Any]:
+    """What an operation that changes tensors may change of its arguments."""
+    if node.target in _HIDDEN_UPDATES:
+        return node.args[3:5] if node.args[5] else ()
+    return [*node.args, *node.kwargs.values()]
+
+
+def _base(node: Any) -> Any:
+    """What a chain of views begins with."""
+    while isinstance(node, torch.fx.Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
+        node = node.args[0]
+    return node
+
+
+def _parts(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """A sequence in parts of given sizes, and the rest."""
+    parts, begin = [], 0
+    for size in sizes:
+        parts.append(tuple(flat[begin : begin + size]))
+        begin += size
+    return [*parts, tuple(flat[begin:])]

@@ -1,0 +1,181 @@
+"""A piece of a solve by compiled blocks, in place of `PieceSolver`; what is kept of a func from solve to solve."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_lmm.filters.filter_plan import FilterPlan, plan_filter
+from torchdiffeq_lmm.filters.grad_filter import CostateFilter
+from torchdiffeq_lmm.forward.step_source import FixedSteps
+from torchdiffeq_lmm.forward.vector_field import HostedFunction, VectorField
+from torchdiffeq_lmm.schemes.block_rows import ExplicitMethod, all_weights
+from torchdiffeq_lmm.schemes.methods import MultistepMethod
+
+from .block_schedule import Schedule, schedule
+from .compile_settings import Compile
+from .compiled_blocks import CompiledBlocks
+from .compiled_solve import CompiledSolve, solve_compiled
+from .func_capture import Dependencies, FuncCapture
+from .goals import Outputs
+from .piece import Piece, PieceSolver
+
+_captures: WeakKeyDictionary[Any, dict[Any, FuncCapture]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class CompiledPieceSolver:
+    """Solves the pieces of one solve by compiled blocks.
+
+    Attributes:
+        settings: how to compile.
+        hosted: the user's function.
+        vector_field: the same with its checks.
+        method: the method.
+        costate_filter: the filter.
+        adjoint_params: the tensors whose gradients are wanted; None for all that func depends on.
+        eager: solves pieces that are too short for a block.
+    """
+
+    settings: Compile
+    hosted: HostedFunction
+    vector_field: VectorField
+    method: ExplicitMethod
+    costate_filter: CostateFilter | None
+    adjoint_params: Sequence[Tensor] | None
+    eager: PieceSolver
+
+    def solve(
+        self,
+        source: FixedSteps,
+        y0: Tensor,
+        goal: Outputs,
+        before: FixedSteps | None,
+        after: FixedSteps | None,
+    ) -> Piece:
+        """See `PieceSolver`.
+
+        Raises:
+            RuntimeError: func cannot be compiled.
+            ValueError: a tensor of `adjoint_params` is not one that func takes.
+        """
+        planned = self.planned(source, goal)
+        if planned is None:
+            return self.eager.solve(source, y0, goal, before, after)
+        weights = times = None
+        if source.requires_grad:
+            weights, times = all_weights(source.recurrence), source.every_user_time()
+        states = self.states(planned, y0, weights, times)
+        slopes = _SlopesAtNodes(self.vector_field, source, goal.slopes or {})
+        for node in goal.states:
+            state = source.recurrence.nodes[node]
+            goal.pass_by(node, state, states[node], slopes)
+            slopes.pass_by(state, states[node])
+        trajectory = goal.trajectory(slopes)
+        return Piece(trajectory, source.until(source.recurrence.nodes[-1], source.count), None)
+
+    def planned(self, source: FixedSteps, goal: Outputs) -> Schedule | None:
+        """What is known of the piece before any values; None where it is too short for a block."""
+        return schedule(self.method, source, goal.states, self._plan(source), self.settings.block)
+
+    def states(self, planned: Schedule, y0: Tensor, weights: Tensor | None, times: Tensor | None) -> dict[int, Tensor]:
+        """The states at the observed nodes, and the first one, with their graph.
+
+        Args:
+            planned: the piece.
+            y0: the state at its beginning.
+            weights, times: of all rows, where they have a gradient.
+        """
+        dependencies = self._dependencies(planned.time, y0)
+        blocks = CompiledBlocks(dependencies, self.settings, y0, planned.time)
+        records = torch.is_grad_enabled()
+        wanted = self._wanted(dependencies.tensors) if records else ()
+        solve = CompiledSolve(planned, blocks, wanted, records and weights is not None)
+        found = solve_compiled(solve, y0, weights, times, dependencies.tensors)
+        return {0: y0, **dict(zip(planned.observed, found.unbind(), strict=True))}
+
+    def _plan(self, source: FixedSteps) -> FilterPlan | None:
+        if self.costate_filter is None or not torch.is_grad_enabled():
+            return None
+        method = self.method if isinstance(self.method, MultistepMethod) else None
+        return plan_filter(self.costate_filter.weights, source.recurrence, source.lengths, method)
+
+    def _dependencies(self, time: Tensor, y0: Tensor) -> Dependencies:
+        capture = capture_of(self.hosted.call)
+        captures = capture.captures
+        try:
+            found = capture.dependencies(self.hosted, time, y0, self.settings.dynamic)
+        except RuntimeError:
+            self._check_func(time, y0)
+            raise
+        if capture.captures > captures:
+            self._check_func(time, y0)
+        return found
+
+    def _check_func(self, time: Tensor, y0: Tensor) -> None:
+        """Raise the errors that func and its values may have in an eager solve, too."""
+        with torch.no_grad():
+            self.vector_field(time, y0.detach())
+
+    def _wanted(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+        """The numbers of the tensors whose gradients are wanted."""
+        if self.adjoint_params is None:
+            return tuple(i for i, tensor in enumerate(tensors) if tensor.requires_grad)
+        taken = {id(tensor) for tensor in tensors}
+        for parameter in self.adjoint_params:
+            if not parameter.is_leaf and id(parameter) not in taken:
+                raise ValueError(
+                    f"adjoint_params must be tensors that func itself takes where compile is given, such as `values` "
+                    f"of a GridParameter instead of its rows; got another, of shape {tuple(parameter.shape)}"
+                )
+        given = {id(parameter) for parameter in self.adjoint_params}
+        return tuple(i for i, tensor in enumerate(tensors) if tensor.requires_grad and id(tensor) in given)
+
+
+def capture_of(call: Any) -> FuncCapture:
+    """What is kept of a function from solve to solve, for as long as it, its object or its code is there."""
+    owner, name = call, None
+    if isinstance(call, MethodType):
+        owner, name = call.__self__, call.__func__.__qualname__
+    elif isinstance(call, FunctionType):
+        # A function that is made anew for every solve has the same code.
+        owner = call.__code__
+    try:
+        of_owner = _captures.setdefault(owner, {})
+    except TypeError as error:
+        raise TypeError(
+            f"func must be a function, a method or an object with weak references and a hash where compile is given, "
+            f"got {type(call).__name__}; wrap it in a function, or in an nn.Module"
+        ) from error
+    if name not in of_owner:
+        of_owner[name] = FuncCapture()
+    return of_owner[name]
+
+
+class _SlopesAtNodes:
+    """f at nodes with outputs, for what outputs need of it; see `piece.Slopes`.
+
+    Args:
+        vector_field: f.
+        source: the steps.
+        wanted: see `Goal`.
+    """
+
+    def __init__(self, vector_field: VectorField, source: FixedSteps, wanted: Mapping[int, int]) -> None:
+        self.kept: dict[int, Tensor] = {}
+        self._vector_field = vector_field
+        self._source = source
+        self._wanted = wanted
+
+    def pass_by(self, state: int, x: Tensor) -> None:
+        """Evaluate f at a state, if that is wanted."""
+        if state in self._wanted:
+            self.kept[self._wanted[state]] = self._vector_field(self._source.user_time(state), x).clone()
+
+    def at_end(self, node: int, state: int, x: Tensor) -> Tensor:
+        """See `piece.Slopes`."""
+        return self._vector_field(self._source.user_time_at_end(node, state), x).clone()

@@ -1,0 +1,208 @@
+"""A solve by compiled blocks as one node of autograd: it keeps the past at the beginning of every block alone."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .block_functions import AdjointKind, AdjointValues, BlockNumbers, Cotangents, Filtering, FilterNumbers
+from .block_schedule import FilteredBlock, Schedule, ScheduledBlock
+from .compiled_blocks import CompiledBlocks
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class CompiledSolve:
+    """What is known of a solve beside its tensors.
+
+    Attributes:
+        schedule: its blocks.
+        blocks: compiled.
+        wanted: the numbers of the tensors whose gradients are wanted.
+        differentiate_times: whether those of the weights and times are.
+    """
+
+    schedule: Schedule
+    blocks: CompiledBlocks
+    wanted: tuple[int, ...]
+    differentiate_times: bool
+
+    def compile_adjoints(self) -> None:
+        """Compile what the backward pass needs, so that what cannot be is known beforehand."""
+        adjoints = self._adjoints()
+        for block in self.schedule.blocks:
+            adjoints(block)
+
+    def forward(
+        self, y0: Tensor, numbers: Sequence[BlockNumbers], tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """The states at the observed nodes, of shape (n, *y0.shape), and the past before each block."""
+        window = (y0.contiguous(), *_zeros(y0, sum(self.schedule.blocks[0].block.pattern.begins)))
+        windows, found = [], []
+        forwards = _once(lambda scheduled: self.blocks.forward(scheduled.block.pattern))
+        for scheduled, given in zip(self.schedule.blocks, numbers, strict=True):
+            windows.append(window)
+            window, nodes = forwards(scheduled)(window, given, tensors)
+            if scheduled.seen is not None:
+                found.append(nodes if len(scheduled.seen) == len(nodes) else nodes.index_select(0, scheduled.seen))
+            if scheduled.sees_end:
+                found.append(window[0].unsqueeze(0))
+        return found[0] if len(found) == 1 else torch.cat(found), windows
+
+    def backward(
+        self,
+        seen: Tensor,
+        windows: Sequence[Sequence[Tensor]],
+        numbers: Sequence[BlockNumbers],
+        tensors: Sequence[Tensor],
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        """From the cotangents of the observed states to the gradients.
+
+        Returns:
+            Those of y0; of the weights and times, block by block, if they are wanted; of the wanted tensors.
+        """
+        like = windows[0][0]
+        cotangents = Cotangents(
+            window=tuple(_zeros(like, 1 + sum(self.schedule.blocks[-1].block.pattern.ends))),
+            seen=like,
+            sums=tuple(torch.zeros_like(tensors[i]) for i in self.wanted),
+            later=tuple(_zeros(like, self.schedule.later)),
+        )
+        of_numbers: list[tuple[Tensor, ...]] = []
+        adjoints = self._adjoints()
+        unseen = _once(lambda scheduled: like.new_zeros(scheduled.block.pattern.steps, *like.shape))
+        end, of_observed = len(seen), seen.reshape(len(seen), -1)
+        for scheduled, window, given in reversed(list(zip(self.schedule.blocks, windows, numbers, strict=True))):
+            if scheduled.sees_end:
+                end -= 1
+                cotangents = cotangents._replace(window=(seen[end], *cotangents.window[1:]))
+            of_nodes = unseen(scheduled)
+            if scheduled.seen is not None:
+                of_nodes = of_nodes.index_copy(0, scheduled.seen, seen[end - len(scheduled.seen) : end])
+                end -= len(scheduled.seen)
+            filters = None if scheduled.filtered is None else _filters(scheduled.filtered, of_observed, like)
+            given_cotangents = Cotangents(cotangents.window, of_nodes, cotangents.sums, cotangents.later)
+            found = adjoints(scheduled)(window, given, tensors, given_cotangents, filters)
+            cotangents = Cotangents(found.window, of_nodes, found.sums, found.later)
+            of_numbers.append(found.numbers)
+        return cotangents.window[0], of_numbers[::-1], cotangents.sums
+
+    def _adjoints(self) -> Callable[[ScheduledBlock], Callable[..., AdjointValues]]:
+        def made(scheduled: ScheduledBlock) -> Callable[..., AdjointValues]:
+            kind = AdjointKind(self.wanted, self.differentiate_times, scheduled.filtering, self.schedule.later)
+            return self.blocks.adjoint(scheduled.block.pattern, kind)
+
+        return _once(made)
+
+
+def solve_compiled(
+    solve: CompiledSolve, y0: Tensor, weights: Tensor | None, times: Tensor | None, tensors: Sequence[Tensor]
+) -> Tensor:
+    """The states at the observed nodes, of shape (n, *y0.shape), with their graph.
+
+    Args:
+        solve: the solve.
+        y0: the initial state.
+        weights, times: of all rows, where they have a gradient.
+        tensors: what func depends on.
+    """
+    # Of marks of conjugation compiled functions know nothing.
+    y0, *tensors = (given.resolve_conj().resolve_neg() for given in (y0, *tensors))
+    needs_graph = y0.requires_grad or solve.wanted or solve.differentiate_times
+    if not (torch.is_grad_enabled() and needs_graph):
+        with torch.no_grad():
+            return solve.forward(y0, _numbers(solve, weights, times), tensors)[0]
+    solve.compile_adjoints()
+    found: Tensor = _CompiledSolve.apply(solve, y0, weights, times, *tensors)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _numbers(solve: CompiledSolve, weights: Tensor | None, times: Tensor | None) -> list[BlockNumbers]:
+    known = solve.schedule.numbers
+    if known is not None:
+        return known
+    assert weights is not None
+    assert times is not None
+    on_device = weights.to(times.device)
+    return [block.numbers(on_device, times) for block in solve.schedule.blocks]
+
+
+class _CompiledSolve(torch.autograd.Function):
+    """(y0, weights, times, tensors) -> the states at the observed nodes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, solve: CompiledSolve, y0: Tensor, weights: Tensor | None, times: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
+        numbers = _numbers(solve, weights, times)
+        states, windows = solve.forward(y0, numbers, tensors)
+        ctx.solve, ctx.numbers, ctx.sizes = solve, numbers, [len(window) for window in windows]
+        ctx.like = None if weights is None or times is None else (weights.shape, weights.device, times.shape)
+        ctx.save_for_backward(y0, *tensors, *(tensor for window in windows for tensor in window))
+        ctx.count = 1 + len(tensors)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, seen: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        functorch = torch._C._functorch
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "compile does not support create_graph=True: the gradient is worked out once. For second derivatives "
+                "solve without compile"
+            )
+        if functorch.peek_interpreter_stack() is not None or functorch.is_legacy_batchedtensor(seen):
+            raise RuntimeError(
+                "compile does not support is_grads_batched=True, vectorize=True, nor torch.func transforms of the "
+                "gradient; ask for one gradient after the other, or solve without compile"
+            )
+        solve, tensors, rest = ctx.solve, saved[1 : ctx.count], iter(saved[ctx.count :])
+        windows = [tuple(next(rest) for _ in range(size)) for size in ctx.sizes]
+        of_y0, of_numbers, sums = solve.backward(
+            seen.resolve_conj().resolve_neg().contiguous(), windows, ctx.numbers, tensors
+        )
+        of_weights = of_times = None
+        if solve.differentiate_times:
+            weights_shape, weights_device, times_shape = ctx.like
+            of_weights = torch.zeros(weights_shape, dtype=torch.float64, device=seen.device)
+            of_times = of_numbers[0][1].new_zeros(times_shape)
+            for block, (of_rows, of_row_times) in zip(solve.schedule.blocks, of_numbers, strict=True):
+                of_weights.index_add_(0, block.weights, of_rows)
+                of_times.index_add_(0, block.times, of_row_times)
+            of_weights = of_weights.to(weights_device)
+        of_tensors: list[Tensor | None] = [None] * len(tensors)
+        for i, total in zip(solve.wanted, sums, strict=True):
+            of_tensors[i] = total
+        return None, of_y0, of_weights, of_times, *of_tensors
+
+
+def _filters(filtered: FilteredBlock, seen: Tensor, like: Tensor) -> FilterNumbers:
+    if filtered.slope is None:
+        return FilterNumbers(filtered.value)
+    shape = len(filtered.value), *like.shape
+    if filtered.observed_value is None or filtered.observed_slope is None:
+        nothing = like.new_zeros(shape)
+        return FilterNumbers(filtered.value, filtered.slope, nothing, nothing)
+    made = (weights.to(seen.dtype) @ seen for weights in (filtered.observed_value, filtered.observed_slope))
+    observed_value, observed_slope = (found.reshape(shape) for found in made)
+    return FilterNumbers(filtered.value, filtered.slope, observed_value, observed_slope)
+
+
+def _once(make: Callable[[ScheduledBlock], Made]) -> Callable[[ScheduledBlock], Made]:
+    """What is made for a block, made once for all that are alike: it is asked for at every block."""
+    known: dict[tuple[int, Filtering], Made] = {}
+
+    def made(scheduled: ScheduledBlock) -> Made:
+        key = id(scheduled.block.pattern), scheduled.filtering
+        if key not in known:
+            known[key] = make(scheduled)
+        return known[key]
+
+    return made
+
+
+def _zeros(like: Tensor, count: int) -> list[Tensor]:
+    return [torch.zeros_like(like, memory_format=torch.contiguous_format) for _ in range(count)]

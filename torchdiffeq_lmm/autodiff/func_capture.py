@@ -1,0 +1,258 @@
+"""func as a graph without Python, with the tensors that it depends on, captured by Dynamo.
+
+Dynamo watches what the graph was made under: attributes, modes, closures, shapes. Every solve asks it once; where
+anything has changed it captures func anew. So the graph is never an old one, and what func depends on is known: inputs
+of the graph beside the time and the state, whether parameters, buffers, or tensors from anywhere else.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_lmm.forward.vector_field import HostedFunction
+
+Role = str | tuple[int, ...]
+"""Of an input of the graph: "time", "state", "tensor", or the dimension of the state whose size it is."""
+
+_ADVICE = (
+    "Write func in PyTorch operations whose course does not depend on values: torch.where instead of if, a "
+    "GridParameter or an indexed stack instead of a list indexed by the time; or solve without compile"
+)
+
+
+_READS = ("item", "tolist")
+
+_MINE = (__file__, str(Path(torch.__file__).parent))
+"""Files whose lines are not func's."""
+
+
+class Dependencies(NamedTuple):
+    """What func depends on in one solve.
+
+    Attributes:
+        func: the captured function, the same one as long as nothing has changed but values of tensors.
+        tensors: what its graph takes beside the time and the state.
+    """
+
+    func: "CapturedFunc"
+    tensors: tuple[Tensor, ...]
+
+
+class CapturedFunc:
+    """A graph of func.
+
+    Args:
+        graph: returns the slope alone.
+        roles: of its inputs.
+        made: see below.
+
+    Attributes:
+        is_dynamic: whether it is for states of any size in their first dimension.
+        made: what others keep with it. Captures of one func that turn out to be the same share it.
+    """
+
+    def __init__(self, graph: Callable[..., Sequence[Tensor]], roles: Sequence[Role], made: dict[Any, Any]) -> None:
+        self._graph = graph
+        self._roles = roles
+        self.is_dynamic = any(isinstance(role, tuple) for role in roles)
+        self.made = made
+
+    def tensors_in(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Those of its inputs that are neither the time, the state, nor a size."""
+        return tuple(given for given, role in zip(inputs, self._roles, strict=True) if role == "tensor")
+
+    def __call__(self, time: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """The slope."""
+        others = iter(tensors)
+        inputs: list[Any] = []
+        for role in self._roles:
+            if role == "time":
+                inputs.append(_not_scalar(time))
+            elif role == "state":
+                inputs.append(_not_scalar(x))
+            elif isinstance(role, tuple):
+                inputs.append(x.shape[role[0]])
+            else:
+                inputs.append(next(others))
+        return self._graph(*inputs)[0]
+
+
+class FuncCapture:
+    """Captures one func, whatever object it is, and holds no reference to it."""
+
+    def __init__(self) -> None:
+        # Dynamo keeps what it has compiled with the code object, which must not be that of all.
+        code = _slope_of.__code__.replace(co_name="func_of_solve")
+        slope_of = FunctionType(code, _slope_of.__globals__)
+        self._ask = torch.compile(slope_of, backend=self._capture, fullgraph=True, dynamic=False)
+        self._given: tuple[Tensor, Tensor]
+        self._found: Dependencies
+        self._sizes: dict[Any, int] = {}
+        self._made: dict[Any, dict[Any, Any]] = {}
+        self.captures = 0
+
+    def dependencies(self, func: HostedFunction, time: Tensor, x: Tensor, dynamic: bool) -> Dependencies:
+        """What func depends on now.
+
+        Args:
+            func: the user's function.
+            time, x: with whose dtypes and shapes it is called; the values do not matter.
+            dynamic: whether, for a second size of the first dimension of x, it is captured for any.
+
+        Raises:
+            RuntimeError: func cannot be captured.
+        """
+        import torch._dynamo as dynamo
+
+        before, state = self.captures, x.detach()
+        if dynamic and func.shapes is None and state.ndim and len(state) > 1:
+            key = (state.shape[1:], state.dtype, state.device)
+            if self._sizes.setdefault(key, len(state)) != len(state):
+                dynamo.mark_dynamic(state, 0)
+        found = self._asked(func, time, state)
+        if self.captures > before:
+            before = self.captures
+            found = self._asked(func, time, state)
+            if self.captures > before:
+                raise RuntimeError(
+                    "compile does not support a func that changes a Python value that it depends on, such as a "
+                    "counter, whenever it is called; leave that out, or solve without compile"
+                )
+        return found
+
+    def _asked(self, func: HostedFunction, time: Tensor, state: Tensor) -> Dependencies:
+        import torch._dynamo as dynamo
+
+        # Tensors that nobody else has.
+        given = self._given = _not_scalar(time.detach()), _not_scalar(state)
+        try:
+            with dynamo.config.patch(
+                capture_scalar_outputs=False, automatic_dynamic_shapes=False, specialize_float=True
+            ):
+                self._ask(func.call, func.shapes, func.reversed, state.ndim == 0, *given)
+        except dynamo.exc.FailOnRecompileLimitHit as error:
+            raise RuntimeError(
+                f"compile has been asked to trace one func in more than {dynamo.config.recompile_limit} ways, for "
+                f"other shapes, modes, or values of attributes that it takes from Python; let those be tensors, or "
+                f"raise torch._dynamo.config.recompile_limit, or solve without compile"
+            ) from error
+        except dynamo.exc.TorchDynamoException as error:
+            raise RuntimeError(f"compile cannot trace func. {_reason(error)}\n{_ADVICE}") from error
+        found = self._found
+        del self._given, self._found
+        return found
+
+    def _capture(self, graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """See the backends of `torch.compile`."""
+        self.captures += 1
+        for given in inputs:
+            if isinstance(given, Tensor) and given.layout != torch.strided:
+                raise _RefusedError(f"It depends on a tensor of layout {given.layout}: use a dense one.")
+        *placeholders, results = [node for node in graph.graph.nodes if node.op in ("placeholder", "output")]
+        if len(results.args[0]) != 1:
+            raise _RefusedError(
+                "It stores tensors on the side, or returns them beside the slope: make them a part of the state, or "
+                "evaluate func again where they are needed."
+            )
+        for node in graph.graph.nodes:
+            if node.target in _READS:
+                raise _RefusedError(f"It reads the value of a tensor, by .{node.target}(). {_place(node.stack_trace)}")
+        values = [node.meta["example_value"] for node in placeholders]
+        captured: list[CapturedFunc] = []
+
+        def run(*arguments: Any) -> tuple[Tensor]:
+            if not captured:
+                roles = _roles(arguments, values, *self._given)
+                captured.append(CapturedFunc(graph, roles, self._made_for(graph, roles, arguments)))
+            (func,) = captured
+            self._found = Dependencies(func, func.tensors_in(arguments))
+            return (self._given[1],)
+
+        return run
+
+    def _made_for(self, graph: Any, roles: Sequence[Role], arguments: Sequence[Any]) -> dict[Any, Any]:
+        """What has been made for the same graph, captured in another mode say."""
+        if any(node.op in ("get_attr", "call_module") for node in graph.graph.nodes):
+            return {}
+        tensors = (given for given, role in zip(arguments, roles, strict=True) if role == "tensor")
+        shapes = tuple((given.shape, given.stride(), given.dtype, given.device) for given in tensors)
+        return self._made.setdefault((graph.code, tuple(roles), shapes), {})
+
+
+class _RefusedError(RuntimeError):
+    """func can be captured, but not used."""
+
+
+def _not_scalar(tensor: Tensor) -> Tensor:
+    # The value of an input of no dimension would become a constant where func reads it.
+    return tensor if tensor.ndim else tensor.reshape(1)
+
+
+def _slope_of(
+    call: Callable[..., Any],
+    shapes: tuple[torch.Size, ...] | None,
+    is_reversed: bool,
+    is_scalar: bool,
+    times: Tensor,
+    x: Tensor,
+) -> Tensor:
+    """As `VectorField.__call__`, without its checks and its count; see `_not_scalar`."""
+    time, x = times[0], x[0] if is_scalar else x
+    if shapes is None:
+        slope = call(time, x)
+    else:
+        parts = x.split([prod(shape) for shape in shapes])
+        components = call(time, tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+        slope = torch.cat([component.reshape(-1) for component in components])
+    # An operation in any case, for a graph without one would not be asked.
+    given: Tensor = -slope if is_reversed else slope.clone()
+    return given
+
+
+def _roles(arguments: Sequence[Any], values: Sequence[Any], time: Tensor, state: Tensor) -> list[Role]:
+    """What the inputs of a graph are.
+
+    Args:
+        arguments: what it is called with.
+        values: the same as it was captured with, sizes as symbols.
+        time, state: what func was called with.
+    """
+    of_state = next((value for value, given in zip(values, arguments, strict=True) if given is state), None)
+    roles: list[Role] = []
+    for value, given in zip(values, arguments, strict=True):
+        if given is time:
+            roles.append("time")
+        elif given is state:
+            roles.append("state")
+        elif isinstance(given, Tensor):
+            roles.append("tensor")
+        else:
+            assert of_state is not None
+            roles.append((next(dim for dim, size in enumerate(of_state.shape) if str(size) == str(value)),))
+    return roles
+
+
+def _reason(error: Exception) -> str:
+    """What Dynamo says of it, and the line of func; not its hints for developers."""
+    refused = getattr(error, "inner_exception", None)
+    if isinstance(refused, _RefusedError):
+        return str(refused)
+    said, _, where = str(error).partition("from user code:")
+    for end in ("Hint:", "Developer debug context:", "For more information", "The branch condition", "User Stack"):
+        said = said.partition(end)[0]
+    return " ".join(part for part in (*said.split(), _place(where)) if part)
+
+
+def _place(stack: str | None) -> str:
+    """The innermost line of a stack that is not PyTorch's, nor this package's."""
+    entries = [entry.split("\n") for entry in (stack or "").split("File ")[1:]]
+    own = [entry for entry in entries if not any(mine in entry[0] for mine in _MINE)]
+    if not own:
+        return ""
+    at, *code = own[-1]
+    return f"In {at}: {code[0].strip()}" if code else f"In {at}"

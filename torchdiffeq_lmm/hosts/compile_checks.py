@@ -1,0 +1,114 @@
+"""What compiled solves are not for: refused in words, before any work is done."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_lmm.filters.grad_filter import CostateFilter
+from torchdiffeq_lmm.forward.autograd_state import refuse_tangents
+from torchdiffeq_lmm.forward.grid import Placement
+from torchdiffeq_lmm.forward.outputs import OutputRule
+from torchdiffeq_lmm.forward.vector_field import HostedFunction
+from torchdiffeq_lmm.schemes.methods import Method
+
+_OLDEST = (2, 13)
+"""The version of PyTorch that compiled solves have been tested with; they lean on parts that change."""
+
+
+def refuse_compile(given: object, what: str) -> None:
+    """Raise a ValueError if a solve that cannot be compiled is to be."""
+    if given is not None and given is not False:
+        raise ValueError(f"compile is for ODEs and explicit methods with fixed steps, not for {what}, got {given!r}")
+
+
+def check_compile(method: Method, hosted: HostedFunction, backward: object, jump_t: object) -> None:
+    """Raise an error where a solve cannot be compiled.
+
+    Raises:
+        RuntimeError: PyTorch is too old, or a transform of torch.func is on.
+        ValueError: another option does not go with it.
+    """
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _OLDEST:
+        raise RuntimeError(
+            f"compile needs PyTorch {'.'.join(map(str, _OLDEST))} or newer, got {torch.__version__}; install that, or "
+            f"solve without compile"
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError("compile does not support torch.func transforms of a solve; solve without compile")
+    if method.is_implicit:
+        raise ValueError(
+            f"compile is for explicit methods, got method {method.name!r}: how many iterations an implicit step takes "
+            f"depends on values. Compile func by itself, with torch.compile, or use an explicit method"
+        )
+    if backward != "autograd":
+        raise ValueError(
+            f"backward must be 'autograd' where compile is given, got {backward!r}: compiled blocks keep the state at "
+            f"the beginning of each and make all others again, as 'checkpoint' does"
+        )
+    if jump_t is not None:
+        raise ValueError("jump_t must not be given where compile is; solve from jump to jump, or without compile")
+    if hosted.callback_step is not None:
+        raise ValueError(
+            "func must have no callback_step where compile is given: steps have no beginning in Python that could call "
+            "it; leave one of both out"
+        )
+    if hosted.in_adjoint:
+        raise ValueError("compile must not be given to odeint_adjoint; use odeint, which needs as little memory then")
+
+
+def check_compiled_solve(
+    hosted: HostedFunction,
+    y0: Tensor,
+    costate_filter: CostateFilter | None,
+    rule: OutputRule,
+    placements: Iterable[Sequence[Placement]],
+) -> None:
+    """Raise an error where what is around a solve does not go with compiled blocks.
+
+    Raises:
+        RuntimeError: autocast or forward mode is on.
+        ValueError: outputs inside steps are cubic, with a filter; the filter is of higher order; or func is
+            distributed.
+    """
+    if torch.is_autocast_enabled(y0.device.type):
+        raise RuntimeError(
+            "compile does not support autocast around a solve; put autocast inside func, or solve without compile"
+        )
+    refuse_tangents(y0)
+    if isinstance(hosted.call, torch.nn.Module) and any(
+        isinstance(part, torch.nn.parallel.DistributedDataParallel) for part in hosted.call.modules()
+    ):
+        raise ValueError(
+            "func must not be a DistributedDataParallel module where compile is given, for it would be bypassed; wrap "
+            "the model around the solve instead"
+        )
+    if costate_filter is not None and costate_filter.order != 2:
+        raise ValueError(
+            f"order must be 2 where compile and a CostateFilter are given, got {costate_filter.order!r}; solve without "
+            f"compile for higher orders"
+        )
+    is_inside = any(placement.fraction is not None for placed in placements for placement in placed)
+    if costate_filter is not None and rule.interp == "cubic" and is_inside:
+        raise ValueError(
+            "interp must be 'linear' where compile and a grad_filter other than 'smooth' are given and outputs lie "
+            "inside steps, got 'cubic'; put outputs at nodes, or solve without compile"
+        )
+
+
+def resolve_compiled_params(adjoint_params: Iterable[Tensor] | None) -> tuple[Tensor, ...] | None:
+    """The tensors whose gradients are wanted; None for all.
+
+    Raises:
+        TypeError: they are no tensors.
+    """
+    if adjoint_params is None:
+        return None
+    if isinstance(adjoint_params, Tensor) or not isinstance(adjoint_params, Iterable):
+        raise TypeError(f"adjoint_params must be an iterable of tensors, got {adjoint_params!r}")
+    given = tuple(adjoint_params)
+    for i, parameter in enumerate(given):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"adjoint_params must be an iterable of tensors, got {parameter!r} as number {i}")
+    return given
