@@ -20,8 +20,8 @@ class Compile:
         dynamic: whether it is compiled for all batch sizes, the sizes of the state's first dimension, once there is a
             second one. A tuple state, and a batch of 1, are compiled for every size by themselves.
         mode: of `torch.compile`: "default", "reduce-overhead" (CUDA graphs), "max-autotune", ...
-        options: of Inductor, as those of `torch.compile`. On the CPU ``{"cpp_wrapper": True}``, compiled in haste, is the
-            default.
+        options: of Inductor, as those of `torch.compile`. On the CPU ``{"cpp_wrapper": True}``, compiled in haste, is
+            the default.
         backend: "inductor"; "eager" runs the traced operations one by one, for finding faults.
 
     Raises:
