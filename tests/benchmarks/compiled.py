@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 import torchdiffeq_lmm
 
-LIMIT_S = 300
+LIMIT_S = 900
 DIFFRAX = "diffrax LeapfrogMidpoint, jitted"
 
 
@@ -198,14 +199,15 @@ def _equally_accurate(
     field: Any, parameters: Any, start: Any, horizon: float, solver: str, error: float, exact: Any
 ) -> tuple[Callable[[], Any], float] | None:
     """A solve with the largest tolerance whose error is no larger; None where diffrax is not there."""
+    run = diffrax_gradient(field, parameters, start, horizon, solver, 1e-6)
     for exponent in range(4, 25):
-        run = diffrax_gradient(field, parameters, start, horizon, solver, 10 ** (-exponent / 2))
+        tolerance = 10 ** (-exponent / 2)
         try:
-            (_, end), _ = run()
+            (_, end), _ = run(tolerance)
         except ModuleNotFoundError:
             return None
         if (found := _error(np.asarray(end), exact)) <= error:
-            return run, found
+            return partial(run, tolerance), found
     return None
 
 

@@ -203,7 +203,7 @@ def diffrax_gradient(
     solver: str,
     accuracy: float,
     forward: bool = False,
-) -> Callable[[], Any]:
+) -> Callable[..., Any]:
     """The gradient of the mean square at the end through a solver of diffrax, jitted, with its default adjoint.
 
     Args:
@@ -216,14 +216,15 @@ def diffrax_gradient(
         forward: whether only the end is asked for.
 
     Returns:
-        What makes the gradient with respect to parameters and y(0), and the final state, once they are there.
+        What makes the gradient with respect to parameters and y(0), and the final state, once they are there; with
+        another tolerance, if that is given.
     """
-    made: list[Callable[[], Any]] = []
+    made: list[Callable[[float], Any]] = []
 
-    def run() -> Any:
+    def run(tolerance: float = accuracy) -> Any:
         if not made:
             made.append(_jitted_gradient(field, parameters, start, horizon, solver, accuracy, forward))
-        return made[0]()
+        return made[0](tolerance)
 
     return run
 
@@ -236,29 +237,27 @@ def _jitted_gradient(
     solver: str,
     accuracy: float,
     forward: bool,
-) -> Callable[[], Any]:
+) -> Callable[[float], Any]:
     diffrax, jax, jnp = _diffrax()
     p, y0 = jnp.asarray(parameters), jnp.asarray(start)
     if solver == "LeapfrogMidpoint":
         times = jnp.linspace(0, horizon, int(accuracy) + 1, dtype=y0.dtype)
-        controller, steps, first = diffrax.StepTo(times), int(accuracy), None
+        steps = int(accuracy)
     else:
-        controller, steps, first = diffrax.PIDController(rtol=accuracy, atol=accuracy), 4096, None
+        times, steps = None, 4096
 
-    def end(inputs: Any) -> Any:
+    def end(inputs: Any, tolerance: Any) -> Any:
         p, y0 = inputs
+        controller = diffrax.PIDController(rtol=tolerance, atol=tolerance) if times is None else diffrax.StepTo(times)
         term = diffrax.ODETerm(lambda t, y, p: field(jnp, y, p))
         method = getattr(diffrax, solver)()
         return diffrax.diffeqsolve(
-            term, method, 0.0, horizon, first, y0, args=p, stepsize_controller=controller, max_steps=steps
+            term, method, 0.0, horizon, None, y0, args=p, stepsize_controller=controller, max_steps=steps
         ).ys[-1]
 
-    def loss(inputs: Any) -> Any:
-        found = end(inputs)
+    def loss(inputs: Any, tolerance: Any) -> Any:
+        found = end(inputs, tolerance)
         return jnp.square(found).mean(), found
 
-    if forward:
-        jitted = jax.jit(end)
-        return lambda: jax.block_until_ready(jitted((p, y0)))
-    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    return lambda: jax.block_until_ready(gradient((p, y0)))
+    jitted = jax.jit(end if forward else jax.value_and_grad(loss, has_aux=True))
+    return lambda tolerance: jax.block_until_ready(jitted((p, y0), tolerance))

@@ -20,8 +20,8 @@ class Compile:
         dynamic: whether it is compiled for all batch sizes, the sizes of the state's first dimension, once there is a
             second one. A tuple state, and a batch of 1, are compiled for every size by themselves.
         mode: of `torch.compile`: "default", "reduce-overhead" (CUDA graphs), "max-autotune", ...
-        options: of Inductor, as those of `torch.compile`, before which they come. On the CPU ``{"cpp_wrapper": True}``
-            is a default.
+        options: of Inductor, as those of `torch.compile`. On the CPU ``{"cpp_wrapper": True}``, compiled in haste, is
+            the default.
         backend: "inductor"; "eager" runs the traced operations one by one, for finding faults.
 
     Raises:
@@ -67,7 +67,7 @@ class Compile:
         import torch._inductor as inductor
 
         is_on_cpu = all(given.device.type == "cpu" for given in inputs)
-        options: dict[str, Any] = {"cpp_wrapper": True} if is_on_cpu else {}
+        options: dict[str, Any] = dict(_ON_CPU) if is_on_cpu else {}
         if self.mode is not None:
             options.update(inductor.list_mode_options(self.mode))
         options.update(self.options or {})
@@ -81,6 +81,9 @@ class Compile:
             ) from error
         return made
 
+
+_ON_CPU = {"cpp_wrapper": True, "aot_inductor.compile_wrapper_opt_level": "O0"}
+"""The wrapper has little to do, and to optimise it takes as long as all the rest."""
 
 _SHORTEST = 5
 """A block has as many steps as any method looks back."""
