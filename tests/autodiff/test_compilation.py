@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torchsde
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -81,6 +82,31 @@ def test_other_methods_too(method: str) -> None:
     expected = gradients(field, loss_of(field, method, {"grad_filter": "auto"}))
     compiled = torch.compile(field, backend="aot_eager")
     torch.testing.assert_close(gradients(field, loss_of(compiled, method, {"grad_filter": "auto"})), expected)
+
+
+class Stochastic(Field):
+    sde_type, noise_type = "ito", "diagonal"
+
+    def f(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.forward(t, y)
+
+    def g(self, t: Tensor, y: Tensor) -> Tensor:
+        return 0.1 * y
+
+
+def test_an_sde_too_and_its_options_are_known() -> None:
+    field, y0, ts = Stochastic(), torch.ones(2, 3), torch.tensor([0.0, 0.5, 1.0])
+    bm = torchsde.BrownianInterval(0.0, 1.0, size=(2, 3), entropy=1)
+
+    def loss() -> Tensor:
+        options = {"grad_filter": "auto", "jump_t": [0.3]}
+        return torchsde.sdeint(field, y0, ts, bm=bm, dt=0.1, method="ab3", options=options).square().sum()
+
+    expected = gradients(field, loss)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.testing.assert_close(gradients(field, torch.compile(loss, backend="aot_eager")), expected)
+    assert not [warning for warning in caught if "Unexpected arguments" in str(warning.message)]
 
 
 def test_a_compiled_step_takes_as_few_graphs_as_the_solve_has_sides() -> None:

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_solves import INSIDE, NEEDS_TORCH, REGULAR, TRACED, Field, assert_same, compiling, solved, start
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
-from tests.compiled import INSIDE, REGULAR, TRACED, Field, assert_same, compiling, solved, start
+
+pytestmark = NEEDS_TORCH
 
 
+@pytest.mark.slow
 def test_it_is_compiled_once_for_all_steps_times_values_and_batches() -> None:
     func = Field()
 
@@ -40,6 +43,7 @@ def test_it_is_compiled_once_for_all_steps_times_values_and_batches() -> None:
             torchdiffeq_lmm.odeint(func, start(9), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
 
 
+@pytest.mark.slow
 def test_a_function_made_anew_for_every_solve_is_compiled_once() -> None:
     weight = torch.eye(2, dtype=torch.float64, requires_grad=True)
 
@@ -61,6 +65,7 @@ def test_a_function_made_anew_for_every_solve_is_compiled_once() -> None:
     assert_same([doubled.detach(), grad], [expected.detach(), *torch.autograd.grad(expected.sum(), (weight,))])
 
 
+@pytest.mark.slow
 def test_what_changes_in_python_is_noticed() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -79,6 +84,7 @@ def test_what_changes_in_python_is_noticed() -> None:
         assert_same(compiled, solved(func, start(), INSIDE, "ab2", options=REGULAR))
 
 
+@pytest.mark.slow
 def test_a_func_that_is_another_one_again_and_again_is_an_error() -> None:
     class Numbered(nn.Module):
         number = 0
@@ -98,6 +104,7 @@ def test_a_func_that_is_another_one_again_and_again_is_an_error() -> None:
         solve(10)
 
 
+@pytest.mark.slow
 def test_nothing_is_held_once_func_is_gone() -> None:
     func = Field()
     solved(func, start(), INSIDE, "ab2", options=REGULAR, compile=TRACED)
@@ -107,6 +114,7 @@ def test_nothing_is_held_once_func_is_gone() -> None:
     assert gone() is None
 
 
+@pytest.mark.slow
 def test_adjoint_params_name_whose_gradients_are_wanted() -> None:
     func, y0 = Field(), start()
     keywords: dict[str, Any] = {"method": "ab2", "options": REGULAR, "compile": TRACED}
@@ -222,6 +230,7 @@ def test_errors_of_func_are_its_own() -> None:
     assert "compile" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_parameter_changed_in_place_before_the_backward_pass_is_an_error() -> None:
     func = Field()
     states = torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
@@ -231,6 +240,7 @@ def test_a_parameter_changed_in_place_before_the_backward_pass_is_an_error() -> 
         states.sum().backward()
 
 
+@pytest.mark.slow
 def test_derivatives_of_gradients_are_refused() -> None:
     func = Field()
     states = torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_solves import EXPLICIT, INSIDE, NEEDS_TORCH, REGULAR, TRACED, UNEQUAL, Field, assert_same, solved, start
+from methods import slow_but
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
-from tests.compiled import EXPLICIT, INSIDE, REGULAR, TRACED, UNEQUAL, Field, assert_same, solved, start
-from tests.methods import slow_but
 from torchdiffeq_lmm import Compile, CostateFilter
+
+pytestmark = NEEDS_TORCH
 
 FILTERS = (None, "auto", CostateFilter("trapezoid"))
 
@@ -44,6 +46,7 @@ def test_filtered_two_stage_methods(method: str) -> None:
         (("ab2", "auto"),), ((name, given) for name in ("ab2", "leapfrog", "ab4", "abm3") for given in (None, "auto"))
     ),
 )
+@pytest.mark.slow
 def test_gradients_of_times(method: str, grad_filter: Any) -> None:
     func, t = Field(), UNEQUAL.clone().requires_grad_()
     compiled = solved(func, start(), t, method, compile=TRACED, grad_filter=grad_filter)
@@ -85,6 +88,7 @@ def test_states_and_gradients_converge_to_the_closed_form(method: str, order: in
     assert all(abs(found - order) < 0.2 for found in measured), measured
 
 
+@pytest.mark.slow
 def test_a_filtered_gradient_converges_to_the_density_and_a_plain_one_oscillates() -> None:
     # x' = -x + θ(t), E = x(1): the density of dE/dθ at t is e^{t - 1}.
     class Forced(nn.Module):
@@ -150,6 +154,7 @@ def test_a_tuple_of_tensors(sign: float) -> None:
     ],
     ids=["smooth", "cubic", "perturb", "shorter than a block"],
 )
+@pytest.mark.slow
 def test_other_outputs_and_grids(keywords: dict[str, Any]) -> None:
     func = Field()
     compiled = solved(func, start(), INSIDE, compile=TRACED, **keywords)
@@ -177,6 +182,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert_same(found[1], found[0], 1e-5 if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.slow
 def test_without_gradients_there_are_none() -> None:
     func, options = Field(), REGULAR
     expected = torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=options).detach()
@@ -187,6 +193,7 @@ def test_without_gradients_there_are_none() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_rows_that_fill_up_a_block_do_not_evaluate_func_beyond_the_end() -> None:
     # At the end f has an infinite derivative.
     def func(t: Tensor, y: Tensor) -> Tensor:
@@ -210,6 +217,7 @@ def test_the_length_of_a_block_does_not_matter() -> None:
         )
 
 
+@pytest.mark.slow
 def test_layouts_and_conjugates_of_states_and_parameters() -> None:
     # Slopes come out transposed, y0 is conjugated by a mark alone.
     class Transposed(nn.Module):
@@ -229,6 +237,7 @@ def test_layouts_and_conjugates_of_states_and_parameters() -> None:
     assert_same(found[1], found[0])
 
 
+@pytest.mark.slow
 def test_one_graph_for_states_of_several_shapes() -> None:
     def ends(y0: Tensor, **keywords: Any) -> Tensor:
         return torchdiffeq_lmm.odeint(lambda t, y: -t * y, y0, INSIDE, method="ab2", options=REGULAR, **keywords)

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_solves import INSIDE, NEEDS_TORCH, REGULAR, UNEQUAL, Field, assert_same, compiling, solved, start
 
 import torchdiffeq_lmm
-from tests.compiled import INSIDE, REGULAR, UNEQUAL, Field, assert_same, compiling, solved, start
 from torchdiffeq_lmm import Compile
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [NEEDS_TORCH, [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]]
 
 SHORT = Compile(block=5)
 

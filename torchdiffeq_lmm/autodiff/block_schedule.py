@@ -109,7 +109,7 @@ def schedule(
     made = []
     for block, weights in zip(blocks, weight_indices(recurrence, blocks), strict=True):
         pattern, count = block.pattern, len(block.pattern.rows)
-        rows = torch.arange(count)
+        rows = torch.arange(count, device="cpu")
         is_last, made_steps = block is blocks[-1], sum(row.is_node for row in pattern.rows[: block.rows])
         ends_inside = is_last and made_steps < pattern.steps
         seen = [n - block.node for n in observed if block.node <= n < block.node + made_steps + ends_inside]
@@ -134,7 +134,7 @@ def schedule(
 def _filtered(block: Block, forms: dict[int, FilteredCotangent], observed: int, device: torch.device) -> FilteredBlock:
     rows, reach = len(block.pattern.rows), block.pattern.reach
     value, slope = [[0.0] * (AROUND + reach) for _ in range(rows)], [[0.0] * reach for _ in range(rows)]
-    nothing = torch.zeros(observed, dtype=torch.float64)
+    nothing = torch.zeros(observed, dtype=torch.float64, device="cpu")
     observed_value, observed_slope = [nothing] * rows, [nothing] * rows
     node, has_slope, has_observed = block.node, False, False
     for i, row in enumerate(block.pattern.rows[: block.rows]):
@@ -157,7 +157,7 @@ def _filtered(block: Block, forms: dict[int, FilteredCotangent], observed: int, 
         node += row.is_node
 
     def on_device(numbers: list[list[float]]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float64).to(device)
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
 
     return FilteredBlock(
         on_device(value),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchdiffeq_lmm.autodiff.backward_modes import resolve_backward
 from torchdiffeq_lmm.autodiff.checkpoints import Checkpoint
+from torchdiffeq_lmm.autodiff.compilation import eager
 from torchdiffeq_lmm.autodiff.compile_settings import Compile, resolve_compile
 from torchdiffeq_lmm.autodiff.reversal import Reversible
 from torchdiffeq_lmm.filters.grad_filter import CostateFilter, SmoothFilter, resolve_grad_filter
@@ -79,6 +80,8 @@ def odeint(
 ) -> tuple[Tensor, State]: ...
 
 
+# Traced by torch 2.5, a copied dict is without what has been added to it: here, and in torchdiffeq.
+@eager
 def odeint(
     func: Callable[[Tensor, Any], Any],
     y0: State,

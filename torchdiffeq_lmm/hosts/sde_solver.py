@@ -113,7 +113,8 @@ class MultistepSDESolver:
                 f"steps use a method of torchsde's own"
             )
         check_step_size(dt, "dt")
-        options = dict(options)
+        # Traced by torch 2.5, `dict(options)` would still have what is taken out.
+        options = {**options}
         # A smoothed observation would average the noise too.
         grad_filter = resolve_grad_filter(options.pop("grad_filter", None), name, smooth=False)
         assert not isinstance(grad_filter, SmoothFilter)

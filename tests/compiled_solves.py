@@ -4,12 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
 from torchdiffeq_lmm import Compile, GridParameter
 from torchdiffeq_lmm.autodiff import compiled_blocks
+
+NEEDS_TORCH = pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 13),
+    reason="compiled solves need PyTorch 2.13",
+)
 
 TRACED = Compile(block=5, backend="eager")
 """Traces and differentiates all, and leaves out the machine code."""
