@@ -9,7 +9,7 @@ from compiled_solves import INSIDE, NEEDS_TORCH, REGULAR, UNEQUAL, Field, assert
 import torchdiffeq_lmm
 from torchdiffeq_lmm import Compile
 
-pytestmark = [NEEDS_TORCH, [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]]
+pytestmark = [NEEDS_TORCH, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 SHORT = Compile(block=5)
 
