@@ -29,7 +29,9 @@ FILTERS = (None, "auto", CostateFilter("trapezoid"))
 )
 def test_values_and_gradients_are_those_of_an_eager_solve(method: str, grad_filter: Any) -> None:
     func = Field()
-    for t, options in ((INSIDE, REGULAR), (UNEQUAL, None), (INSIDE.flip(0), {"step_size": 0.033})):
+    settings = ((UNEQUAL, None), (INSIDE, REGULAR), (INSIDE.flip(0), {"step_size": 0.033}))
+    # Those with a long start take long to trace.
+    for t, options in settings if method in ("leapfrog", "ab2", "abm2") else settings[:1]:
         keywords = {"options": options, "grad_filter": grad_filter}
         compiled = solved(func, start(), t, method, compile=TRACED, **keywords)
         assert_same(compiled, solved(func, start(), t, method, **keywords))
