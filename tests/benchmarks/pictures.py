@@ -46,6 +46,9 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     "SciPy DOP853": {"color": PURPLE, "marker": "3", "linestyle": "--"},
     "torchdiffeq dopri5": {"color": BLACK, "marker": "1", "linestyle": "--"},
     "torchdiffeq dopri8": {"color": SKY, "marker": "4", "linestyle": "--"},
+    "torchdiffeq tsit5": {"color": "#56B4E9", "marker": "P", "linestyle": ":"},
+    "torchdiffeq trbdf2, equal steps": {"color": "#CC79A7", "marker": "d", "linestyle": ":"},
+    "torchdiffeq radauIIA5, equal steps": {"color": "#56B4E9", "marker": "*", "linestyle": ":"},
 }
 MODES: dict[str, dict[str, Any]] = {
     "leapfrog, autograd": {"color": BLACK, "marker": "s", "linestyle": "-"},
