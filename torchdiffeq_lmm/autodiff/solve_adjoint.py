@@ -77,9 +77,9 @@ class SolveAdjoint:
         self, cotangents: Sequence[Tensor | None], times_need_grad: bool, stored: StoredEvaluations
     ) -> tuple[Tensor | None, ...]:
         """The gradients with respect to y0, the times, the weights, the sources and the handles."""
-        keeps = self.plan is not None and self.plan.reach > 0
-        if self.plan is not None and keeps:
-            stored = RecentEvaluations(stored, self.recurrence.nodes, self.plan.reach)
+        reach = 0 if self.plan is None else self.plan.reach
+        if reach:
+            stored = RecentEvaluations(stored, self.recurrence.nodes, reach)
         zero = torch.zeros_like(next(cotangent for cotangent in cotangents if cotangent is not None))
         rows, at_node = self.recurrence.rows, self.recurrence.nodes
         time_grads = zero.new_zeros(len(rows) + 1, dtype=zero.dtype.to_real()) if times_need_grad else None
@@ -116,7 +116,7 @@ class SolveAdjoint:
                 if noise is not None:
                     noise.pass_by(point)
                 window = point.window
-                if keeps and point.node is not None:
+                if reach and point.node is not None:
                     # The filter may need it when others have been asked for.
                     stored.evaluation(point.state)
                 yield point

@@ -91,7 +91,6 @@ def filtered_cotangents(
     in_layer = [m for m, d in enumerate(distances) if raw[m] and d is not None and d <= plan.boundary_layer]
     layer = boundary_layer_terms(plan, in_layer, cotangents, zero)
     widths, shares_after = plan.owned([g is not None for g in seen])
-    with_jacobians = [n for n, state in enumerate(nodes) if plan.recurrence.evaluated[state]]
     pending: deque[_Pending] = deque()
     stages: list[int] = []
     next_window = last_window = zero
@@ -132,7 +131,7 @@ def filtered_cotangents(
             jump = None if g is None else -shares_after[node] * g
             if plan.order > 2 and not raw[node]:
                 value = point.shift if jump is None else point.shift + jump
-                around = _nearest(with_jacobians, node, plan.order - 1)
+                around = _nearest(plan.with_jacobians, node, plan.order - 1)
                 pending.append(_Pending(node, width, moments(value, _past(plan, point), plan.order), around))
             else:
                 if raw[node]:

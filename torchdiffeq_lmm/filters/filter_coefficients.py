@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from torchdiffeq_lmm.schemes.discrete_adjoint import AdjointState, Contributions
+from torchdiffeq_lmm.schemes.discrete_adjoint import AdjointState, Contributions, pass_on
 from torchdiffeq_lmm.schemes.recurrence import Layout, Row
 
 from .costate import filtered_cotangents
@@ -163,14 +163,8 @@ def _symbols(rows: Sequence[Row]) -> Iterator[AdjointState]:
         )
         if is_node:
             increments.pop(node, None)
-        if row is None:
-            continue
-        for lag, e in row.increments:
-            if e != 0.0:
-                increments.setdefault(layout.node_before[state - 1] - lag, []).append((float(e), increment))
-        for lag, b in row.slopes:
-            if b != 0.0:
-                slopes.setdefault(layout.slope(state - 1, lag), []).append((float(b), increment))
+        if row is not None:
+            pass_on(row, state, increment, layout, slopes, increments)
 
 
 def _pulled(rows: Sequence[Row], state: int, node: int, later: Any) -> _Form:

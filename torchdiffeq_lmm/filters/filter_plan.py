@@ -53,6 +53,11 @@ class FilterPlan:
         """Of the nodes, from the first one."""
         return list(accumulate(self.steps, initial=0.0))
 
+    @cached_property
+    def with_jacobians(self) -> list[int]:
+        """The nodes at whose states f is evaluated."""
+        return [n for n, state in enumerate(self.recurrence.nodes) if self.recurrence.evaluated[state]]
+
     def time(self, state: int) -> float:
         """Of a state, from the first node."""
         return _time_at(self.recurrence.positions[state], self.times)

@@ -8,7 +8,7 @@ from .cell_weights import CellWeights
 FilterOrder = Literal[2, 3, "method"]
 
 HIGHEST_ORDER = 5
-"""Of costates. Beyond it every order takes as many more products with Jacobians."""
+"""Of costates: order q takes 1 + (q - 1) (q - 2) / 2 products with Jacobians at a node."""
 
 
 @dataclass(frozen=True)

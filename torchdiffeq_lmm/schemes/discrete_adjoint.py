@@ -130,12 +130,24 @@ def discrete_adjoint(
             rest = rest + window
         if row is None or increment is None:
             continue
-        for lag, e in row.increments:
-            if e != 0.0:
-                increments.setdefault(layout.node_before[state - 1] - lag, []).append((float(e), increment))
-        for lag, b in row.slopes:
-            if b != 0.0:
-                slopes.setdefault(layout.slope(state - 1, lag), []).append((float(b), increment))
+        pass_on(row, state, increment, layout, slopes, increments)
+
+
+def pass_on(
+    row: Row,
+    state: int,
+    increment: Tensor,
+    layout: Layout,
+    slopes: dict[int, Contributions],
+    increments: dict[int, Contributions],
+) -> None:
+    """Add what the row that makes a state adds to the cotangents before it, D being that of its increment."""
+    for lag, e in row.increments:
+        if e != 0.0:
+            increments.setdefault(layout.node_before[state - 1] - lag, []).append((float(e), increment))
+    for lag, b in row.slopes:
+        if b != 0.0:
+            slopes.setdefault(layout.slope(state - 1, lag), []).append((float(b), increment))
 
 
 def weight_gradients(
