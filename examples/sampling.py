@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import torch
 import torchdiffeq
 from harness import arguments, table, write
@@ -139,7 +140,7 @@ def errors_of(velocity: Velocity, start: Tensor, every: int) -> dict[str, list[t
         velocity.count = 0
         error = float((sample(start, method=name, **setting) - exact).square().mean().sqrt())
         found.setdefault(name, []).append((velocity.count, error))
-    return found
+    return {name: sorted(points) for name, points in found.items()}
 
 
 def best_within(points: list[tuple[int, float]], budget: int) -> float | None:
@@ -163,6 +164,7 @@ def main() -> None:
         results[data.name] = found
         print(f"\n{data.name}: root mean square error of samples, for so many evaluations of the network\n")
         rows = []
+        axes.set_prop_cycle(color=[*mpl.colormaps["tab10"].colors, "black"])
         for name, points in found.items():
             errors = [best_within(points, budget) for budget in BUDGETS[::every]]
             rows.append([f"`{name}`", *("" if error is None else f"{error:.1e}" for error in errors)])
