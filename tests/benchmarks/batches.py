@@ -73,7 +73,7 @@ class Func(nn.Module):
 
     def solve(self, method: str, options: dict[str, Any] | None = None) -> Tensor:
         """The states at the end; by an adaptive method with a tolerance for every entry."""
-        t = torch.from_numpy(self.problem.t).to(self.y0.dtype)
+        t = torch.from_numpy(self.problem.t).to(self.y0)
         if method == "bdf":
             adaptive = {"norm": lambda y: y.abs().max(), **(options or {})}
             ends = t[[0, -1]]

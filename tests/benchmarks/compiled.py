@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,6 +93,18 @@ class FieldModule(nn.Module):
         return self.field(torch, y, self.p)
 
 
+def network_field(weights: Sequence[np.ndarray]) -> tuple[Callable[..., Any], np.ndarray]:
+    """A `Network` as a field, and its parameters on end."""
+    shapes = [weight.shape for weight in weights]
+
+    def field(xp: Any, y: Any, p: Any) -> Any:
+        parts = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
+        w1, b1, w2, b2 = (p[a:b].reshape(s) for a, b, s in zip(parts, parts[1:], shapes, strict=False))
+        return xp.tanh(y @ w1.T + b1) @ w2.T + b2
+
+    return field, np.concatenate([weight.ravel() for weight in weights])
+
+
 def run_case(case: Case, rounds: int) -> dict[str, Any]:
     """The first call, and all ratios; of no rounds the former alone."""
     torch.set_num_threads(1)
@@ -101,15 +113,7 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
     if case.problem == "network":
         func: nn.Module = Network(case.width)
         y0, horizon = torch.randn(case.batch, case.width), 1.0
-        weights = [weight.detach().numpy() for weight in func.parameters()]
-
-        def field(xp: Any, y: Any, p: Any) -> Any:
-            shapes = [weight.shape for weight in weights]
-            parts = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
-            w1, b1, w2, b2 = (p[a:b].reshape(s) for a, b, s in zip(parts, parts[1:], shapes, strict=False))
-            return xp.tanh(y @ w1.T + b1) @ w2.T + b2
-
-        flat = np.concatenate([weight.ravel() for weight in weights])
+        field, flat = network_field([weight.detach().numpy() for weight in func.parameters()])
     else:
         field, parameters, start, horizon = FIELDS[case.problem]
         func = FieldModule(field, parameters)

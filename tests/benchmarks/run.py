@@ -17,6 +17,7 @@ import adaptive
 import batches
 import compilation
 import compiled
+import gpu
 import implicit
 import length
 import memory
@@ -37,6 +38,7 @@ PARTS: dict[str, ModuleType] = {
     "memory": memory,
     "precision": precision,
     "adaptive": adaptive,
+    "gpu": gpu,
 }
 PICTURES: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "memory": draw_memory,

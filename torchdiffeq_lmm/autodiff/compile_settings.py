@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from .cuda_graph import CudaGraphs
+
 CompileBackend = Literal["inductor", "eager"]
 Traced = Callable[..., Any]
 
@@ -66,11 +68,13 @@ class Compile:
             return traced
         import torch._inductor as inductor
 
-        is_on_cpu = all(given.device.type == "cpu" for given in inputs)
-        options: dict[str, Any] = dict(_ON_CPU) if is_on_cpu else {}
+        is_on_gpu = any(given.device.type == "cuda" for given in inputs)
+        options: dict[str, Any] = {} if is_on_gpu else dict(_ON_CPU)
         if self.mode is not None:
             options.update(inductor.list_mode_options(self.mode))
         options.update(self.options or {})
+        # Of Inductor's graphs one call's outputs are overwritten by the next one's.
+        wants_graphs = options.pop("triton.cudagraphs", False)
         try:
             made: Traced = inductor.compile(traced, inputs, options=options)
         except Exception as error:
@@ -79,7 +83,7 @@ class Compile:
                 f"compile failed in Inductor, {type(error).__name__}: {reason}. Inductor needs a C++ compiler such as "
                 f"g++ on the CPU, Triton on a GPU; see that one is installed, or solve without compile"
             ) from error
-        return made
+        return CudaGraphs(made) if is_on_gpu and wants_graphs else made
 
 
 _ON_CPU = {"cpp_wrapper": True, "aot_inductor.compile_wrapper_opt_level": "O0"}

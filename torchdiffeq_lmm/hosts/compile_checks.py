@@ -12,7 +12,7 @@ from torchdiffeq_lmm.forward.outputs import OutputRule
 from torchdiffeq_lmm.forward.vector_field import HostedFunction
 from torchdiffeq_lmm.schemes.methods import Method
 
-_OLDEST = (2, 13)
+_OLDEST = (2, 11)
 """The version of PyTorch that compiled solves have been tested with; they lean on parts that change."""
 
 
