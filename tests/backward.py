@@ -66,7 +66,7 @@ def solve(
     **options: Any,
 ) -> Any:
     like = y0[0] if isinstance(y0, tuple) else y0
-    t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=like.dtype.to_real())
+    t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=like.dtype.to_real(), device=like.device)
     if "grid_constructor" not in options:
         options = {"step_size": float(abs(t[-1] - t[0]).detach()) / steps} | options
     given = {} if backward == "autograd" else {"adjoint_params": params}

@@ -170,6 +170,7 @@ class TestParameterGradients:
         assert torch.equal(grad, before)
         torch.testing.assert_close(parameters.of(source), 4 * before)
 
+    @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
     def test_sparse_gradients_add_up(self) -> None:
         source = draw(4, DIM).requires_grad_()
         indices, values = torch.tensor([[1]]), draw(1, DIM, seed=1)

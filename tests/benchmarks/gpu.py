@@ -66,6 +66,7 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
         "eager, checkpoints": training_step(backward="checkpoint", adjoint_params=tuple(func.parameters())),
         "compiled": training_step(compile=True),
         "CUDA graphs": training_step(compile=GRAPHS),
+        "compiled, filtered": training_step(compile=True, grad_filter="auto"),
         "CUDA graphs, filtered": training_step(compile=GRAPHS, grad_filter="auto"),
         "torchdiffeq midpoint, half the steps": training_step(case.steps // 2, torchdiffeq.odeint, method="midpoint"),
         DIFFRAX: diffrax_gradient(field, flat, y0.cpu().numpy(), horizon, "LeapfrogMidpoint", case.steps),

@@ -476,6 +476,7 @@ def test_what_cannot_be_meant_is_an_error(make, error: type[Exception], message:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_on_a_gpu_no_time_is_read_by_the_host() -> None:
     theta = lines_of().cuda()
     t = torch.tensor(0.6, device="cuda")

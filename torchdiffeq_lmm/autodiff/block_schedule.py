@@ -1,8 +1,9 @@
 """What is known of a compiled solve before any state: its blocks, their numbers, where outputs are, the filter."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ from torchdiffeq_lmm.schemes.block_rows import Block, ExplicitMethod, all_weight
 from .block_functions import AROUND, BlockNumbers, Filtering
 
 
-@dataclass(frozen=True)
-class FilteredBlock:
+class FilteredBlock(NamedTuple):
     """What the filter needs in a block; see `FilterNumbers`.
 
     Attributes:
@@ -57,6 +57,24 @@ class ScheduledBlock:
         if self.filtered is None:
             return "none"
         return "value" if self.filtered.slope is None else "slope"
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it has."""
+        given = (self.weights, self.times, self.active, self.seen, *(self.filtered or ()))
+        return [tensor for tensor in given if tensor is not None]
+
+    def with_tensors(self, tensors: Iterator[Tensor]) -> "ScheduledBlock":
+        """The same with other tensors, as many as it has."""
+
+        def taken(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else next(tensors)
+
+        weights, times, active = next(tensors), next(tensors), next(tensors)
+        seen, filtered = taken(self.seen), self.filtered
+        if filtered is not None:
+            filtered = FilteredBlock(next(tensors), *map(taken, filtered[1:]))
+        return replace(self, weights=weights, times=times, active=active, seen=seen, filtered=filtered)
 
     def numbers(self, weights: Tensor, times: Tensor) -> BlockNumbers:
         """Those of the block, of the weights and times of all rows."""
@@ -116,14 +134,16 @@ def schedule(
         made.append(
             ScheduledBlock(
                 block,
-                torch.tensor(weights, device=device),
-                torch.where(rows < block.rows, rows + block.first, block.first).to(device),
-                (rows < block.rows).to(device),
-                torch.tensor(seen, device=device) if seen else None,
+                torch.tensor(weights, device="cpu"),
+                torch.where(rows < block.rows, rows + block.first, block.first),
+                rows < block.rows,
+                torch.tensor(seen, device="cpu") if seen else None,
                 is_last and not ends_inside,
-                None if forms is None else _filtered(block, forms, len(observed), device),
+                None if forms is None else _filtered(block, forms, len(observed)),
             )
         )
+    moved = iter(_moved([tensor for scheduled in made for tensor in scheduled.tensors], device))
+    made = [scheduled.with_tensors(moved) for scheduled in made]
     numbers = None
     if not source.requires_grad:
         of_rows, times = all_weights(recurrence).to(device), source.every_user_time()
@@ -131,7 +151,20 @@ def schedule(
     return Schedule(made, observed, numbers, later, time)
 
 
-def _filtered(block: Block, forms: dict[int, FilteredCotangent], observed: int, device: torch.device) -> FilteredBlock:
+def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on a device; all of one dtype are moved at once, for the CPU waits for every transfer to a GPU."""
+    if device.type == "cpu":
+        return list(tensors)
+    moved = list(tensors)
+    for dtype in {tensor.dtype for tensor in tensors}:
+        numbers = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        there = torch.cat([tensors[i].reshape(-1) for i in numbers]).to(device)
+        for i, part in zip(numbers, there.split([tensors[i].numel() for i in numbers]), strict=True):
+            moved[i] = part.view(tensors[i].shape)
+    return moved
+
+
+def _filtered(block: Block, forms: dict[int, FilteredCotangent], observed: int) -> FilteredBlock:
     rows, reach = len(block.pattern.rows), block.pattern.reach
     value, slope = [[0.0] * (AROUND + reach) for _ in range(rows)], [[0.0] * reach for _ in range(rows)]
     nothing = torch.zeros(observed, dtype=torch.float64, device="cpu")
@@ -156,14 +189,11 @@ def _filtered(block: Block, forms: dict[int, FilteredCotangent], observed: int, 
             has_slope |= has_observed or bool(form.slope)
         node += row.is_node
 
-    def on_device(numbers: list[list[float]]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float64, device=device)
-
     return FilteredBlock(
-        on_device(value),
-        on_device(slope) if has_slope else None,
-        torch.stack(observed_value).to(device) if has_observed else None,
-        torch.stack(observed_slope).to(device) if has_observed else None,
+        torch.tensor(value, dtype=torch.float64, device="cpu"),
+        torch.tensor(slope, dtype=torch.float64, device="cpu") if has_slope else None,
+        torch.stack(observed_value) if has_observed else None,
+        torch.stack(observed_slope) if has_observed else None,
     )
 
 
