@@ -21,7 +21,8 @@ class Compile:
             time to compile it is proportional to its length.
         dynamic: whether it is compiled for all batch sizes, the sizes of the state's first dimension, once there is a
             second one. A tuple state, and a batch of 1, are compiled for every size by themselves.
-        mode: of `torch.compile`: "default", "reduce-overhead" (CUDA graphs), "max-autotune", ...
+        mode: of `torch.compile`: "default", "reduce-overhead" (CUDA graphs), "max-autotune", ... On a GPU
+            "reduce-overhead" is taken where none is given: all kernels of a block are launched at once then.
         options: of Inductor, as those of `torch.compile`. On the CPU ``{"cpp_wrapper": True}``, compiled in haste, is
             the default.
         backend: "inductor"; "eager" runs the traced operations one by one, for finding faults.
@@ -70,8 +71,9 @@ class Compile:
 
         is_on_gpu = any(given.device.type == "cuda" for given in inputs)
         options: dict[str, Any] = {} if is_on_gpu else dict(_ON_CPU)
-        if self.mode is not None:
-            options.update(inductor.list_mode_options(self.mode))
+        mode = "reduce-overhead" if is_on_gpu and self.mode is None else self.mode
+        if mode is not None:
+            options.update(inductor.list_mode_options(mode))
         options.update(self.options or {})
         # Of Inductor's graphs one call's outputs are overwritten by the next one's.
         wants_graphs = options.pop("triton.cudagraphs", False)

@@ -4,7 +4,7 @@ A graph reads and writes the same memory whenever it is replayed. So inputs are 
 in one launch for each dtype.
 """
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from threading import Lock
 
@@ -13,6 +13,9 @@ from torch import Tensor
 
 _WARM_UPS = 2
 """So often the function runs before it is captured, for what is loaded and chosen when kernels first run."""
+
+_KEPT = 8
+"""So many graphs of a function, for as many batch sizes, keep their memory."""
 
 
 class CudaGraphs:
@@ -24,7 +27,7 @@ class CudaGraphs:
 
     def __init__(self, run: Callable[..., Sequence[Tensor]]) -> None:
         self._run = run
-        self._captured: dict[object, _Captured] = {}
+        self._captured: OrderedDict[object, _Captured] = OrderedDict()
         self._lock = Lock()
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
@@ -37,6 +40,9 @@ class CudaGraphs:
         with self._lock:
             if key not in self._captured:
                 self._captured[key] = _Captured(self._run, inputs)
+                if len(self._captured) > _KEPT:
+                    self._captured.popitem(last=False)
+            self._captured.move_to_end(key)
             return self._captured[key].replay(inputs)
 
 
