@@ -30,7 +30,7 @@ def test_it_is_compiled_once_for_all_steps_times_values_and_batches() -> None:
         check(3, INSIDE, 0.017)
         check(3, torch.tensor([0.5, 0.9], dtype=torch.float64), 0.1)
         with torch.no_grad():
-            func.net[0].weight.mul_(1.1)
+            func.weight.mul_(1.1)
         check(3, INSIDE, 0.05)
     # The second size is compiled for all sizes.
     with compiling(2):
@@ -118,16 +118,16 @@ def test_nothing_is_held_once_func_is_gone() -> None:
 def test_adjoint_params_name_whose_gradients_are_wanted() -> None:
     func, y0 = Field(), start()
     keywords: dict[str, Any] = {"method": "ab2", "options": REGULAR, "compile": TRACED}
-    bias = func.net[2].bias
-    states = torchdiffeq_lmm.odeint(func, y0, INSIDE, adjoint_params=(bias,), **keywords)
-    found = torch.autograd.grad(states.sum(), (bias, func.net[0].weight), allow_unused=True)
+    values = func.theta.values
+    states = torchdiffeq_lmm.odeint(func, y0, INSIDE, adjoint_params=(values,), **keywords)
+    found = torch.autograd.grad(states.sum(), (values, func.weight), allow_unused=True)
     expected = torchdiffeq_lmm.odeint(func, y0, INSIDE, method="ab2", options=REGULAR)
-    assert_same([found[0]], list(torch.autograd.grad(expected.sum(), (bias,))))
+    assert_same([found[0]], list(torch.autograd.grad(expected.sum(), (values,))))
     assert found[1] is None
     with pytest.raises(ValueError, match="adjoint_params must be tensors that func itself takes"):
         torchdiffeq_lmm.odeint(func, y0, INSIDE, adjoint_params=func.theta.rows, **keywords)
     with pytest.raises(TypeError, match="adjoint_params must be an iterable of tensors"):
-        torchdiffeq_lmm.odeint(func, y0, INSIDE, adjoint_params=bias, **keywords)
+        torchdiffeq_lmm.odeint(func, y0, INSIDE, adjoint_params=values, **keywords)
 
 
 def branches(t: Tensor, y: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def test_a_parameter_changed_in_place_before_the_backward_pass_is_an_error() -> 
     func = Field()
     states = torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
     with torch.no_grad():
-        func.net[0].weight.mul_(2)
+        func.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         states.sum().backward()
 
@@ -245,10 +245,10 @@ def test_derivatives_of_gradients_are_refused() -> None:
     func = Field()
     states = torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
     with pytest.raises(RuntimeError, match="compile does not support create_graph=True"):
-        torch.autograd.grad(states.sum(), (func.net[0].weight,), create_graph=True)
+        torch.autograd.grad(states.sum(), (func.weight,), create_graph=True)
     cotangents = torch.ones(2, *states.shape, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="is_grads_batched"):
-        torch.autograd.grad(states, (func.net[0].weight,), cotangents, is_grads_batched=True)
+        torch.autograd.grad(states, (func.weight,), cotangents, is_grads_batched=True)
 
 
 def refused(match: str, error: type[Exception] = ValueError, t: Tensor = INSIDE, **keywords: Any) -> None:

@@ -16,6 +16,8 @@ from torchdiffeq_lmm import Compile, CostateFilter
 pytestmark = NEEDS_TORCH
 
 FILTERS = (None, "auto", CostateFilter("trapezoid"))
+METHOD = CostateFilter("trapezoid", order="method")
+TURNS = (METHOD, None, "auto", CostateFilter("trapezoid"), None, CostateFilter(order="method"))
 
 
 @pytest.mark.slow
@@ -24,7 +26,7 @@ FILTERS = (None, "auto", CostateFilter("trapezoid"))
     [
         *(("leapfrog", given) for given in FILTERS),
         # The others share the filters out.
-        *((name, FILTERS[i % len(FILTERS)]) for i, name in enumerate(EXPLICIT) if name != "leapfrog"),
+        *((name, TURNS[i % len(TURNS)]) for i, name in enumerate(EXPLICIT) if name != "leapfrog"),
     ],
 )
 def test_values_and_gradients_are_those_of_an_eager_solve(method: str, grad_filter: Any) -> None:
@@ -212,13 +214,11 @@ def test_rows_that_fill_up_a_block_do_not_evaluate_func_beyond_the_end() -> None
 
 @pytest.mark.slow
 def test_the_length_of_a_block_does_not_matter() -> None:
-    func = Field()
-    expected = solved(func, start(), INSIDE, "ab3", options=REGULAR, grad_filter="auto")
+    func, keywords = Field(), {"options": REGULAR, "grad_filter": CostateFilter(order=3)}
+    expected = solved(func, start(), INSIDE, "ab3", **keywords)
     for block in (5, 8):
         settings = Compile(block=block, backend="eager")
-        assert_same(
-            solved(func, start(), INSIDE, "ab3", options=REGULAR, grad_filter="auto", compile=settings), expected
-        )
+        assert_same(solved(func, start(), INSIDE, "ab3", compile=settings, **keywords), expected)
 
 
 @pytest.mark.slow

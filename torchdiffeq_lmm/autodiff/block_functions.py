@@ -5,20 +5,18 @@ the past at the beginning of the block, and makes its states again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchdiffeq_lmm.filters.shifted_past import nearest_nodes, product_places
 from torchdiffeq_lmm.forward.stepping import History, march
 from torchdiffeq_lmm.schemes.block_rows import Pattern
 from torchdiffeq_lmm.schemes.weighted_sum import weighted_sum
 
 Slope = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
 """From the time, the state and the tensors that func depends on to the slope."""
-
-Filtering = Literal["none", "value", "slope"]
-"""No filter; cotangents V; cotangents V + Jᵀ S, with what they have of observed nodes: see `filter_coefficients`."""
 
 AROUND = 3
 """So many weights of V are of P at the node of the step, P at the next one, and g at the first; others are of D."""
@@ -39,17 +37,23 @@ class BlockNumbers(NamedTuple):
 
 
 class FilterNumbers(NamedTuple):
-    """What the filter needs in a block; the latter three where it has slopes.
+    """What the filter needs in a block; products with Jacobians are those of `product_places`.
 
     Attributes:
-        value, slope: weights for V and S, of shapes (rows, AROUND + reach) and (rows, reach), float64.
-        observed_value, observed_slope: what they have of observed nodes, of shape (rows, *x.shape).
+        value: weights for V, of shape (rows, AROUND + reach), float64.
+        products: weights of D, and of the products before it, for each product, of shape (rows, products, reach +
+            products), float64; this and the others None where there are no products.
+        observed_value, observed_slope: what V and the last product have of observed nodes, of shape (rows, *x.shape).
+        earlier, earlier_times: states of latest nodes before the block, the latest one last, and their times, of shapes
+            (n, *x.shape) and (n,), where products need Jacobians there; else None.
     """
 
     value: Tensor
-    slope: Tensor | None = None
+    products: Tensor | None = None
     observed_value: Tensor | None = None
     observed_slope: Tensor | None = None
+    earlier: Tensor | None = None
+    earlier_times: Tensor | None = None
 
 
 class Cotangents(NamedTuple):
@@ -74,13 +78,15 @@ class AdjointKind(NamedTuple):
     Attributes:
         wanted: the numbers of the tensors whose gradients are wanted.
         times: whether those of the weights and the times are.
-        filtering: the filter.
+        order: of the filter as this block needs it: 0 for none, 1 for V alone, else of `product_places`.
+        earlier: at how many nodes before the block it needs Jacobians.
         later: how many D of the blocks after it are known; 0 without a filter.
     """
 
     wanted: tuple[int, ...]
     times: bool
-    filtering: Filtering
+    order: int
+    earlier: int
     later: int
 
 
@@ -166,9 +172,8 @@ def adjoint_block(
         else:
             nodes = [of_window[0], *found[of_inputs : of_inputs + len(marched.nodes)]]
             later = [*found[of_inputs + len(marched.nodes) :], *cotangents.later]
-            grads = _filtered(
-                slope, pattern, numbers, leaves, wanted, marched.arguments, nodes, later, cotangents.seen, filters
-            )
+            jacobians = _Jacobians(slope, pattern, numbers, leaves, marched.arguments, filters)
+            grads = _filtered(jacobians, product_places(kind.order), nodes, later, cotangents.seen, wanted)
         sums = tuple(_strided_as(total + grad, total) for total, grad in zip(cotangents.sums, grads, strict=True))
     later = later[: len(cotangents.later)]
     return AdjointValues(_dense(of_window), sums, tuple(of_numbers), _dense(later))
@@ -198,40 +203,110 @@ def _marched(
     return _Marched((history.x, *past), nodes[:-1], made, arguments)
 
 
+class _Jacobians:
+    """The slopes of a block, evaluated again, each at a state of its own; and the products of the filter with them.
+
+    Args:
+        slope, pattern, numbers, tensors: see `forward_block`.
+        arguments: the states at which f is evaluated, by row.
+        filters: see `FilterNumbers`.
+    """
+
+    def __init__(
+        self,
+        slope: Slope,
+        pattern: Pattern,
+        numbers: BlockNumbers,
+        tensors: Sequence[Tensor],
+        arguments: Sequence[Tensor],
+        filters: FilterNumbers,
+    ) -> None:
+        self.pattern = pattern
+        self.filters = filters
+        self._slope = slope
+        self._tensors = tensors
+        self._at_nodes: list[tuple[Tensor, Tensor]] = []
+        if filters.earlier is not None:
+            assert filters.earlier_times is not None
+            self._at_nodes += map(self._evaluated, filters.earlier_times.unbind(), filters.earlier.unbind())
+        self._by_row = [self._evaluated(*given) for given in zip(numbers.times.unbind(), arguments, strict=True)]
+        self.slopes = [slope for slope, _ in self._by_row]
+        self._nodes: dict[int, int] = {}
+        for number, found in enumerate(self._by_row):
+            if number == 0 or pattern.rows[number - 1].is_node:
+                self._nodes[number] = len(self._at_nodes)
+                self._at_nodes.append(found)
+
+    def _evaluated(self, time: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        cut = state.detach().requires_grad_()
+        return self._slope(time.detach(), cut, self._tensors), cut
+
+    def products(self, number: int, places: Sequence[int], increments: Tensor) -> list[Tensor]:
+        """All products of a row; see `FilterNumbers`.
+
+        Args:
+            number: of the row.
+            places: of the products.
+            increments: D of the state that each row makes, and of some after these, of shape (n, *x.shape).
+        """
+        weights, observed = self.filters.products, self.filters.observed_slope
+        assert weights is not None
+        assert observed is not None
+        around = [self._by_row[number]]
+        if number in self._nodes:
+            nodes = nearest_nodes(range(len(self._at_nodes)), self._nodes[number], max(places) + 1)
+            around = [self._at_nodes[node] for node in nodes]
+        found: list[Tensor] = []
+        reach = weights.shape[2] - len(places)
+        used = increments[number : number + reach]
+        # All sums at once: written out one by one they would be most of what is traced.
+        vectors = weights[number, :, : len(used)].to(used.dtype) @ used.flatten(1)
+        for own, vector, place in zip(weights[number], vectors, places, strict=True):
+            if place >= len(around):
+                found.append(torch.zeros_like(observed[number]))
+                continue
+            vector = vector.view(used.shape[1:])
+            if found:
+                vector = vector + weighted_sum(*_weighted(own[reach:], found))
+            if place == 0:
+                vector = vector + observed[number]
+            slope, cut = around[place]
+            found += _grads((slope,), (vector,), (cut,))
+        return found
+
+
 def _filtered(
-    slope: Slope,
-    pattern: Pattern,
-    numbers: BlockNumbers,
-    tensors: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-    arguments: Sequence[Tensor],
+    jacobians: _Jacobians,
+    places: Sequence[int],
     nodes: Sequence[Tensor],
     increments: Sequence[Tensor],
     seen: Tensor,
-    filters: FilterNumbers,
+    wanted: Sequence[Tensor],
 ) -> list[Tensor]:
     """The gradients of the wanted tensors from the filtered cotangents of every slope.
 
     Args:
-        arguments: the states at which f is evaluated, by row.
+        jacobians: of the block.
+        places: of the products.
         nodes: P at the beginnings of all steps, and at the end.
         increments: D of the state that each row makes, and of some after these.
+        seen: g at the beginnings of all steps.
+        wanted: the tensors.
     """
-    slopes, costates, step = [], [], 0
-    for number, row in enumerate(pattern.rows):
-        cut = arguments[number].detach().requires_grad_()
-        slopes.append(slope(numbers.times[number].detach(), cut, tensors))
+    costates, step, filters = [], 0, jacobians.filters
+    stacked = torch.stack(list(increments)) if places else None
+    for number, row in enumerate(jacobians.pattern.rows):
         around = (nodes[step], nodes[step + 1], seen[step])
         value = weighted_sum(*_weighted(filters.value[number], (*around, *increments[number:])))
-        if filters.slope is not None:
+        if places:
             assert filters.observed_value is not None
-            assert filters.observed_slope is not None
-            of_slope = weighted_sum(*_weighted(filters.slope[number], increments[number:]))
-            (pulled,) = _grads(slopes[-1:], (of_slope + filters.observed_slope[number],), (cut,))
-            value = value + filters.observed_value[number] + pulled
+            assert stacked is not None
+            value = value + filters.observed_value[number]
+            for product in jacobians.products(number, places, stacked):
+                value = value + product
         costates.append(value)
         step += row.is_node
-    return _grads(slopes, costates, wanted)
+    return _grads(jacobians.slopes, costates, wanted)
 
 
 def _weighted(weights: Tensor, tensors: Sequence[Tensor]) -> tuple[Iterator[Tensor], Sequence[Tensor]]:

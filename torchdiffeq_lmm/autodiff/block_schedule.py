@@ -1,8 +1,7 @@
 """What is known of a compiled solve before any state: its blocks, their numbers, where outputs are, the filter."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -10,24 +9,27 @@ from torch import Tensor
 
 from torchdiffeq_lmm.filters.filter_coefficients import FilteredCotangent, filter_coefficients
 from torchdiffeq_lmm.filters.filter_plan import FilterPlan
+from torchdiffeq_lmm.filters.shifted_past import product_places
 from torchdiffeq_lmm.forward.step_source import FixedSteps
 from torchdiffeq_lmm.schemes.block_rows import Block, ExplicitMethod, all_weights, blocks_of, weight_indices
 
-from .block_functions import AROUND, BlockNumbers, Filtering
+from .block_functions import AROUND, BlockNumbers
 
 
 class FilteredBlock(NamedTuple):
     """What the filter needs in a block; see `FilterNumbers`.
 
     Attributes:
-        value, slope: see there; slope is None where V is all.
+        value, products: see there.
         observed_value, observed_slope: weights of g at the observed nodes, of shape (rows, nodes); None for none.
+        earlier: the states whose times are `earlier_times` there.
     """
 
     value: Tensor
-    slope: Tensor | None
+    products: Tensor | None
     observed_value: Tensor | None
     observed_slope: Tensor | None
+    earlier: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class ScheduledBlock:
         seen: the steps at whose beginnings there are outputs.
         sees_end: whether there is one at its end.
         filtered: what the filter needs; None without.
+        order, earlier: see `AdjointKind`.
     """
 
     block: Block
@@ -50,13 +53,8 @@ class ScheduledBlock:
     seen: Tensor | None
     sees_end: bool
     filtered: FilteredBlock | None
-
-    @cached_property
-    def filtering(self) -> Filtering:
-        """What the filter asks of its adjoint."""
-        if self.filtered is None:
-            return "none"
-        return "value" if self.filtered.slope is None else "slope"
+    order: int
+    earlier: int
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -89,6 +87,7 @@ class Schedule:
         blocks: from the first one on.
         observed: the nodes with outputs, in their order, without the first one.
         numbers: of all blocks; None where they have a gradient.
+        times: what func is given for the times of all states, without a gradient.
         later: how many D of later blocks the filter needs; 0 without.
         time: what func is given for the first time.
     """
@@ -96,6 +95,7 @@ class Schedule:
     blocks: list[ScheduledBlock]
     observed: list[int]
     numbers: list[BlockNumbers] | None
+    times: Tensor
     later: int
     time: Tensor
 
@@ -124,13 +124,20 @@ def schedule(
     device = time.device
     forms = None if plan is None else filter_coefficients(plan, observed)
     later = 0 if plan is None else blocks[-1].pattern.reach
-    made = []
+    made: list[ScheduledBlock] = []
     for block, weights in zip(blocks, weight_indices(recurrence, blocks), strict=True):
         pattern, count = block.pattern, len(block.pattern.rows)
         rows = torch.arange(count, device="cpu")
         is_last, made_steps = block is blocks[-1], sum(row.is_node for row in pattern.rows[: block.rows])
         ends_inside = is_last and made_steps < pattern.steps
         seen = [n - block.node for n in observed if block.node <= n < block.node + made_steps + ends_inside]
+        order = earlier = 0
+        filtered = None
+        if plan is not None and forms is not None:
+            order = _order(block, forms, plan)
+            earlier = min(max(0, order - 2), made[-1].block.pattern.steps if made else 0)
+            nodes = recurrence.nodes[block.node - earlier : block.node]
+            filtered = _filtered(block, forms, len(observed), product_places(order), nodes)
         made.append(
             ScheduledBlock(
                 block,
@@ -139,16 +146,28 @@ def schedule(
                 rows < block.rows,
                 torch.tensor(seen, device="cpu") if seen else None,
                 is_last and not ends_inside,
-                None if forms is None else _filtered(block, forms, len(observed)),
+                filtered,
+                order,
+                earlier,
             )
         )
     moved = iter(_moved([tensor for scheduled in made for tensor in scheduled.tensors], device))
     made = [scheduled.with_tensors(moved) for scheduled in made]
-    numbers = None
+    numbers, times = None, source.every_user_time().detach()
     if not source.requires_grad:
-        of_rows, times = all_weights(recurrence).to(device), source.every_user_time()
+        of_rows = all_weights(recurrence).to(device)
         numbers = [block.numbers(of_rows, times) for block in made]
-    return Schedule(made, observed, numbers, later, time)
+    return Schedule(made, observed, numbers, times, later, time)
+
+
+def _order(block: Block, forms: Mapping[int, FilteredCotangent], plan: FilterPlan) -> int:
+    """Of the filter as a block needs it; see `AdjointKind`."""
+    rows = range(block.first, block.first + block.rows)
+    of_rows = [forms[row] for row in rows if row in forms]
+    places = [product.place for form in of_rows for product in form.products]
+    if any(place > 0 for place in places):
+        return plan.order
+    return 2 if places or any(form.observed is not None for form in of_rows) else 1
 
 
 def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -164,12 +183,28 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return moved
 
 
-def _filtered(block: Block, forms: dict[int, FilteredCotangent], observed: int) -> FilteredBlock:
-    rows, reach = len(block.pattern.rows), block.pattern.reach
-    value, slope = [[0.0] * (AROUND + reach) for _ in range(rows)], [[0.0] * reach for _ in range(rows)]
-    nothing = torch.zeros(observed, dtype=torch.float64, device="cpu")
-    observed_value, observed_slope = [nothing] * rows, [nothing] * rows
-    node, has_slope, has_observed = block.node, False, False
+def _filtered(
+    block: Block,
+    forms: Mapping[int, FilteredCotangent],
+    observed: int,
+    places: Sequence[int],
+    earlier: Sequence[int],
+) -> FilteredBlock:
+    """The numbers of a block.
+
+    Args:
+        block: its rows.
+        forms: the filtered cotangents, by state.
+        observed: how many nodes are.
+        places: of the products.
+        earlier: the states of the nodes before the block at which there are Jacobians.
+    """
+    rows, reach, count = len(block.pattern.rows), block.pattern.reach, len(places)
+    value = torch.zeros(rows, AROUND + reach, dtype=torch.float64, device="cpu")
+    products = torch.zeros(rows, count, reach + count, dtype=torch.float64, device="cpu")
+    observed_value = torch.zeros(rows, observed, dtype=torch.float64, device="cpu")
+    observed_slope = torch.zeros_like(observed_value)
+    node = block.node
     for i, row in enumerate(block.pattern.rows[: block.rows]):
         form = forms.get(block.first + i)
         if form is not None:
@@ -180,20 +215,29 @@ def _filtered(block: Block, forms: dict[int, FilteredCotangent], observed: int) 
                     column = _lag(number, node, 2)
                 else:
                     column = 2 + _lag(number, node, 1)
-                value[i][column] += weight
-            for (_, number), weight in form.slope.items():
-                slope[i][_lag(number, block.first + i + 1, reach)] += weight
-            observed_value[i] = nothing if form.observed_value is None else form.observed_value
-            observed_slope[i] = nothing if form.observed_slope is None else form.observed_slope
-            has_observed |= form.observed_value is not None or form.observed_slope is not None
-            has_slope |= has_observed or bool(form.slope)
+                value[i, column] += weight
+            if form.observed is not None:
+                observed_value[i] = form.observed
+            slots: list[int] = []
+            for product in form.products:
+                slots.append(places.index(product.place, slots[-1] + 1 if slots else 0))
+                for (_, number), weight in product.terms.items():
+                    products[i, slots[-1], _lag(number, block.first + i + 1, reach)] += weight
+                for other, weight in product.products.items():
+                    products[i, slots[-1], reach + slots[other]] += weight
+                if product.observed is not None:
+                    assert product.place == 0, "only a layer has what is observed in its products"
+                    observed_slope[i] = product.observed
         node += row.is_node
-
+    if not places:
+        return FilteredBlock(value, None, None, None, None)
+    has_observed = bool(observed_value.any() or observed_slope.any())
     return FilteredBlock(
-        torch.tensor(value, dtype=torch.float64, device="cpu"),
-        torch.tensor(slope, dtype=torch.float64, device="cpu") if has_slope else None,
-        torch.stack(observed_value) if has_observed else None,
-        torch.stack(observed_slope) if has_observed else None,
+        value,
+        products,
+        observed_value if has_observed else None,
+        observed_slope if has_observed else None,
+        torch.tensor(earlier, device="cpu") if earlier else None,
     )
 
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from torchdiffeq_lmm.filters.shifted_past import product_places
 from torchdiffeq_lmm.schemes.block_rows import Pattern
 
 from .block_functions import (
@@ -170,10 +171,13 @@ def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shap
 
     fakes, rows = _Fakes(like, func.is_dynamic), len(pattern.rows)
     filters: list[Tensor] = []
-    if kind.filtering != "none":
+    if kind.order:
         filters.append(fakes.empty(rows, AROUND + pattern.reach, dtype=torch.float64))
-    if kind.filtering == "slope":
-        filters += [fakes.empty(rows, pattern.reach, dtype=torch.float64), fakes.states(rows), fakes.states(rows)]
+    if products := len(product_places(kind.order)):
+        weights = fakes.empty(rows, products, pattern.reach + products, dtype=torch.float64)
+        filters += [weights, fakes.states(rows), fakes.states(rows)]
+    if kind.earlier:
+        filters += [fakes.states(kind.earlier), fakes.empty(kind.earlier, dtype=like.time.dtype)]
     inputs = [
         *fakes.window(pattern.begins),
         *fakes.numbers(pattern),

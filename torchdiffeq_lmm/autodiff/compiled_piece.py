@@ -102,7 +102,13 @@ class CompiledPieceSolver:
         if self.costate_filter is None or not torch.is_grad_enabled():
             return None
         method = self.method if isinstance(self.method, MultistepMethod) else None
-        return plan_filter(self.costate_filter.weights, source.recurrence, source.lengths, method)
+        return plan_filter(
+            self.costate_filter.weights,
+            source.recurrence,
+            source.lengths,
+            method,
+            order=self.costate_filter.highest_order,
+        )
 
     def _dependencies(self, time: Tensor, y0: Tensor) -> Dependencies:
         capture = capture_of(self.hosted.call)

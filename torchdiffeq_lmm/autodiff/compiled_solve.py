@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .block_functions import AdjointKind, AdjointValues, BlockNumbers, Cotangents, Filtering, FilterNumbers
+from .block_functions import AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
 from .block_schedule import FilteredBlock, Schedule, ScheduledBlock
 from .compiled_blocks import CompiledBlocks
 
@@ -39,23 +39,27 @@ class CompiledSolve:
     def forward(
         self, y0: Tensor, numbers: Sequence[BlockNumbers], tensors: Sequence[Tensor]
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """The states at the observed nodes, of shape (n, *y0.shape), and the past before each block."""
+        """The states at the observed nodes, of shape (n, *y0.shape), and what is kept of each block.
+
+        That is the past before it and, where the filter needs any, the states of the latest nodes before it.
+        """
         window = (y0.contiguous(), *_zeros(y0, sum(self.schedule.blocks[0].block.pattern.begins)))
-        windows, found = [], []
+        kept, found = [], []
+        nodes = y0
         forwards = _once(lambda scheduled: self.blocks.forward(scheduled.block.pattern))
         for scheduled, given in zip(self.schedule.blocks, numbers, strict=True):
-            windows.append(window)
+            kept.append((*window, nodes[-scheduled.earlier :].clone()) if scheduled.earlier else window)
             window, nodes = forwards(scheduled)(window, given, tensors)
             if scheduled.seen is not None:
                 found.append(nodes if len(scheduled.seen) == len(nodes) else nodes.index_select(0, scheduled.seen))
             if scheduled.sees_end:
                 found.append(window[0].unsqueeze(0))
-        return found[0] if len(found) == 1 else torch.cat(found), windows
+        return found[0] if len(found) == 1 else torch.cat(found), kept
 
     def backward(
         self,
         seen: Tensor,
-        windows: Sequence[Sequence[Tensor]],
+        kept: Sequence[Sequence[Tensor]],
         numbers: Sequence[BlockNumbers],
         tensors: Sequence[Tensor],
     ) -> tuple[Tensor, list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -64,7 +68,7 @@ class CompiledSolve:
         Returns:
             Those of y0; of the weights and times, block by block, if they are wanted; of the wanted tensors.
         """
-        like = windows[0][0]
+        like = kept[0][0]
         cotangents = Cotangents(
             window=tuple(_zeros(like, 1 + sum(self.schedule.blocks[-1].block.pattern.ends))),
             seen=like,
@@ -75,7 +79,7 @@ class CompiledSolve:
         adjoints = self._adjoints()
         unseen = _once(lambda scheduled: like.new_zeros(scheduled.block.pattern.steps, *like.shape))
         end, of_observed = len(seen), seen.reshape(len(seen), -1)
-        for scheduled, window, given in reversed(list(zip(self.schedule.blocks, windows, numbers, strict=True))):
+        for scheduled, of_block, given in reversed(list(zip(self.schedule.blocks, kept, numbers, strict=True))):
             if scheduled.sees_end:
                 end -= 1
                 cotangents = cotangents._replace(window=(seen[end], *cotangents.window[1:]))
@@ -83,7 +87,11 @@ class CompiledSolve:
             if scheduled.seen is not None:
                 of_nodes = of_nodes.index_copy(0, scheduled.seen, seen[end - len(scheduled.seen) : end])
                 end -= len(scheduled.seen)
-            filters = None if scheduled.filtered is None else _filters(scheduled.filtered, of_observed, like)
+            count = 1 + sum(scheduled.block.pattern.begins)
+            window, earlier = of_block[:count], of_block[count:]
+            filters = None
+            if scheduled.filtered is not None:
+                filters = _filters(scheduled.filtered, of_observed, like, earlier, self.schedule.times)
             given_cotangents = Cotangents(cotangents.window, of_nodes, cotangents.sums, cotangents.later)
             found = adjoints(scheduled)(window, given, tensors, given_cotangents, filters)
             cotangents = Cotangents(found.window, of_nodes, found.sums, found.later)
@@ -92,7 +100,9 @@ class CompiledSolve:
 
     def _adjoints(self) -> Callable[[ScheduledBlock], Callable[..., AdjointValues]]:
         def made(scheduled: ScheduledBlock) -> Callable[..., AdjointValues]:
-            kind = AdjointKind(self.wanted, self.differentiate_times, scheduled.filtering, self.schedule.later)
+            kind = AdjointKind(
+                self.wanted, self.differentiate_times, scheduled.order, scheduled.earlier, self.schedule.later
+            )
             return self.blocks.adjoint(scheduled.block.pattern, kind)
 
         return _once(made)
@@ -138,10 +148,10 @@ class _CompiledSolve(torch.autograd.Function):
         ctx: Any, solve: CompiledSolve, y0: Tensor, weights: Tensor | None, times: Tensor | None, *tensors: Tensor
     ) -> Tensor:
         numbers = _numbers(solve, weights, times)
-        states, windows = solve.forward(y0, numbers, tensors)
-        ctx.solve, ctx.numbers, ctx.sizes = solve, numbers, [len(window) for window in windows]
+        states, kept = solve.forward(y0, numbers, tensors)
+        ctx.solve, ctx.numbers, ctx.sizes = solve, numbers, [len(of_block) for of_block in kept]
         ctx.like = None if weights is None or times is None else (weights.shape, weights.device, times.shape)
-        ctx.save_for_backward(y0, *tensors, *(tensor for window in windows for tensor in window))
+        ctx.save_for_backward(y0, *tensors, *(tensor for of_block in kept for tensor in of_block))
         ctx.count = 1 + len(tensors)
         return states
 
@@ -160,9 +170,9 @@ class _CompiledSolve(torch.autograd.Function):
                 "gradient; ask for one gradient after the other, or solve without compile"
             )
         solve, tensors, rest = ctx.solve, saved[1 : ctx.count], iter(saved[ctx.count :])
-        windows = [tuple(next(rest) for _ in range(size)) for size in ctx.sizes]
+        kept = [tuple(next(rest) for _ in range(size)) for size in ctx.sizes]
         of_y0, of_numbers, sums = solve.backward(
-            seen.resolve_conj().resolve_neg().contiguous(), windows, ctx.numbers, tensors
+            seen.resolve_conj().resolve_neg().contiguous(), kept, ctx.numbers, tensors
         )
         of_weights = of_times = None
         if solve.differentiate_times:
@@ -179,24 +189,31 @@ class _CompiledSolve(torch.autograd.Function):
         return None, of_y0, of_weights, of_times, *of_tensors
 
 
-def _filters(filtered: FilteredBlock, seen: Tensor, like: Tensor) -> FilterNumbers:
-    if filtered.slope is None:
+def _filters(
+    filtered: FilteredBlock, seen: Tensor, like: Tensor, earlier: Sequence[Tensor], times: Tensor
+) -> FilterNumbers:
+    if filtered.products is None:
         return FilterNumbers(filtered.value)
     shape = len(filtered.value), *like.shape
-    if filtered.observed_value is None or filtered.observed_slope is None:
-        nothing = like.new_zeros(shape)
-        return FilterNumbers(filtered.value, filtered.slope, nothing, nothing)
-    made = (weights.to(seen.dtype) @ seen for weights in (filtered.observed_value, filtered.observed_slope))
-    observed_value, observed_slope = (found.reshape(shape) for found in made)
-    return FilterNumbers(filtered.value, filtered.slope, observed_value, observed_slope)
+    of_observed = filtered.observed_value, filtered.observed_slope
+    observed = [
+        like.new_zeros(shape) if weights is None else (weights.to(seen.dtype) @ seen).reshape(shape)
+        for weights in of_observed
+    ]
+    numbers = FilterNumbers(filtered.value, filtered.products, *observed)
+    return (
+        numbers
+        if filtered.earlier is None
+        else numbers._replace(earlier=earlier[0], earlier_times=times[filtered.earlier])
+    )
 
 
 def _once(make: Callable[[ScheduledBlock], Made]) -> Callable[[ScheduledBlock], Made]:
     """What is made for a block, made once for all that are alike: it is asked for at every block."""
-    known: dict[tuple[int, Filtering], Made] = {}
+    known: dict[tuple[int, int, int], Made] = {}
 
     def made(scheduled: ScheduledBlock) -> Made:
-        key = id(scheduled.block.pattern), scheduled.filtering
+        key = id(scheduled.block.pattern), scheduled.order, scheduled.earlier
         if key not in known:
             known[key] = make(scheduled)
         return known[key]

@@ -36,7 +36,6 @@ terms of first order in J are no longer enough, and μ_m / h is taken only beyon
 Where E observes node m, p jumps there by g_m; the filtered costate is the mean of both limits.
 """
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -48,7 +47,7 @@ from torchdiffeq_lmm.schemes.weighted_sum import weighted_sum
 
 from .boundary_layer import boundary_layer_terms
 from .filter_plan import FilterPlan
-from .shifted_past import Moments, PastTerm, moments, shifted_past
+from .shifted_past import Moments, PastTerm, moments, nearest_nodes, shifted_past
 
 
 class Jacobians(Protocol):
@@ -131,7 +130,7 @@ def filtered_cotangents(
             jump = None if g is None else -shares_after[node] * g
             if plan.order > 2 and not raw[node]:
                 value = point.shift if jump is None else point.shift + jump
-                around = _nearest(plan.with_jacobians, node, plan.order - 1)
+                around = nearest_nodes(plan.with_jacobians, node, plan.order - 1)
                 pending.append(_Pending(node, width, moments(value, _past(plan, point), plan.order), around))
             else:
                 if raw[node]:
@@ -169,13 +168,6 @@ class _Pending(NamedTuple):
     width: float
     moments: Moments
     around: list[int]
-
-
-def _nearest(candidates: Sequence[int], node: int, count: int) -> list[int]:
-    """So many of the nodes, itself first, which the rows after it know of; those nearer first."""
-    end = bisect_left(candidates, node) + 1
-    first = max(0, end - count)
-    return sorted(candidates[first : first + count], key=lambda other: abs(other - node))
 
 
 def _past(plan: FilterPlan, point: AdjointState) -> list[PastTerm]:

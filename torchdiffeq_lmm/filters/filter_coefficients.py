@@ -1,7 +1,8 @@
 """The filtered cotangents as linear forms: numbers that are known before there are any cotangents.
 
 `filtered_cotangents` is run once for a grid, with symbols in place of cotangents. What comes of it are the weights with
-which each filtered cotangent is made of cotangents around it, V + Jᵀ S: what a compiled block needs.
+which each filtered cotangent is made of cotangents around it, and of products of such sums with transposed Jacobians at
+the state and at nodes before it: what a compiled block needs.
 """
 
 from collections import defaultdict
@@ -17,27 +18,43 @@ from torchdiffeq_lmm.schemes.recurrence import Layout, Row
 
 from .costate import filtered_cotangents
 from .filter_plan import FilterPlan
+from .shifted_past import nearest_nodes
 
-Kind = Literal["increment", "window", "seen"]
-"""D of a state, P of a node, g of a node: see `AdjointState`."""
+Kind = Literal["increment", "window", "seen", "product"]
+"""D of a state, P of a node, g of a node: see `AdjointState`; a product with a transposed Jacobian."""
 
 Symbol = tuple[Kind, int]
 Terms = dict[Symbol, float]
 
 
-class FilteredCotangent(NamedTuple):
-    """ω p̃ = V + Jᵀ S at one state.
+class ProductForm(NamedTuple):
+    """A product of a sum of cotangents with a transposed Jacobian.
 
     Attributes:
-        value, slope: V and S, as weights of symbols.
-        observed_value, observed_slope: what V and S have besides, as weights of g at the observed nodes, of shape (n,);
-            None for nothing.
+        place: of the Jacobian: 0 at the state itself, else at that one of `nearest_nodes`.
+        terms: the sum, as weights of D.
+        products: what it has of the products before it, as weights by their number.
+        observed: what it has of g at the observed nodes, of shape (n,); None for nothing.
+    """
+
+    place: int
+    terms: Terms
+    products: dict[int, float]
+    observed: Tensor | None
+
+
+class FilteredCotangent(NamedTuple):
+    """ω p̃ at one state: V and all products.
+
+    Attributes:
+        value: V, as weights of symbols.
+        observed: what V has of g at the observed nodes, of shape (n,); None for nothing.
+        products: in the order in which they are worked out.
     """
 
     value: Terms
-    slope: Terms
-    observed_value: Tensor | None
-    observed_slope: Tensor | None
+    observed: Tensor | None
+    products: tuple[ProductForm, ...]
 
 
 def filter_coefficients(plan: FilterPlan, observed: Sequence[int]) -> dict[int, FilteredCotangent]:
@@ -54,27 +71,31 @@ def filter_coefficients(plan: FilterPlan, observed: Sequence[int]) -> dict[int, 
     for node, unit in zip(observed, units, strict=True):
         seen[node], cotangents[node] = _Form({("seen", node): 1.0}), unit
     zero = torch.zeros(len(observed), dtype=torch.float64, device="cpu")
-    jacobians: Any = _Symbolic()
-    found = filtered_cotangents(plan, _symbols(plan.recurrence.rows), seen, cotangents, jacobians, zero)
-    return {state: (weight * _as_form(costate)).coefficients for state, weight, costate in found}
+    jacobians = _Products()
+    symbols, given = _symbols(plan.recurrence.rows, jacobians), _as_any(jacobians)
+    nodes = plan.recurrence.nodes
+    node_of = {state: node for node, state in enumerate(nodes)}
+
+    def around(state: int) -> list[int]:
+        return [nodes[node] for node in nearest_nodes(plan.with_jacobians, node_of[state], plan.order - 1)]
+
+    return {
+        state: jacobians.resolved(state, weight * _as_form(costate), around)
+        for state, weight, costate in filtered_cotangents(plan, symbols, seen, cotangents, given, zero)
+    }
 
 
 @dataclass
 class _Form:
-    """A linear form V + Jᵀ S that takes the place of a cotangent.
+    """A linear form that takes the place of a cotangent.
 
     Attributes:
-        value, slope: see `FilteredCotangent`.
-        dense: what V and S have of the observed nodes.
+        terms: weights of symbols.
+        dense: what it has of the observed nodes.
     """
 
-    value: Mapping[Symbol, float]
-    slope: Mapping[Symbol, float] = field(default_factory=dict)
-    dense: tuple[Tensor | None, Tensor | None] = (None, None)
-
-    @property
-    def coefficients(self) -> FilteredCotangent:
-        return FilteredCotangent(dict(self.value), dict(self.slope), *self.dense)
+    terms: Mapping[Symbol, float]
+    dense: Tensor | None = None
 
     def __add__(self, other: "_Form | Tensor") -> "_Form":
         return _plus(self, _as_form(other), 1.0)
@@ -86,12 +107,8 @@ class _Form:
         return _plus(self, _as_form(other), -1.0)
 
     def __mul__(self, weight: float) -> "_Form":
-        scaled = [None if part is None else weight * part for part in self.dense]
-        return _Form(
-            {symbol: weight * own for symbol, own in self.value.items()},
-            {symbol: weight * own for symbol, own in self.slope.items()},
-            (scaled[0], scaled[1]),
-        )
+        scaled = {symbol: weight * own for symbol, own in self.terms.items()}
+        return _Form(scaled, None if self.dense is None else weight * self.dense)
 
     __rmul__ = __mul__
 
@@ -110,42 +127,90 @@ class _Form:
 
 
 def _as_form(value: "_Form | Tensor") -> _Form:
-    return _Form({}, {}, (value, None)) if isinstance(value, Tensor) else value
+    return _Form({}, value) if isinstance(value, Tensor) else value
+
+
+def _as_any(value: object) -> Any:
+    # To what is written for tensors a form is given.
+    return value
 
 
 def _plus(a: _Form, b: _Form, weight: float) -> _Form:
-    dense = [_added(x, y, weight) for x, y in zip(a.dense, b.dense, strict=True)]
-    return _Form(_sum(a.value, b.value, weight), _sum(a.slope, b.slope, weight), (dense[0], dense[1]))
-
-
-def _sum(a: Mapping[Symbol, float], b: Mapping[Symbol, float], weight: float) -> Mapping[Symbol, float]:
-    if not b:
-        return a
-    total = defaultdict(float, a)
-    for symbol, own in b.items():
+    dense = a.dense
+    if b.dense is not None:
+        dense = weight * b.dense if dense is None else dense + weight * b.dense
+    if not b.terms:
+        return _Form(a.terms, dense)
+    total = defaultdict(float, a.terms)
+    for symbol, own in b.terms.items():
         total[symbol] += weight * own
-    return total
+    return _Form(total, dense)
 
 
-def _added(a: Tensor | None, b: Tensor | None, weight: float) -> Tensor | None:
-    if b is None:
-        return a
-    return weight * b if a is None else a + weight * b
+@dataclass
+class _Products:
+    """See `costate.Jacobians`; without damping, which explicit methods have none of.
 
+    Attributes:
+        made: the state and the vector of every product.
+    """
 
-class _Symbolic:
-    """See `costate.Jacobians`; up to second order, and without damping, which explicit methods have none of."""
+    made: list[tuple[int, _Form]] = field(default_factory=list)
+
+    def product(self, state: int, vector: Any) -> _Form:
+        """See `costate.Jacobians`."""
+        self.made.append((state, _as_form(vector)))
+        return _Form({("product", len(self.made) - 1): 1.0})
 
     def expand(self, state: int, value: Any, slope: Any, step: float) -> _Form:  # noqa: ARG002
         """See `costate.Jacobians`."""
         form = _Form({}) if value is None else _as_form(value)
-        if slope is None:
-            return form
-        pulled = _as_form(slope)
-        return _plus(form, _Form({}, pulled.value, (None, pulled.dense[0])), 1.0)
+        return form if slope is None else _plus(form, self.product(state, slope), 1.0)
+
+    def resolved(self, state: int, form: _Form, around: Callable[[int], list[int]]) -> FilteredCotangent:
+        """A form with its products written out: those at the state itself as one, the last one.
+
+        Args:
+            state: whose costate it is.
+            form: V and products, each of which has the weight ω in it if others are made of it.
+            around: from the state of a node to those of `nearest_nodes`.
+        """
+        value: Terms = {symbol: weight for symbol, weight in form.terms.items() if symbol[0] != "product"}
+        own, numbers = _Form({}), []
+        for (kind, number), weight in form.terms.items():
+            if kind == "product" and weight != 0.0:
+                at, vector = self.made[number]
+                if at == state:
+                    own = _plus(own, vector, weight)
+                else:
+                    numbers.append(number)
+        products: list[ProductForm] = []
+        shares: dict[int, tuple[int, float]] = {}
+        places = {at: place for place, at in enumerate(around(state))} if numbers else {}
+        for number in sorted(numbers):
+            at, vector = self.made[number]
+            weight = form.terms["product", number]
+            products.append(_product_form(places[at], weight * vector, shares))
+            shares[number] = len(products) - 1, weight
+        if own.terms or own.dense is not None:
+            products.append(_product_form(0, own, shares))
+        return FilteredCotangent(value, form.dense, tuple(products))
 
 
-def _symbols(rows: Sequence[Row]) -> Iterator[AdjointState]:
+def _product_form(place: int, vector: _Form, shares: Mapping[int, tuple[int, float]]) -> ProductForm:
+    """A product, with those before it as they are added up: each with its weight."""
+    terms: Terms = {}
+    products: dict[int, float] = {}
+    for symbol, weight in vector.terms.items():
+        if symbol[0] == "product":
+            number, share = shares[symbol[1]]
+            products[number] = weight / share
+        else:
+            terms[symbol] = weight
+    return ProductForm(place, terms, products, vector.dense)
+
+
+def _symbols(rows: Sequence[Row], jacobians: _Products) -> Iterator[AdjointState]:
     """As `discrete_adjoint`, for explicit rows, with symbols."""
     layout = Layout(rows)
     slopes: dict[int, Contributions] = {}
@@ -157,7 +222,7 @@ def _symbols(rows: Sequence[Row]) -> Iterator[AdjointState]:
         later = slopes.pop(state, [])
         window: Any = _Form({("window", node): 1.0} if is_node else {})
         increment: Any = None if row is None else _Form({("increment", state): 1.0})
-        pulled: Any = [(1.0, _pulled(rows, state, node, later))] if later else []
+        pulled: Any = [(1.0, _pulled(rows, state, node, later, jacobians))] if later else []
         yield AdjointState(
             state, node if is_node else None, later, later, pulled, window, window, increment, slopes, increments
         )
@@ -167,7 +232,7 @@ def _symbols(rows: Sequence[Row]) -> Iterator[AdjointState]:
             pass_on(row, state, increment, layout, slopes, increments)
 
 
-def _pulled(rows: Sequence[Row], state: int, node: int, later: Any) -> _Form:
+def _pulled(rows: Sequence[Row], state: int, node: int, later: Any, jacobians: _Products) -> _Form:
     """Jᵀ times a sum of cotangents."""
     if (state == 0 or rows[state - 1].is_node) and state < len(rows) and rows[state].is_node:
         # By P_n = P_{n+1} + g_n + Jᵀ μ_n, for nothing else is made of the state.
@@ -175,4 +240,4 @@ def _pulled(rows: Sequence[Row], state: int, node: int, later: Any) -> _Form:
     total = _Form({})
     for weight, form in later:
         total = _plus(total, form, weight)
-    return _Form({}, total.value)
+    return jacobians.product(state, total)

@@ -17,6 +17,7 @@ For stiff problems each slope comes from R = (1 - τ J)⁻¹ instead, as J R (x 
 δ itself as R (δ - τ F): the same to the order, and bounded however large J is.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import factorial
@@ -133,6 +134,28 @@ def shifted_past(
                     _spread(before, weights.values[turn - 2][place], -damping, pulled)
         slopes = before
     return combine(total) if total else None
+
+
+def nearest_nodes(candidates: Sequence[int], node: int, count: int) -> list[int]:
+    """So many of the nodes, itself first, which the rows after it know of; those nearer first.
+
+    Args:
+        candidates: the nodes at which f is evaluated, in their order.
+        node: the node.
+        count: so many; fewer where there are no more.
+    """
+    end = bisect_left(candidates, node) + 1
+    first = max(0, end - count)
+    return sorted(candidates[first : first + count], key=lambda other: abs(other - node))
+
+
+def product_places(order: int) -> list[int]:
+    """Of each product with a Jacobian, in the order of `shifted_past`, the place in `nearest_nodes`; none for order 1.
+
+    Args:
+        order: q.
+    """
+    return [place for turn in range(order - 1, 0, -1) for place in (range(1, turn) if turn > 1 else (0,))]
 
 
 def _spread(slopes: list[Contributions], weights: Sequence[float], factor: float, tensor: Tensor) -> None:

@@ -69,8 +69,7 @@ def check_compiled_solve(
 
     Raises:
         RuntimeError: autocast or forward mode is on.
-        ValueError: outputs inside steps are cubic, with a filter; the filter is of higher order; or func is
-            distributed.
+        ValueError: outputs inside steps are cubic, with a filter; or func is distributed.
     """
     if torch.is_autocast_enabled(y0.device.type):
         raise RuntimeError(
@@ -83,11 +82,6 @@ def check_compiled_solve(
         raise ValueError(
             "func must not be a DistributedDataParallel module where compile is given, for it would be bypassed; wrap "
             "the model around the solve instead"
-        )
-    if costate_filter is not None and costate_filter.order != 2:
-        raise ValueError(
-            f"order must be 2 where compile and a CostateFilter are given, got {costate_filter.order!r}; solve without "
-            f"compile for higher orders"
         )
     is_inside = any(placement.fraction is not None for placed in placements for placement in placed)
     if costate_filter is not None and rule.interp == "cubic" and is_inside:
