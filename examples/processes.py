@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from harness import arguments, table, write
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.run import main as torchrun
 from torch.nn.parallel import DistributedDataParallel
 
@@ -77,9 +76,17 @@ def alone(model: Model) -> nn.Module:
     return model
 
 
+def split(module: nn.Module) -> None:
+    """Leave every process a part of the parameters."""
+    # PyTorch 2.5 has it elsewhere.
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(module)
+
+
 def sharded(model: Model) -> nn.Module:
     """The whole model, its parameters split among the processes."""
-    fully_shard(model)
+    split(model)
     return model
 
 
@@ -91,7 +98,7 @@ def parallel_func(model: Model) -> nn.Module:
 
 def sharded_func(model: Model) -> nn.Module:
     """Only func is distributed, its parameters split."""
-    fully_shard(model.func)
+    split(model.func)
     return model
 
 

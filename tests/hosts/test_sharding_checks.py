@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torchsde
+from compiled_solves import NEEDS_TORCH
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -89,7 +90,7 @@ def test_a_part_of_func_that_is_sharded_has_its_gradient_where_autograd_alone_di
     [
         ("filtered", "where grad_filter is given"),
         ("checkpoint", "evaluated again"),
-        ("compile", "where compile is given"),
+        pytest.param("compile", "where compile is given", marks=NEEDS_TORCH),
         ("implicit", "with method 'bdf2'"),
         ("adaptive", "with method 'adams'"),
     ],
