@@ -1,12 +1,16 @@
 """What documents show runs as it stands, and prints what they say; their links lead somewhere.
 
 Every ``python`` block of a document is run by itself, in a namespace and a folder of its own. What it prints is the
-``text`` block that follows it at once; without one, it prints nothing.
+``text`` block that follows it at once; without one, it prints nothing. Where it imports a package that this one
+does not need, it runs in an interpreter of its own, and only where that is installed.
 """
 
 import contextlib
 import io
 import re
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +20,8 @@ from programs import run_here
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "DOCUMENTATION.md")
+OTHER_PACKAGES = ("lightning", "torchdyn")
+"""Blocks with these run where they are installed."""
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -36,7 +42,13 @@ def blocks_of(document: str) -> dict[str, Block]:
     return found
 
 
-BLOCKS = {place: block for document in DOCUMENTS for place, block in blocks_of(document).items()}
+def others_of(block: Block) -> set[str]:
+    """The packages that a block imports and this one does not need."""
+    return set(re.findall(rf"^(?:import|from) ({'|'.join(OTHER_PACKAGES)})\b", block.code, flags=re.MULTILINE))
+
+
+ALL_BLOCKS = {place: block for document in DOCUMENTS for place, block in blocks_of(document).items()}
+BLOCKS = {place: block for place, block in ALL_BLOCKS.items() if not others_of(block)}
 
 
 def test_no_block_is_overlooked() -> None:
@@ -63,6 +75,20 @@ def test_a_block_runs_by_itself_and_prints_what_is_said(
     with contextlib.redirect_stdout(printed):
         exec(compile(block.code, place, "exec"), {"__name__": "__main__"})
     assert printed.getvalue() == block.printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", sorted(ALL_BLOCKS.keys() - BLOCKS.keys()))
+def test_a_block_with_another_package_prints_what_is_said_where_that_is_installed(place: str, tmp_path: Path) -> None:
+    block = ALL_BLOCKS[place]
+    for package in others_of(block):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed, and nothing else needs it")
+    done = subprocess.run(
+        [sys.executable, "-c", block.code], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == block.printed
 
 
 def test_the_readme_is_read_in_ten_minutes() -> None:

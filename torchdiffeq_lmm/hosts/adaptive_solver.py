@@ -87,6 +87,7 @@ class AdaptiveSolver(DifferentiableSolver):
     """
 
     method: ClassVar[VariableOrderFamily]
+    chooses_steps = True
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class AdaptiveSolver(DifferentiableSolver):
         check_max_num_steps(max_num_steps)
         equations = ImplicitOptions(batch_dims, on_failure, newton, jac_sparsity, jac, preconditioner)
         gradients = GradientOptions(grad_filter, backward, adjoint_params)
-        super().__init__(func, y0, (rtol, atol), False, jump_t, equations, gradients, uses_tolerances=True)
+        super().__init__(func, y0, (rtol, atol), False, jump_t, equations, gradients)
         if isinstance(self.grad_filter, SmoothFilter):
             raise ValueError("grad_filter 'smooth' is for leapfrog")
         self._control = StepControl(

@@ -12,6 +12,8 @@ from torchdiffeq_lmm.forward.outputs import OutputRule
 from torchdiffeq_lmm.forward.vector_field import HostedFunction
 from torchdiffeq_lmm.schemes.methods import Method
 
+from .sharding_checks import refuse_sharded
+
 _OLDEST = (2, 11)
 """The version of PyTorch that compiled solves have been tested with; they lean on parts that change."""
 
@@ -27,7 +29,7 @@ def check_compile(method: Method, hosted: HostedFunction, backward: object, jump
 
     Raises:
         RuntimeError: PyTorch is too old, or a transform of torch.func is on.
-        ValueError: another option does not go with it.
+        ValueError: another option, or a sharded part of func, does not go with it.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _OLDEST:
@@ -54,6 +56,7 @@ def check_compile(method: Method, hosted: HostedFunction, backward: object, jump
             "func must have no callback_step where compile is given: steps have no beginning in Python that could call "
             "it; leave one of both out"
         )
+    refuse_sharded(hosted.call, ["where compile is given, for PyTorch cannot trace what gathers it"])
     if hosted.in_adjoint:
         raise ValueError("compile must not be given to odeint_adjoint; use odeint, which needs as little memory then")
 

@@ -43,6 +43,7 @@ from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.unrolling import start_length
 
 from .compile_checks import refuse_compile
+from .sharding_checks import refuse_sharded
 from .torchsde_host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
 
 if TYPE_CHECKING:
@@ -126,6 +127,9 @@ class MultistepSDESolver:
         self._newton = options.pop("newton", DEFAULT_NEWTON)
         check_newton(self._newton)
         refuse_compile(options.pop("compile", None), "SDEs, which draw random numbers")
+        reasons = [f"with the implicit method {name!r}"] if self.method.is_implicit else []
+        reasons += ["where grad_filter is given"] if grad_filter is not None else []
+        refuse_sharded(sde, reasons, "sde")
         if options:
             warn_of_unused_sde_options(name, options)
         self.grad_filter = grad_filter

@@ -22,6 +22,7 @@ from torchdiffeq_lmm.forward.vector_field import VectorField
 from torchdiffeq_lmm.schemes.methods import Method
 
 from .adjoint_params import resolve_adjoint_params
+from .sharding_checks import refuse_sharded
 from .torchdiffeq_host import unwrap
 
 
@@ -55,14 +56,17 @@ class DifferentiableSolver:
         jump_t: times at which func jumps.
         equations: how implicit equations are solved.
         gradients: how gradients are found.
-        uses_tolerances: whether the tolerances are used, and so checked.
+
+    Attributes:
+        chooses_steps: whether steps follow the error, and so the tolerances.
 
     Raises:
-        TypeError, ValueError: an option is not as it must be.
+        TypeError, ValueError: an option is not as it must be; or func has parts that are sharded by themselves.
     """
 
     method: ClassVar[Method]
     order: ClassVar[int]
+    chooses_steps: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -73,12 +77,11 @@ class DifferentiableSolver:
         jump_t: Any,
         equations: ImplicitOptions,
         gradients: GradientOptions,
-        uses_tolerances: bool = False,
     ) -> None:
         if not (y0.is_floating_point() or y0.is_complex()):
             raise TypeError(f"y0 must be a floating or complex tensor, got dtype {y0.dtype}; use y0.float()")
         self.rtol, self.atol = tolerances
-        if self.method.is_implicit or uses_tolerances:
+        if self.method.is_implicit or self.chooses_steps:
             self.atol, self.rtol = (
                 resolve_tolerance(name, given, y0) for name, given in (("atol", self.atol), ("rtol", self.rtol))
             )
@@ -95,6 +98,7 @@ class DifferentiableSolver:
                     f"{option} must be {plain!r} in odeint_adjoint, got {value!r}: its gradient comes from a solve of "
                     f"its own, which no {option} reaches. Use odeint"
                 )
+        refuse_sharded(hosted.call, self._unsharded_reasons())
         check_on_failure(equations.on_failure)
         check_newton(equations.newton)
         self._equations = equations
@@ -108,6 +112,17 @@ class DifferentiableSolver:
         )
         self._parameters = resolve_adjoint_params(hosted.call, adjoint_params, self.backward)
         self._jumps = self._times_of(jump_t, "jump_t")
+
+    def _unsharded_reasons(self) -> list[str]:
+        """Why no part of func may be sharded: see `refuse_sharded`."""
+        reasons = []
+        if self.chooses_steps or self.method.is_implicit:
+            reasons.append(f"with method {self.method.name!r}, which evaluates func as often as values ask for")
+        if isinstance(self.grad_filter, CostateFilter):
+            reasons.append("where grad_filter is given, which needs several passes of autograd")
+        if self.backward.evaluates_again:
+            reasons.append("where func is evaluated again for the backward pass, as backward says")
+        return reasons
 
     def _times_of(self, given: Any, argument: str) -> Jumps | None:
         """Times that the user gives as an option, in the solver's time."""
