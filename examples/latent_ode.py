@@ -195,9 +195,9 @@ def draw(panels: Any, model: Model, series: Series) -> None:
         curves = model.decode(mean, fine, FINE)
     for i, axes in enumerate(panels):
         seen = series.seen[series.mask[:, i, 0] > 0, i]
-        axes.plot(*series.points[:, i].T, color=COLORS["truth"], linewidth=0.8, label="truth")
-        axes.plot(*seen.T, ".", color=COLORS["auto-differentiation"], label="seen")
-        axes.plot(*curves[:, i].T, color=COLORS["filtered"], label="by ab2")
+        axes.plot(*series.points[:, i].T.numpy(), color=COLORS["truth"], linewidth=0.8, label="truth")
+        axes.plot(*seen.T.numpy(), ".", color=COLORS["auto-differentiation"], label="seen")
+        axes.plot(*curves[:, i].T.numpy(), color=COLORS["filtered"], label="by ab2")
         axes.set(title=("anticlockwise", "clockwise")[i], aspect="equal")
         axes.legend(fontsize="small")
 

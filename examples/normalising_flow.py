@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import torchdiffeq_lmm
 
-FINE = {"method": "dopri8", "rtol": 1e-8, "atol": 1e-8}
+FINE = {"method": "dopri8", "rtol": 1e-5, "atol": 1e-5}
 
 
 class Way(NamedTuple):
@@ -88,8 +88,8 @@ def log_likelihood(flow: Flow, x: Tensor, way: Way) -> Tensor:
     return trace - z.square().sum(1) / 2 - math.log(2 * math.pi)
 
 
-def train(way: Way, data: Tensor, iterations: int, seed: int, name: str) -> tuple[Flow, float, float]:
-    """A flow that was trained, the evaluations of its last solve, and seconds of CPU time per iteration."""
+def train(way: Way, data: Tensor, iterations: int, size: int, seed: int, name: str) -> tuple[Flow, float, float]:
+    """A flow, trained on batches of some size; evaluations of its last solve; seconds of CPU time per iteration."""
     torch.manual_seed(seed)
     flow = Flow()
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
@@ -97,7 +97,7 @@ def train(way: Way, data: Tensor, iterations: int, seed: int, name: str) -> tupl
     start = time.process_time()
     for _ in tqdm(range(iterations), desc=name):
         flow.count = 0
-        loss = -log_likelihood(flow, data[torch.randint(0, len(data), (256,))], way).mean()
+        loss = -log_likelihood(flow, data[torch.randint(0, len(data), (size,))], way).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,14 +108,14 @@ def train(way: Way, data: Tensor, iterations: int, seed: int, name: str) -> tupl
 def main() -> None:
     """Train by every method, and write the table and the picture."""
     args = arguments(__doc__, quick="train for few iterations", seed=0)
-    iterations, count = (3, 64) if args.quick else (150, 1000)
+    iterations, size, count = (2, 16, 16) if args.quick else (150, 256, 1000)
     data, other = points(4000, args.seed), points(count, args.seed + 1)
     results: dict[str, dict[str, float]] = {}
     rows = []
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
     for name, way in WAYS.items():
-        flow, evaluations, seconds = train(way, data, iterations, args.seed, name)
+        flow, evaluations, seconds = train(way, data, iterations, size, args.seed, name)
         with torch.no_grad():
             reported = log_likelihood(flow, other, way)
             exact = log_likelihood(flow, other, Way(torchdiffeq.odeint, FINE))
@@ -130,7 +130,7 @@ def main() -> None:
         values = [f"{found[key]:.3f}" for key in ("reported", "exact", "error")]
         rows.append([name, evaluations, *values, f"{1000 * seconds:.0f}"])
         if name == "ab2":
-            draw_density(panels[:2], flow, other, 20 if args.quick else 100)
+            draw_density(panels[:2], flow, other, 8 if args.quick else 100)
     print(f"\nMean log-likelihood of {count} other points\n")
     header = ["trained through", "evaluations", "reported", "exact", "RMS difference of a point", "ms per iteration"]
     print(table(header, rows))
@@ -146,9 +146,9 @@ def draw_density(panels: Any, flow: Flow, data: Tensor, size: int) -> None:
     x = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).reshape(-1, 2)
     with torch.no_grad():
         density = log_likelihood(flow, x, Way(torchdiffeq.odeint, FINE)).exp().reshape(size, size)
-    panels[0].plot(*data.T, ".", markersize=2, color=COLORS["truth"])
+    panels[0].plot(*data.T.numpy(), ".", markersize=2, color=COLORS["truth"])
     panels[0].set(title="data", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
-    panels[1].imshow(density, extent=(-3, 3, -3, 3), origin="lower", cmap="viridis")
+    panels[1].imshow(density.numpy(), extent=(-3, 3, -3, 3), origin="lower", cmap="viridis")
     panels[1].set(title="density, trained through ab2")
 
 

@@ -117,15 +117,14 @@ def test_sampling_compares_methods_by_their_evaluations(tmp_path: Path) -> None:
 def test_neural_cde_is_most_accurate_where_methods_know_of_the_times(tmp_path: Path) -> None:
     pytest.importorskip("torchcde", reason="torchcde is optional")
     figures, printed = figures_of("neural_cde", tmp_path)
-    for kind in ("cubic", "linear"):
+    # A linear path has jumps there, a cubic one bends.
+    for kind, factor in {"cubic": 1.0, "linear": 0.3}.items():
         assert f"{kind}: loss {figures[kind]['loss']:.3f}" in printed
         least = {name: min(error for _, error in points) for name, points in figures[kind]["errors"].items()}
-        for method in ("abm4", "ab4"):
-            assert least[f"{method}, jump_t"] < 0.3 * least[f"{method}, equal steps"], (kind, method)
-        for method in ("rk4", "midpoint"):
-            assert least[f"{method}, steps end there"] < 0.3 * least[f"{method}, equal steps"], (kind, method)
+        for method, known in {"ab4": "jump_t", "abm4": "jump_t", "rk4": "steps end there"}.items():
+            assert least[f"{method}, {known}"] < factor * least[f"{method}, equal steps"], (kind, method)
         for method in ("adams", "dopri5"):
-            assert least[f"{method}, jump_t"] < least[method], (kind, method)
+            assert least[f"{method}, jump_t"] < factor * least[method], (kind, method)
 
 
 def test_neural_cde_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
