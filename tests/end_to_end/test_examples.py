@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from methods import slow_but
-from programs import EXAMPLES, figures_of
+from programs import EXAMPLES, figures_of, run_here
 
 from torchdiffeq_lmm import method_info
 from torchdiffeq_lmm.schemes.methods import METHODS
@@ -111,3 +111,44 @@ def test_sampling_compares_methods_by_their_evaluations(tmp_path: Path) -> None:
         # A step of Adams–Bashforth takes one evaluation, but for those of the start.
         assert 96 <= max(errors["ab4"]) < 110
         assert errors["ab4"][max(errors["ab4"])] < 0.2 * errors["midpoint"][max(errors["midpoint"])]
+
+
+@pytest.mark.slow
+def test_neural_cde_is_most_accurate_where_methods_know_of_the_times(tmp_path: Path) -> None:
+    pytest.importorskip("torchcde", reason="torchcde is optional")
+    figures, printed = figures_of("neural_cde", tmp_path)
+    # A linear path has jumps there, a cubic one bends.
+    for kind, factor in {"cubic": 1.0, "linear": 0.3}.items():
+        assert f"{kind}: loss {figures[kind]['loss']:.3f}" in printed
+        least = {name: min(error for _, error in points) for name, points in figures[kind]["errors"].items()}
+        for method, known in {"ab4": "jump_t", "abm4": "jump_t", "rk4": "steps end there"}.items():
+            assert least[f"{method}, {known}"] < factor * least[f"{method}, equal steps"], (kind, method)
+        for method in ("adams", "dopri5"):
+            assert least[f"{method}, jump_t"] < factor * least[method], (kind, method)
+
+
+def test_neural_cde_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchcde", None)
+    with pytest.raises(SystemExit, match="pip install torchcde"):
+        run_here(EXAMPLES / "neural_cde.py", "--quick")
+
+
+@pytest.mark.slow
+def test_normalising_flow_reports_the_likelihood_of_the_flow(tmp_path: Path) -> None:
+    figures, printed = figures_of("normalising_flow", tmp_path)
+    assert {"dopri5", "rk4", "leapfrog, filtered", "ab4", "adams"} <= set(figures)
+    for name, found in figures.items():
+        assert f"| {name} | {found['evaluations']} | {found['reported']:.3f} | {found['exact']:.3f} |" in printed
+        assert found["error"] < 0.05, name
+        # Less than the standard normal distribution has, of which the moons fill a part.
+        assert -3.5 < found["exact"] < -2, name
+
+
+@pytest.mark.slow
+def test_latent_ode_is_judged_by_a_fine_solve(tmp_path: Path) -> None:
+    figures, printed = figures_of("latent_ode", tmp_path)
+    assert {"dopri5", "rk4", "leapfrog", "ab4", "adams"} <= set(figures)
+    for name, found in figures.items():
+        assert f"| {name} | {found['evaluations']:.0f} | {found['loss']:.3f} |" in printed
+        assert found["reported"] == pytest.approx(found["exact"], rel=0.01), name
+        assert found["of the method"] < 0.05, name

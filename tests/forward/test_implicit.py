@@ -1,10 +1,12 @@
 """The equation of an implicit step, by every way there is to its solution, against SciPy's."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+import torchdiffeq
 from scipy.optimize import brentq, fsolve
 from torch import Tensor
 
@@ -374,6 +376,23 @@ def test_an_equation_without_a_solution() -> None:
     ):
         assert part in str(error.value)
     assert f.iterates <= 5 * NEWTON.max_iterations
+
+
+@pytest.mark.parametrize("name", ["bdf1", "bdf2", "am3"])
+def test_a_step_so_long_that_its_only_solution_is_not_the_flows_is_an_error(name: str) -> None:
+    """y' = σ(y) from -3 to t = 9, where y - e⁻ʸ = t - 3 - e³: one step of implicit Euler is solved by 5.98 alone.
+
+    The mode grows by up to h λ = 9/4 > 1, so the residual has a turning point before, at which Newton's method ends.
+    """
+    y0 = torch.tensor([-3.0], dtype=torch.float64)
+    exact = brentq(lambda y: y - math.exp(-y) + 3 + math.exp(3) - 9, -3, 3)
+    assert brentq(lambda y: y + 3 - 9 / (1 + math.exp(-y)), -3, 9) == pytest.approx(5.977, abs=1e-3)
+    with pytest.raises(implicit.NotSolvedError, match="Use smaller steps"):
+        torchdiffeq.odeint(lambda t, y: torch.sigmoid(y), y0, torch.tensor([0.0, 9.0]), method=name)
+    y = torchdiffeq.odeint(
+        lambda t, y: torch.sigmoid(y), y0, torch.tensor([0.0, 9.0]), method=name, options={"step_size": 3.0}
+    )
+    assert y[-1].item() == pytest.approx(exact, abs=0.1)
 
 
 def test_where_substitution_diverges_the_solution_near_by_is_found() -> None:

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torchdiffeq
@@ -85,6 +86,35 @@ def test_weights_and_oscillation(name: str) -> None:
         assert near == pytest.approx([0] * 14, abs=1e-9)
 
 
+@by_name
+def test_a_parasitic_solution_is_found_where_a_small_decay_makes_a_root_grow(name: str) -> None:
+    """The roots of ρ(z) + h σ(z), which the method goes by in y' = -y."""
+    book, h = TEXTBOOK[name], 1e-5
+    combined = [float(a + Fraction(1, 10**5) * b) for a, b in zip(book.alpha, book.beta, strict=True)]
+    rates = sorted(np.log(np.maximum(np.abs(np.roots(combined[::-1])), 1e-9)) / h)
+    rate = method_info(name).parasitic_rate
+    assert rates[-1 if rate is None else -2] == pytest.approx(-1, rel=1e-3)
+    if rate is None:
+        assert len(rates) == 1 or rates[-2] < -1000
+    else:
+        assert rates[-1] == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["leapfrog", "nystrom3", "milne_simpson"])
+def test_the_parasitic_solution_grows_as_it_is_told(name: str) -> None:
+    t = torch.linspace(0, 30, 301, dtype=torch.float64)
+    y = torchdiffeq.odeint(lambda t, y: -y, torch.ones(1, dtype=torch.float64), t, method=name, rtol=1e-9, atol=0.0)
+    middle, end = y[150].abs().log(), y[-1].abs().log()
+    assert (end - middle).item() / 15 == pytest.approx(method_info(name).parasitic_rate, rel=0.1)
+
+
+@pytest.mark.usefixtures("_method_tables")
+def test_a_method_of_ones_own_is_told_to_be_weakly_stable() -> None:
+    """x[n+2] - x[n] = h (f[n+2] + f[n]): of the parasitic root -1 it makes -1 - h λ, as leapfrog does."""
+    torchdiffeq_lmm.register_method("averaged", alpha=[-1, 0, 1], beta=[1, 0, 1])
+    assert method_info("averaged").parasitic_rate == pytest.approx(-1)
+
+
 def test_leapfrog_in_print() -> None:
     assert str(method_info("leapfrog")).splitlines() == [
         "leapfrog",
@@ -96,6 +126,7 @@ def test_leapfrog_in_print() -> None:
         "  roots of rho:         1, -1",
         "  effective weights:    0, 2, 0, 2, 0, 2, 0, 2, ...",
         "  gradient by AD:       oscillates everywhere",
+        "  decaying solutions:   not for these: where y goes as exp(-t), a parasitic solution goes as exp(1 t)",
         "  grids:                any",
     ]
 
@@ -112,6 +143,7 @@ def test_leapfrog_in_print() -> None:
         ("bdf3", "roots of rho: 1, 0.3182+0.2839i, 0.3182-0.2839i"),
         ("ab2", "formula: x[n+2] - x[n+1] = h (3/2 f[n+1] - 1/2 f[n])"),
         ("ab2", "gradient by AD: oscillates in a layer before every observation"),
+        ("ab2", "decaying solutions: decay, with steps that are short enough"),
         ("am3", "error constant: -1/24"),
         ("abm3", "kind: predictor-corrector, 3 steps"),
     ],

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Literal
 
 from .methods import MultistepMethod
-from .stability import coefficients, effective_weights, error_constant, is_strongly_stable, order, roots
+from .stability import coefficients, effective_weights, error_constant, is_strongly_stable, order, parasitic_rate, roots
 
 OscillationExtent = Literal["everywhere", "near observations", "nowhere"]
 
@@ -31,6 +31,9 @@ class MethodInfo:
         oscillation: where the gradient of auto-differentiation oscillates around the functional gradient: everywhere,
             if ρ has another root on the unit circle; in a layer before every observation, and where the method starts;
             nowhere.
+        parasitic_rate: r, if the method has a parasitic solution that does not die out: in y' = -y it goes as exp(r t),
+            whatever the step, and takes over in the long run. None if it has none, and decays where y does, with steps
+            that are short enough.
         any_grid: whether it keeps its order when the steps differ; else only the last step may.
     """
 
@@ -45,6 +48,7 @@ class MethodInfo:
     roots: tuple[complex, ...]
     weights: tuple[Fraction, ...]
     oscillation: OscillationExtent
+    parasitic_rate: float | None
     any_grid: bool
 
     def __str__(self) -> str:
@@ -63,6 +67,7 @@ class MethodInfo:
             "roots of rho": ", ".join(_root(root) for root in self.roots),
             "effective weights": ", ".join(map(str, self.weights)) + ", ...",
             "gradient by AD": gradient,
+            "decaying solutions": _decay(self.parasitic_rate),
             "grids": "any" if self.any_grid else "equal steps; the last one may differ",
         }
         return "\n".join([self.name, *(f"  {label + ':':<22}{value}" for label, value in lines.items())])
@@ -94,8 +99,15 @@ def info_of(method: MultistepMethod, count: int = 8) -> MethodInfo:
         roots=tuple(roots(alpha)),
         weights=tuple(weights[:count]),
         oscillation=oscillation,
+        parasitic_rate=parasitic_rate(alpha, beta),
         any_grid=method.closing is None,
     )
+
+
+def _decay(rate: float | None) -> str:
+    if rate is None:
+        return "decay, with steps that are short enough"
+    return f"not for these: where y goes as exp(-t), a parasitic solution goes as exp({rate:.3g} t)"
 
 
 def _equation(alpha: Sequence[Fraction], beta: Sequence[Fraction]) -> str:

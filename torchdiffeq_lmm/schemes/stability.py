@@ -85,6 +85,22 @@ def is_strongly_stable(alpha: Coefficients) -> bool:
     return sum(abs(root) > 1 - ON_UNIT_CIRCLE for root in roots(alpha)) == 1
 
 
+def parasitic_rate(alpha: Coefficients, beta: Coefficients) -> float | None:
+    """r, so that the fastest parasitic solution of y' = -y goes as exp(r t) for small steps; None if all die out.
+
+    A root ζ of ρ on the unit circle is ζ (1 + μ h λ) in y' = λ y, to first order in h, with the growth parameter
+    μ = σ(ζ) / (ζ ρ'(ζ)), and r = -Re μ for λ = -1. Source: Hairer, Nørsett, Wanner, III.9, after Dahlquist.
+
+    Args:
+        alpha, beta: of a zero-stable method. Not of one that predicts, whose own μ depends on the predictor.
+    """
+    on_circle = [root for root in roots(alpha)[1:] if abs(root) > 1 - ON_UNIT_CIRCLE]
+    rho = np.polynomial.Polynomial([float(a) for a in alpha])
+    sigma = np.polynomial.Polynomial([float(b) for b in beta])
+    # Plus 0, for the sign of a zero.
+    return max((-(sigma(root) / (root * rho.deriv()(root))).real + 0.0 for root in on_circle), default=None)
+
+
 def effective_weights(alpha: Coefficients, beta: Coefficients, count: int) -> list[Fraction]:
     """w_0, w_1, ... in x_N ≈ x_0 + h Σ_j w_j f_{N-j}: how the method integrates. The series of σ/ρ in 1/z."""
     newest_a, newest_b = alpha[::-1], beta[::-1]
