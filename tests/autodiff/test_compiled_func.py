@@ -288,7 +288,9 @@ REFUSALS: dict[str, Callable[[], None]] = {
     "implicit": lambda: refused("compile is for explicit methods, got method 'bdf2'", method="bdf2"),
     "adaptive": lambda: refused("not for method 'adams'", method="adams", options={"step_size": None}),
     "torchdiffeq's": lambda: refused("compile is for the methods of torchdiffeq_lmm", method="rk4"),
-    "backward": lambda: refused("backward must be 'autograd' where compile is given", backward="checkpoint"),
+    "backward": lambda: refused(
+        "backward must be 'autograd' or 'reversible' where compile is given", backward="checkpoint"
+    ),
     "jump_t": lambda: refused("jump_t must not be given where compile is", options={"jump_t": [0.5]}),
     "cubic": lambda: refused("interp must be 'linear'", grad_filter="auto", options={"interp": "cubic"}),
     "twice": lambda: refused("compile is given twice", options={"compile": True}),

@@ -11,7 +11,7 @@ from methods import slow_but
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
-from torchdiffeq_lmm import Compile, CostateFilter
+from torchdiffeq_lmm import Compile, CostateFilter, DriftError, Reversible
 
 pytestmark = NEEDS_TORCH
 
@@ -219,6 +219,56 @@ def test_the_length_of_a_block_does_not_matter() -> None:
     for block in (5, 8):
         settings = Compile(block=block, backend="eager")
         assert_same(solved(func, start(), INSIDE, "ab3", compile=settings, **keywords), expected)
+
+
+class TestReversible:
+    """Run backwards from the last block, with a few states that are kept on the way."""
+
+    @pytest.mark.parametrize("grad_filter", slow_but((None,), (None, "auto")))
+    def test_the_gradient_is_that_of_auto_differentiation(self, grad_filter: Any) -> None:
+        func, drifts = Field(), list[float]()
+        keywords = {"method": "leapfrog", "options": {"step_size": 1 / 230}, "grad_filter": grad_filter}
+        backward = Reversible(anchors=2, report=drifts.append)
+        compiled = solved(func, start(), INSIDE, compile=TRACED, backward=backward, **keywords)
+        assert_same(compiled, solved(func, start(), INSIDE, **keywords))
+        assert len(drifts) == 1
+        assert 0 < drifts[0] < 1e-12
+
+    @pytest.mark.slow
+    def test_what_is_kept_does_not_grow_with_the_steps(self) -> None:
+        def kept(steps: int, **keywords: Any) -> int:
+            saved = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+                t, options = torch.tensor([0.0, 1.0], dtype=torch.float64), {"step_size": 1 / steps}
+                torchdiffeq_lmm.odeint(func, y0, t, method="leapfrog", options=options, compile=TRACED, **keywords)
+            return len(saved)
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return -y.sin()
+
+        y0 = start().requires_grad_()
+        # What is traced, in the first solve of each kind, is saved as well.
+        first = [kept(400), kept(400, backward="reversible")]
+        assert all(first)
+        # Two tensors of the past before each block, with 8 states on the way, the first three and the last one.
+        assert max(kept(steps, backward="reversible") for steps in (400, 800)) <= 2 * 12 < kept(400) < kept(800)
+
+    @pytest.mark.slow
+    def test_drift_is_an_error_or_begins_again(self) -> None:
+        # The parasitic mode grows as e^{10 t} on the way back.
+        def solve(backward: Any) -> Tensor:
+            t, options = torch.tensor([0.0, 2.0], dtype=torch.float64), {"step_size": 0.01}
+            y0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
+            states = torchdiffeq_lmm.odeint(
+                lambda t, y: -10 * y, y0, t, method="leapfrog", options=options, compile=TRACED, backward=backward
+            )
+            return torch.autograd.grad(states[-1].sum(), (y0,))[0]
+
+        with pytest.raises(DriftError, match="off by"):
+            solve(Reversible(anchors=0))
+        torch.testing.assert_close(
+            solve(Reversible(anchors=0, on_drift="checkpoint")), solve("autograd"), rtol=1e-12, atol=0
+        )
 
 
 @pytest.mark.slow

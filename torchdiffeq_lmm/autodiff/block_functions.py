@@ -138,6 +138,21 @@ def forward_block(
     return _dense(marched.window), torch.stack(marched.nodes)
 
 
+def reversed_block(
+    slope: Slope, pattern: Pattern, window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The past at the beginning of a block from that at its end, by a method that can be run backwards.
+
+    That is one of `is_reversible`, and all rows are rows of the solve.
+    """
+    x, difference = window
+    for number, row in reversed(list(enumerate(pattern.with_weights(numbers.weights)))):
+        ((_, e),), ((_, b),) = row.increments, row.slopes
+        x = x - difference
+        difference = weighted_sum((1 / e, -b / e), (difference, slope(numbers.times[number], x, tensors)))
+    return _dense((x, difference))
+
+
 def adjoint_block(
     slope: Slope,
     pattern: Pattern,

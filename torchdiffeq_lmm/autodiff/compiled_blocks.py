@@ -22,6 +22,7 @@ from .block_functions import (
     FilterNumbers,
     adjoint_block,
     forward_block,
+    reversed_block,
 )
 from .compile_settings import Compile, Traced
 from .func_capture import CapturedFunc, Dependencies
@@ -70,6 +71,15 @@ class CompiledBlocks:
         ) -> tuple[tuple[Tensor, ...], Tensor]:
             *end, nodes = run(*window, *numbers, *tensors)
             return tuple(end), nodes
+
+        return call
+
+    def backwards(self, pattern: Pattern) -> Callable[..., tuple[Tensor, ...]]:
+        """`reversed_block`, without the func and the pattern."""
+        run = self._made((pattern, "backwards"), lambda: _backwards(self._func, pattern, self._like))
+
+        def call(window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(run(*window, *numbers, *tensors))
 
         return call
 
@@ -150,6 +160,15 @@ def _forward(func: CapturedFunc, pattern: Pattern, like: Shapes) -> _TracedBlock
 
     fakes = _Fakes(like, func.is_dynamic)
     return fakes.traced(run, [*fakes.window(pattern.begins), *fakes.numbers(pattern), *fakes.tensors])
+
+
+def _backwards(func: CapturedFunc, pattern: Pattern, like: Shapes) -> _TracedBlock:
+    def run(*flat: Tensor) -> tuple[Tensor, ...]:
+        window, numbers, tensors = _parts(flat, (1 + sum(pattern.ends), 3))
+        return reversed_block(func, pattern, window, BlockNumbers(*numbers), tensors)
+
+    fakes = _Fakes(like, func.is_dynamic)
+    return fakes.traced(run, [*fakes.window(pattern.ends), *fakes.numbers(pattern), *fakes.tensors])
 
 
 def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shapes) -> _TracedBlock:

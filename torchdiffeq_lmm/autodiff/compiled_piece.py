@@ -23,6 +23,7 @@ from .compiled_solve import CompiledSolve, solve_compiled
 from .func_capture import Dependencies, FuncCapture
 from .goals import Outputs
 from .piece import Piece, PieceSolver
+from .reversal import Reversible
 
 _captures: WeakKeyDictionary[Any, dict[Any, FuncCapture]] = WeakKeyDictionary()
 
@@ -38,6 +39,7 @@ class CompiledPieceSolver:
         method: the method.
         costate_filter: the filter.
         adjoint_params: the tensors whose gradients are wanted; None for all that func depends on.
+        reversible: how to run it backwards; None to keep the past before every block.
         eager: solves pieces that are too short for a block.
     """
 
@@ -47,6 +49,7 @@ class CompiledPieceSolver:
     method: ExplicitMethod
     costate_filter: CostateFilter | None
     adjoint_params: Sequence[Tensor] | None
+    reversible: Reversible | None
     eager: PieceSolver
 
     def solve(
@@ -94,7 +97,7 @@ class CompiledPieceSolver:
         blocks = CompiledBlocks(dependencies, self.settings, y0, planned.time)
         records = torch.is_grad_enabled()
         wanted = self._wanted(dependencies.tensors) if records else ()
-        solve = CompiledSolve(planned, blocks, wanted, records and weights is not None)
+        solve = CompiledSolve(planned, blocks, wanted, records and weights is not None, self.reversible)
         found = solve_compiled(solve, y0, weights, times, dependencies.tensors)
         return {0: y0, **dict(zip(planned.observed, found.unbind(), strict=True))}
 

@@ -1,6 +1,6 @@
-"""A solve by compiled blocks as one node of autograd: it keeps the past at the beginning of every block alone."""
+"""A solve by compiled blocks as one node of autograd: it keeps the past at the beginning of blocks alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from .block_functions import AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
 from .block_schedule import FilteredBlock, Schedule, ScheduledBlock
 from .compiled_blocks import CompiledBlocks
+from .compiled_reversal import CompiledReversal
+from .reversal import DriftError, Reversible
 
 Made = TypeVar("Made")
 
@@ -23,32 +25,43 @@ class CompiledSolve:
         blocks: compiled.
         wanted: the numbers of the tensors whose gradients are wanted.
         differentiate_times: whether those of the weights and times are.
+        reversible: how to run it backwards; None to keep the past before every block.
     """
 
     schedule: Schedule
     blocks: CompiledBlocks
     wanted: tuple[int, ...]
     differentiate_times: bool
+    reversible: Reversible | None
 
     def compile_adjoints(self) -> None:
         """Compile what the backward pass needs, so that what cannot be is known beforehand."""
+        if self.reversible is not None:
+            self._reversal(self.reversible).compile()
         adjoints = self._adjoints()
         for block in self.schedule.blocks:
             adjoints(block)
 
     def forward(
-        self, y0: Tensor, numbers: Sequence[BlockNumbers], tensors: Sequence[Tensor]
+        self, y0: Tensor, numbers: Sequence[BlockNumbers], tensors: Sequence[Tensor], keeps: Callable[[int], bool]
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """The states at the observed nodes, of shape (n, *y0.shape), and what is kept of each block.
 
         That is the past before it and, where the filter needs any, the states of the latest nodes before it.
+
+        Args:
+            y0: the initial state.
+            numbers: of each block.
+            tensors: what func depends on.
+            keeps: of which blocks.
         """
         window = (y0.contiguous(), *_zeros(y0, sum(self.schedule.blocks[0].block.pattern.begins)))
         kept, found = [], []
         nodes = y0
         forwards = _once(lambda scheduled: self.blocks.forward(scheduled.block.pattern))
-        for scheduled, given in zip(self.schedule.blocks, numbers, strict=True):
-            kept.append((*window, nodes[-scheduled.earlier :].clone()) if scheduled.earlier else window)
+        for i, (scheduled, given) in enumerate(zip(self.schedule.blocks, numbers, strict=True)):
+            latest = (nodes[-scheduled.earlier :].clone(),) if scheduled.earlier else ()
+            kept.append((*window, *latest) if keeps(i) else ())
             window, nodes = forwards(scheduled)(window, given, tensors)
             if scheduled.seen is not None:
                 found.append(nodes if len(scheduled.seen) == len(nodes) else nodes.index_select(0, scheduled.seen))
@@ -67,8 +80,34 @@ class CompiledSolve:
 
         Returns:
             Those of y0; of the weights and times, block by block, if they are wanted; of the wanted tensors.
+
+        Raises:
+            DriftError: see `Reversible`.
         """
-        like = kept[0][0]
+        mode = self.reversible
+        if mode is None:
+            return self._backward(seen, reversed(kept), numbers, tensors)
+        reversal = self._reversal(mode)
+        try:
+            return self._backward(seen, reversal.pasts(kept, numbers, tensors), numbers, tensors)
+        except DriftError:
+            if mode.on_drift == "raise":
+                raise
+            _, kept = self.forward(kept[0][0], numbers, tensors, _every)
+            return self._backward(seen, reversed(kept), numbers, tensors)
+        finally:
+            if mode.report is not None:
+                mode.report(reversal.drift)
+
+    def _backward(
+        self,
+        seen: Tensor,
+        kept: Iterator[Sequence[Tensor]],
+        numbers: Sequence[BlockNumbers],
+        tensors: Sequence[Tensor],
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        """The same, with what is kept of each block from the last one on."""
+        like = seen[0]
         cotangents = Cotangents(
             window=tuple(_zeros(like, 1 + sum(self.schedule.blocks[-1].block.pattern.ends))),
             seen=like,
@@ -79,7 +118,7 @@ class CompiledSolve:
         adjoints = self._adjoints()
         unseen = _once(lambda scheduled: like.new_zeros(scheduled.block.pattern.steps, *like.shape))
         end, of_observed = len(seen), seen.reshape(len(seen), -1)
-        for scheduled, of_block, given in reversed(list(zip(self.schedule.blocks, kept, numbers, strict=True))):
+        for scheduled, of_block, given in zip(self.schedule.blocks[::-1], kept, numbers[::-1], strict=True):
             if scheduled.sees_end:
                 end -= 1
                 cotangents = cotangents._replace(window=(seen[end], *cotangents.window[1:]))
@@ -97,6 +136,13 @@ class CompiledSolve:
             cotangents = Cotangents(found.window, of_nodes, found.sums, found.later)
             of_numbers.append(found.numbers)
         return cotangents.window[0], of_numbers[::-1], cotangents.sums
+
+    def keeps(self, i: int) -> bool:
+        """Whether the past before a block is kept for the backward pass."""
+        return self.reversible is None or self._reversal(self.reversible).keeps(i)
+
+    def _reversal(self, mode: Reversible) -> CompiledReversal:
+        return CompiledReversal(mode, self.schedule, self.blocks)
 
     def _adjoints(self) -> Callable[[ScheduledBlock], Callable[..., AdjointValues]]:
         def made(scheduled: ScheduledBlock) -> Callable[..., AdjointValues]:
@@ -124,7 +170,7 @@ def solve_compiled(
     needs_graph = y0.requires_grad or solve.wanted or solve.differentiate_times
     if not (torch.is_grad_enabled() and needs_graph):
         with torch.no_grad():
-            return solve.forward(y0, _numbers(solve, weights, times), tensors)[0]
+            return solve.forward(y0, _numbers(solve, weights, times), tensors, _none)[0]
     solve.compile_adjoints()
     found: Tensor = _CompiledSolve.apply(solve, y0, weights, times, *tensors)  # type: ignore[no-untyped-call]
     return found
@@ -148,7 +194,7 @@ class _CompiledSolve(torch.autograd.Function):
         ctx: Any, solve: CompiledSolve, y0: Tensor, weights: Tensor | None, times: Tensor | None, *tensors: Tensor
     ) -> Tensor:
         numbers = _numbers(solve, weights, times)
-        states, kept = solve.forward(y0, numbers, tensors)
+        states, kept = solve.forward(y0, numbers, tensors, solve.keeps)
         ctx.solve, ctx.numbers, ctx.sizes = solve, numbers, [len(of_block) for of_block in kept]
         ctx.like = None if weights is None or times is None else (weights.shape, weights.device, times.shape)
         ctx.save_for_backward(y0, *tensors, *(tensor for of_block in kept for tensor in of_block))
@@ -219,6 +265,14 @@ def _once(make: Callable[[ScheduledBlock], Made]) -> Callable[[ScheduledBlock], 
         return known[key]
 
     return made
+
+
+def _every(_: int) -> bool:
+    return True
+
+
+def _none(_: int) -> bool:
+    return False
 
 
 def _zeros(like: Tensor, count: int) -> list[Tensor]:

@@ -210,21 +210,29 @@ class Reversal:
         return self._slope
 
     def _measure(self, reached: Tensor, known: Tensor) -> None:
-        drift = relative_difference(reached, known)
-        # In this order, a drift that is not a number stays.
-        self.drift = drift if not drift <= self.drift else self.drift
-        if drift != drift:
-            raise DriftError(
-                "backward='reversible' ran the solution back to states that are not all numbers, or the solution has "
-                "such states itself; look at the solution first, or use backward='checkpoint'"
-            )
-        if not drift <= self._tolerance:
-            raise DriftError(
-                f"backward='reversible' ran the solution back to a state that is off by {drift:.3g}, relative to "
-                f"its entries, where {self._tolerance:.3g} is tolerated: rounding errors grow on the way back, as "
-                f"they do on dissipative problems, or func is not deterministic. Use Reversible with "
-                f"on_drift='checkpoint', more anchors or a larger tolerance, or backward='checkpoint'"
-            )
+        self.drift = larger_drift(self.drift, relative_difference(reached, known))
+        check_drift(self.drift, self._tolerance)
+
+
+def larger_drift(drift: float, other: float) -> float:
+    """The larger one; one that is not a number stays."""
+    return other if not other <= drift else drift
+
+
+def check_drift(drift: float, tolerance: float) -> None:
+    """Raise a DriftError where the drift is larger than is accepted."""
+    if drift != drift:
+        raise DriftError(
+            "backward='reversible' ran the solution back to states that are not all numbers, or the solution has "
+            "such states itself; look at the solution first, or use backward='checkpoint'"
+        )
+    if not drift <= tolerance:
+        raise DriftError(
+            f"backward='reversible' ran the solution back to a state that is off by {drift:.3g}, relative to "
+            f"its entries, where {tolerance:.3g} is tolerated: rounding errors grow on the way back, as "
+            f"they do on dissipative problems, or func is not deterministic. Use Reversible with "
+            f"on_drift='checkpoint', more anchors or a larger tolerance, or backward='checkpoint'"
+        )
 
 
 def _downwards_from(top: int, steps: StepEvaluator) -> Callable[[int, Tensor], Tensor]:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from torchdiffeq_lmm.autodiff.backward_modes import resolve_backward
+from torchdiffeq_lmm.autodiff.reversal import Reversible
 from torchdiffeq_lmm.filters.grad_filter import CostateFilter
 from torchdiffeq_lmm.forward.autograd_state import refuse_tangents
 from torchdiffeq_lmm.forward.grid import Placement
@@ -24,7 +26,7 @@ def refuse_compile(given: object, what: str) -> None:
         raise ValueError(f"compile is for ODEs and explicit methods with fixed steps, not for {what}, got {given!r}")
 
 
-def check_compile(method: Method, hosted: HostedFunction, backward: object, jump_t: object) -> None:
+def check_compile(method: Method, hosted: HostedFunction, jump_t: object) -> None:
     """Raise an error where a solve cannot be compiled.
 
     Raises:
@@ -44,11 +46,6 @@ def check_compile(method: Method, hosted: HostedFunction, backward: object, jump
             f"compile is for explicit methods, got method {method.name!r}: how many iterations an implicit step takes "
             f"depends on values. Compile func by itself, with torch.compile, or use an explicit method"
         )
-    if backward != "autograd":
-        raise ValueError(
-            f"backward must be 'autograd' where compile is given, got {backward!r}: compiled blocks keep the state at "
-            f"the beginning of each and make all others again, as 'checkpoint' does"
-        )
     if jump_t is not None:
         raise ValueError("jump_t must not be given where compile is; solve from jump to jump, or without compile")
     if hosted.callback_step is not None:
@@ -59,6 +56,24 @@ def check_compile(method: Method, hosted: HostedFunction, backward: object, jump
     refuse_sharded(hosted.call, ["where compile is given, for PyTorch cannot trace what gathers it"])
     if hosted.in_adjoint:
         raise ValueError("compile must not be given to odeint_adjoint; use odeint, which needs as little memory then")
+
+
+def resolve_compiled_backward(method: Method, backward: object) -> Reversible | None:
+    """How a solve is run backwards; None to keep the past before every block.
+
+    Raises:
+        TypeError, ValueError: it is no backward mode, or none of those that go with compiled blocks.
+    """
+    mode = resolve_backward(backward)
+    mode.check(method, backward)
+    if isinstance(mode, Reversible):
+        return mode
+    if backward != "autograd":
+        raise ValueError(
+            f"backward must be 'autograd' or 'reversible' where compile is given, got {backward!r}: with 'autograd' "
+            f"compiled blocks keep the state at the beginning of each and make all others again, as 'checkpoint' does"
+        )
+    return None
 
 
 def check_compiled_solve(

@@ -49,7 +49,7 @@ from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 from torchdiffeq_lmm.schemes.unrolling import unroll
 
-from .compile_checks import check_compile, check_compiled_solve, resolve_compiled_params
+from .compile_checks import check_compile, check_compiled_solve, resolve_compiled_backward, resolve_compiled_params
 from .compiled_grids import PLANNED_GRIDS, PlannedGrid, grid_key
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
 from .torchdiffeq_host import MAX_EVENT_STEPS, find_event, warn_of_unused_options
@@ -142,9 +142,9 @@ class MultistepSolver(DifferentiableSolver):
         check_max_num_steps(max_num_steps)
         equations = ImplicitOptions(batch_dims, on_failure, newton, jac_sparsity, jac, preconditioner)
         settings = resolve_compile(compile)
-        # Blocks find out by themselves what func depends on.
-        own_params = adjoint_params if settings is None else None
-        gradients = GradientOptions(grad_filter, backward, own_params)
+        # Blocks find out by themselves what func depends on, and have backward passes of their own.
+        own = (backward, adjoint_params) if settings is None else ("autograd", None)
+        gradients = GradientOptions(grad_filter, *own)
         super().__init__(func, y0, tolerances, perturb, jump_t, equations, gradients)
         self.step_size = step_size
         self.grid_constructor = grid_constructor
@@ -156,7 +156,8 @@ class MultistepSolver(DifferentiableSolver):
         self._compile = settings
         self._adjoint_params = resolve_compiled_params(adjoint_params) if settings is not None else None
         if settings is not None:
-            check_compile(self.method, self._hosted, backward, jump_t)
+            check_compile(self.method, self._hosted, jump_t)
+            self._reversible = resolve_compiled_backward(self.method, backward)
         self._is_smooth = isinstance(self.grad_filter, SmoothFilter)
         left_slopes = perturb and not self.method.is_implicit
         self._rule = OutputRule(interp, left_slopes, has_straight_gradient=self._is_smooth)
@@ -316,6 +317,7 @@ class MultistepSolver(DifferentiableSolver):
             method=self.method,
             costate_filter=costate_filter,
             adjoint_params=self._adjoint_params,
+            reversible=self._reversible,
             eager=self._solver(),
         )
 
