@@ -41,6 +41,6 @@ __all__ = [
     "register_method",
     "unregister",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 register()
