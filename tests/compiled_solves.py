@@ -20,8 +20,6 @@ NEEDS_TORCH = pytest.mark.skipif(
 TRACED = Compile(block=5, backend="eager")
 """Traces and differentiates all, and leaves out the machine code."""
 
-EXPLICIT = ("leapfrog", *(f"ab{k}" for k in range(1, 6)), "nystrom3", *(f"abm{k}" for k in range(2, 6)))
-
 REGULAR: dict[str, Any] = {"step_size": 1 / 23}
 INSIDE = torch.tensor([0.0, 0.31, 0.62, 1.0], dtype=torch.float64)
 """Outputs inside steps."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_solves import EXPLICIT, INSIDE, NEEDS_TORCH, REGULAR, TRACED, UNEQUAL, Field, assert_same, solved, start
-from methods import slow_but
+from compiled_solves import INSIDE, NEEDS_TORCH, REGULAR, TRACED, UNEQUAL, Field, assert_same, solved, start
+from methods import IMPLICIT, NAMES, slow_but
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -17,26 +17,35 @@ pytestmark = NEEDS_TORCH
 
 FILTERS = (None, "auto", CostateFilter("trapezoid"))
 METHOD = CostateFilter("trapezoid", order="method")
-TURNS = (METHOD, None, "auto", CostateFilter("trapezoid"), None, CostateFilter(order="method"))
+SETTINGS = ((UNEQUAL, None), (INSIDE, REGULAR), (INSIDE.flip(0), {"step_size": 0.033}))
+
+CASES = [
+    *(("leapfrog", grad_filter, i) for i, grad_filter in enumerate(FILTERS)),
+    *(("ab2", grad_filter, i) for i, grad_filter in enumerate(("auto", None, "auto"))),
+    *(("abm2", grad_filter, i) for i, grad_filter in enumerate((None, "auto"))),
+    # Those with a long start take long to trace.
+    ("ab1", "auto", 1),
+    ("ab3", CostateFilter("trapezoid"), 0),
+    ("ab4", METHOD, 0),
+    ("ab5", CostateFilter(order="method"), 1),
+    ("nystrom3", METHOD, 0),
+    ("abm3", CostateFilter(order=3), 1),
+    ("abm4", None, 0),
+    ("abm5", None, 0),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "grad_filter"),
-    [
-        *(("leapfrog", given) for given in FILTERS),
-        # The others share the filters out.
-        *((name, TURNS[i % len(TURNS)]) for i, name in enumerate(EXPLICIT) if name != "leapfrog"),
-    ],
-)
-def test_values_and_gradients_are_those_of_an_eager_solve(method: str, grad_filter: Any) -> None:
-    func = Field()
-    settings = ((UNEQUAL, None), (INSIDE, REGULAR), (INSIDE.flip(0), {"step_size": 0.033}))
-    # Those with a long start take long to trace.
-    for t, options in settings if method in ("leapfrog", "ab2", "abm2") else settings[:1]:
-        keywords = {"options": options, "grad_filter": grad_filter}
-        compiled = solved(func, start(), t, method, compile=TRACED, **keywords)
-        assert_same(compiled, solved(func, start(), t, method, **keywords))
+@pytest.mark.parametrize(("method", "grad_filter", "setting"), CASES)
+def test_values_and_gradients_are_those_of_an_eager_solve(method: str, grad_filter: Any, setting: int) -> None:
+    func, (t, options) = Field(), SETTINGS[setting]
+    keywords = {"options": options, "grad_filter": grad_filter}
+    compiled = solved(func, start(), t, method, compile=TRACED, **keywords)
+    assert_same(compiled, solved(func, start(), t, method, **keywords))
+
+
+def test_every_explicit_method_is_compared() -> None:
+    assert {method for method, *_ in CASES} == set(NAMES) - IMPLICIT
 
 
 @pytest.mark.slow

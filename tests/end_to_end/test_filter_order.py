@@ -47,7 +47,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(
     ("name", "grid", "observations", "problem", "order"),
-    in_turn(SETTINGS, few=2, fast=("ab3",), names=HIGH),
+    in_turn(SETTINGS, few=1, fast=("ab3",), names=HIGH),
     ids=lambda value: value.name if isinstance(value, Problem) else str(value),
 )
 def test_order_at_every_node(name: str, grid: str, observations: str, problem: Problem, order: int | str) -> None:
