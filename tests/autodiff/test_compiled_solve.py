@@ -68,6 +68,7 @@ def test_gradients_of_times(method: str, grad_filter: Any) -> None:
     assert_same(compiled, solved(func, start(), t, method, grad_filter=grad_filter))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_finite_differences() -> None:
     rate = torch.tensor([0.3, -1.1], dtype=torch.float64, requires_grad=True)
     y0 = start().requires_grad_()

@@ -36,7 +36,9 @@ def steps_of(name: str, grid: str = "uniform") -> tuple[int, int, int]:
 # --------------------------------------------------------------------------------------------------- orders, forward
 
 
-@pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "truncated", "growing", "random"], few=1))
+@pytest.mark.parametrize(
+    ("name", "grid"), in_turn(["uniform", "truncated", "growing", "random"], few=1, fast=("leapfrog", "ab3"))
+)
 def test_order_forward(name: str, grid: str) -> None:
     problem = LOTKA_VOLTERRA
     tolerance = 1e-9 if ORDER[name] < 4 else 1e-12
@@ -93,7 +95,7 @@ def test_evaluations_per_step(name: str) -> None:
                 *((grid, "four") for grid in GRIDS if grid != "uniform"),
             ],
             few=1,
-            fast=("leapfrog", "abm2"),
+            fast=("leapfrog",),
         ),
         # Settings that none of the family has its turn with.
         *slow_but([], [("am3", "uniform", "at every node"), ("am3", "truncated", "four"), ("bdf2", "uniform", "four")]),

@@ -85,8 +85,8 @@ def test_why_draws_weights_and_a_shift_of_the_past_that_are_what_the_text_says(t
 NAMES = {path.stem for path in EXAMPLES.glob("*.py")} - {"harness"}
 
 
-# What two of them import takes seconds.
-@pytest.mark.parametrize("example", slow_but(NAMES - {"digits", "forcing"}, sorted(NAMES)))
+# What they import takes seconds.
+@pytest.mark.parametrize("example", slow_but({"oscillations", "stiff", "processes"}, sorted(NAMES)))
 def test_help_tells_how_to_run_an_example_fast_and_where_it_writes(
     example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchsde
 from compiled_solves import NEEDS_TORCH
+from methods import slow_but
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -69,7 +70,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", ["plain", "filtered", "checkpoint", "implicit", "adaptive"])
+@pytest.mark.parametrize("way", slow_but(["filtered"], ["plain", "filtered", "checkpoint", "implicit", "adaptive"]))
 def test_a_model_that_is_sharded_as_a_whole_has_the_gradient_of_one_that_is_not(way: str) -> None:
     expected = gradients(Model(**WAYS[way]))
     model = Model(**WAYS[way])
@@ -95,7 +96,7 @@ def test_a_part_of_func_that_is_sharded_has_its_gradient_where_autograd_alone_di
         ("adaptive", "with method 'adams'"),
     ],
 )
-@pytest.mark.parametrize("part", ["", "out"])
+@pytest.mark.parametrize("part", slow_but([""], ["", "out"]))
 def test_func_and_its_parts_must_not_be_sharded_by_themselves(way: str, reason: str, part: str) -> None:
     model = Model(**WAYS[way])
     fsdp.fully_shard(model.func.get_submodule(part))
