@@ -2,8 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -82,15 +81,6 @@ def with_options(**keywords: Any) -> Solve:
     return lambda func, y0, t: odeint(func, y0, t, **keywords)
 
 
-@contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
 @pytest.mark.parametrize("method", NAMES)
 def test_every_method_with_its_filter(method: str) -> None:
     assert_same_on_both(with_options(method=method, grad_filter="auto"))
@@ -141,7 +131,7 @@ def test_the_default_device_is_the_gpu(method: str) -> None:
         return [y.detach().cpu(), grad.cpu()]
 
     wanted = compute()
-    with default_device("cuda"):
+    with torch.device("cuda"):
         got = compute()
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 

@@ -137,9 +137,9 @@ class CompiledSolve:
             of_numbers.append(found.numbers)
         return cotangents.window[0], of_numbers[::-1], cotangents.sums
 
-    def keeps(self, i: int) -> bool:
-        """Whether the past before a block is kept for the backward pass."""
-        return self.reversible is None or self._reversal(self.reversible).keeps(i)
+    def keeps(self) -> Callable[[int], bool]:
+        """Tells of a block whether the past before it is kept for the backward pass."""
+        return _every if self.reversible is None else self._reversal(self.reversible).keeps
 
     def _reversal(self, mode: Reversible) -> CompiledReversal:
         return CompiledReversal(mode, self.schedule, self.blocks)
@@ -194,7 +194,7 @@ class _CompiledSolve(torch.autograd.Function):
         ctx: Any, solve: CompiledSolve, y0: Tensor, weights: Tensor | None, times: Tensor | None, *tensors: Tensor
     ) -> Tensor:
         numbers = _numbers(solve, weights, times)
-        states, kept = solve.forward(y0, numbers, tensors, solve.keeps)
+        states, kept = solve.forward(y0, numbers, tensors, solve.keeps())
         ctx.solve, ctx.numbers, ctx.sizes = solve, numbers, [len(of_block) for of_block in kept]
         ctx.like = None if weights is None or times is None else (weights.shape, weights.device, times.shape)
         ctx.save_for_backward(y0, *tensors, *(tensor for of_block in kept for tensor in of_block))

@@ -72,7 +72,9 @@ def filter_coefficients(plan: FilterPlan, observed: Sequence[int]) -> dict[int, 
         seen[node], cotangents[node] = _Form({("seen", node): 1.0}), unit
     zero = torch.zeros(len(observed), dtype=torch.float64, device="cpu")
     jacobians = _Products()
-    symbols, given = _symbols(plan.recurrence.rows, jacobians), _as_any(jacobians)
+    symbols = _symbols(plan.recurrence.rows, jacobians)
+    # To what is written for tensors forms are given.
+    given: Any = jacobians
     nodes = plan.recurrence.nodes
     node_of = {state: node for node, state in enumerate(nodes)}
 
@@ -128,11 +130,6 @@ class _Form:
 
 def _as_form(value: "_Form | Tensor") -> _Form:
     return _Form({}, value) if isinstance(value, Tensor) else value
-
-
-def _as_any(value: object) -> Any:
-    # To what is written for tensors a form is given.
-    return value
 
 
 def _plus(a: _Form, b: _Form, weight: float) -> _Form:
