@@ -292,7 +292,6 @@ REFUSALS: dict[str, Callable[[], None]] = {
         "backward must be 'autograd' or 'reversible' where compile is given", backward="checkpoint"
     ),
     "jump_t": lambda: refused("jump_t must not be given where compile is", options={"jump_t": [0.5]}),
-    "cubic": lambda: refused("interp must be 'linear'", grad_filter="auto", options={"interp": "cubic"}),
     "twice": lambda: refused("compile is given twice", options={"compile": True}),
     "type": lambda: refused("compile must be True, False or a Compile, got 3", TypeError, compile=3),
     "autocast": _autocast,

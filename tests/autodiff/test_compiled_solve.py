@@ -165,16 +165,19 @@ def test_a_tuple_of_tensors(sign: float) -> None:
     [
         {"method": "leapfrog", "grad_filter": "smooth", "options": REGULAR},
         {"method": "leapfrog", "options": {**REGULAR, "interp": "cubic"}},
+        {"method": "leapfrog", "grad_filter": "auto", "options": {**REGULAR, "interp": "cubic"}},
+        {"method": "ab2", "grad_filter": METHOD, "options": {**REGULAR, "interp": "cubic", "perturb": True}},
         {"method": "ab2", "options": {**REGULAR, "perturb": True}},
         {"method": "ab4", "options": {"step_size": 0.5}},
     ],
-    ids=["smooth", "cubic", "perturb", "shorter than a block"],
+    ids=["smooth", "cubic", "cubic, filtered", "cubic, filtered, perturb", "perturb", "shorter than a block"],
 )
-@pytest.mark.slow
 def test_other_outputs_and_grids(keywords: dict[str, Any]) -> None:
     func = Field()
-    compiled = solved(func, start(), INSIDE, compile=TRACED, **keywords)
-    assert_same(compiled, solved(func, start(), INSIDE, **keywords))
+    # One of them is in the first step.
+    t = torch.cat([INSIDE[:1], torch.tensor([0.01], dtype=torch.float64), INSIDE[1:]])
+    compiled = solved(func, start(), t, compile=TRACED, **keywords)
+    assert_same(compiled, solved(func, start(), t, **keywords))
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ from torchdiffeq_lmm.schemes.weighted_sum import weighted_sum
 Slope = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
 """From the time, the state and the tensors that func depends on to the slope."""
 
-AROUND = 3
-"""So many weights of V are of P at the node of the step, P at the next one, and g at the first; others are of D."""
+AROUND = 4
+"""So many weights of V are of P at the node of the step, P at the next one, and g at the first, without what E sees of
+slopes and with it; others are of D."""
 
 
 class BlockNumbers(NamedTuple):
@@ -61,13 +62,16 @@ class Cotangents(NamedTuple):
 
     Attributes:
         window: of the past at its end.
-        seen: of the states at the beginnings of its steps, by what E sees of them, of shape (steps, *x.shape).
+        seen: of the states at the beginnings of its steps, by what E sees of them and of the slopes there, of shape
+            (steps, *x.shape).
+        states: the same without the slopes, where E sees any and there is a filter; else empty.
         sums: the gradients of the wanted tensors by the blocks after it.
         later: D of the first states of the blocks after it; with a filter.
     """
 
     window: tuple[Tensor, ...]
     seen: Tensor
+    states: tuple[Tensor, ...]
     sums: tuple[Tensor, ...]
     later: tuple[Tensor, ...] = ()
 
@@ -81,6 +85,7 @@ class AdjointKind(NamedTuple):
         order: of the filter as this block needs it: 0 for none, 1 for V alone, else of `product_places`.
         earlier: at how many nodes before the block it needs Jacobians.
         later: how many D of the blocks after it are known; 0 without a filter.
+        slopes: whether the filter is told what E sees of slopes from the rest.
     """
 
     wanted: tuple[int, ...]
@@ -88,6 +93,7 @@ class AdjointKind(NamedTuple):
     order: int
     earlier: int
     later: int
+    slopes: bool
 
 
 class AdjointValues(NamedTuple):
@@ -188,7 +194,7 @@ def adjoint_block(
             nodes = [of_window[0], *found[of_inputs : of_inputs + len(marched.nodes)]]
             later = [*found[of_inputs + len(marched.nodes) :], *cotangents.later]
             jacobians = _Jacobians(slope, pattern, numbers, leaves, marched.arguments, filters)
-            grads = _filtered(jacobians, product_places(kind.order), nodes, later, cotangents.seen, wanted)
+            grads = _filtered(jacobians, product_places(kind.order), nodes, later, cotangents, wanted)
         sums = tuple(_strided_as(total + grad, total) for total, grad in zip(cotangents.sums, grads, strict=True))
     later = later[: len(cotangents.later)]
     return AdjointValues(_dense(of_window), sums, tuple(of_numbers), _dense(later))
@@ -295,7 +301,7 @@ def _filtered(
     places: Sequence[int],
     nodes: Sequence[Tensor],
     increments: Sequence[Tensor],
-    seen: Tensor,
+    cotangents: Cotangents,
     wanted: Sequence[Tensor],
 ) -> list[Tensor]:
     """The gradients of the wanted tensors from the filtered cotangents of every slope.
@@ -305,13 +311,14 @@ def _filtered(
         places: of the products.
         nodes: P at the beginnings of all steps, and at the end.
         increments: D of the state that each row makes, and of some after these.
-        seen: g at the beginnings of all steps.
+        cotangents: see `Cotangents`.
         wanted: the tensors.
     """
     costates, step, filters = [], 0, jacobians.filters
+    (states,) = cotangents.states or (cotangents.seen,)
     stacked = torch.stack(list(increments)) if places else None
     for number, row in enumerate(jacobians.pattern.rows):
-        around = (nodes[step], nodes[step + 1], seen[step])
+        around = (nodes[step], nodes[step + 1], states[step], cotangents.seen[step])
         value = weighted_sum(*_weighted(filters.value[number], (*around, *increments[number:])))
         if places:
             assert filters.observed_value is not None

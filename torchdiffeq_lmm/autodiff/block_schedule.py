@@ -85,7 +85,7 @@ class Schedule:
 
     Attributes:
         blocks: from the first one on.
-        observed: the nodes with outputs, in their order, without the first one.
+        observed: the nodes with outputs, in their order; the first one for its slope alone.
         numbers: of all blocks; None where they have a gradient.
         times: what func is given for the times of all states, without a gradient.
         later: how many D of later blocks the filter needs; 0 without.
@@ -93,7 +93,7 @@ class Schedule:
     """
 
     blocks: list[ScheduledBlock]
-    observed: list[int]
+    observed: Sequence[int]
     numbers: list[BlockNumbers] | None
     times: Tensor
     later: int
@@ -112,7 +112,7 @@ def schedule(
     Args:
         method: an explicit method.
         source: the steps.
-        observed: the nodes with outputs.
+        observed: the nodes with outputs, in their order; the first one for its slope alone.
         plan: the filter.
         steps: of a block.
     """
@@ -120,7 +120,7 @@ def schedule(
     blocks = blocks_of(method, recurrence, steps)
     if not blocks:
         return None
-    observed, time = sorted(set(observed) - {0}), source.user_time(0).detach()
+    time = source.user_time(0).detach()
     device = time.device
     forms = None if plan is None else filter_coefficients(plan, observed)
     later = 0 if plan is None else blocks[-1].pattern.reach
@@ -214,7 +214,7 @@ def _filtered(
                 elif kind == "window":
                     column = _lag(number, node, 2)
                 else:
-                    column = 2 + _lag(number, node, 1)
+                    column = (2 if kind == "seen" else 3) + _lag(number, node, 1)
                 value[i, column] += weight
             if form.observed is not None:
                 observed_value[i] = form.observed

@@ -101,6 +101,7 @@ class CompiledBlocks:
                 *tensors,
                 *cotangents.window,
                 cotangents.seen,
+                *cotangents.states,
                 *cotangents.sums,
                 *cotangents.later,
                 *(given for given in filters or () if given is not None),
@@ -172,10 +173,19 @@ def _backwards(func: CapturedFunc, pattern: Pattern, like: Shapes) -> _TracedBlo
 
 
 def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shapes) -> _TracedBlock:
-    sizes = (1 + sum(pattern.begins), 3, len(like.tensors), 1 + sum(pattern.ends), 1, len(kind.wanted), kind.later)
+    sizes = (
+        1 + sum(pattern.begins),
+        3,
+        len(like.tensors),
+        1 + sum(pattern.ends),
+        1,
+        kind.slopes,
+        len(kind.wanted),
+        kind.later,
+    )
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        window, numbers, tensors, of_window, (seen,), sums, of_later, filters = _parts(flat, sizes)
+        window, numbers, tensors, of_window, (seen,), states, sums, of_later, filters = _parts(flat, sizes)
         found = adjoint_block(
             func,
             pattern,
@@ -183,7 +193,7 @@ def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shap
             window,
             BlockNumbers(*numbers),
             tensors,
-            Cotangents(of_window, seen, sums, of_later),
+            Cotangents(of_window, seen, states, sums, of_later),
             FilterNumbers(*filters) if filters else None,
         )
         return tuple(tensor for part in found for tensor in part)
@@ -203,6 +213,7 @@ def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shap
         *fakes.tensors,
         *fakes.window(pattern.ends),
         fakes.states(pattern.steps),
+        *(fakes.states(pattern.steps) for _ in range(kind.slopes)),
         *fakes.like(fakes.tensors[i] for i in kind.wanted),
         *(fakes.state() for _ in range(kind.later)),
         *filters,

@@ -72,18 +72,21 @@ class CompiledPieceSolver:
         weights = times = None
         if source.requires_grad:
             weights, times = all_weights(source.recurrence), source.every_user_time()
-        states = self.states(planned, y0, weights, times)
-        slopes = _SlopesAtNodes(self.vector_field, source, goal.slopes or {})
+        states, again = self._states(planned, y0, weights, times, self._takes_slopes(goal))
+        slopes = _SlopesAtNodes(self.vector_field, source, goal.slopes or {}, again)
         for node in goal.states:
             state = source.recurrence.nodes[node]
             goal.pass_by(node, state, states[node], slopes)
-            slopes.pass_by(state, states[node])
+            slopes.pass_by(node, state)
         trajectory = goal.trajectory(slopes)
         return Piece(trajectory, source.until(source.recurrence.nodes[-1], source.count), None)
 
     def planned(self, source: FixedSteps, goal: Outputs) -> Schedule | None:
         """What is known of the piece before any values; None where it is too short for a block."""
-        return schedule(self.method, source, goal.states, self._plan(source), self.settings.block)
+        # As far as states are concerned the first one is y0.
+        first = 0 if self._takes_slopes(goal) and 0 in goal.slope_nodes else 1
+        observed = [node for node in goal.states if node >= first]
+        return schedule(self.method, source, observed, self._plan(source), self.settings.block)
 
     def states(self, planned: Schedule, y0: Tensor, weights: Tensor | None, times: Tensor | None) -> dict[int, Tensor]:
         """The states at the observed nodes, and the first one, with their graph.
@@ -93,13 +96,26 @@ class CompiledPieceSolver:
             y0: the state at its beginning.
             weights, times: of all rows, where they have a gradient.
         """
+        return self._states(planned, y0, weights, times, takes_slopes=False)[0]
+
+    def _states(
+        self, planned: Schedule, y0: Tensor, weights: Tensor | None, times: Tensor | None, takes_slopes: bool
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """The same, and once more for slopes, what E sees of which a filter must be told from the rest."""
         dependencies = self._dependencies(planned.time, y0)
         blocks = CompiledBlocks(dependencies, self.settings, y0, planned.time)
         records = torch.is_grad_enabled()
         wanted = self._wanted(dependencies.tensors) if records else ()
-        solve = CompiledSolve(planned, blocks, wanted, records and weights is not None, self.reversible)
+        solve = CompiledSolve(
+            planned, blocks, wanted, records and weights is not None, records and takes_slopes, self.reversible
+        )
         found = solve_compiled(solve, y0, weights, times, dependencies.tensors)
-        return {0: y0, **dict(zip(planned.observed, found.unbind(), strict=True))}
+        states, again = ({0: y0, **dict(zip(planned.observed, part.unbind(), strict=True))} for part in found)
+        return {**states, 0: y0}, again
+
+    def _takes_slopes(self, goal: Outputs) -> bool:
+        """Whether the filter must be told what E sees of slopes."""
+        return self.costate_filter is not None and bool(goal.slope_nodes)
 
     def _plan(self, source: FixedSteps) -> FilterPlan | None:
         if self.costate_filter is None or not torch.is_grad_enabled():
@@ -172,19 +188,24 @@ class _SlopesAtNodes:
         vector_field: f.
         source: the steps.
         wanted: see `Goal`.
+        states: by node.
     """
 
-    def __init__(self, vector_field: VectorField, source: FixedSteps, wanted: Mapping[int, int]) -> None:
+    def __init__(
+        self, vector_field: VectorField, source: FixedSteps, wanted: Mapping[int, int], states: Mapping[int, Tensor]
+    ) -> None:
         self.kept: dict[int, Tensor] = {}
         self._vector_field = vector_field
         self._source = source
         self._wanted = wanted
+        self._states = states
 
-    def pass_by(self, state: int, x: Tensor) -> None:
-        """Evaluate f at a state, if that is wanted."""
+    def pass_by(self, node: int, state: int) -> None:
+        """Evaluate f at a node, if that is wanted."""
         if state in self._wanted:
-            self.kept[self._wanted[state]] = self._vector_field(self._source.user_time(state), x).clone()
+            time = self._source.user_time(state)
+            self.kept[self._wanted[state]] = self._vector_field(time, self._states[node]).clone()
 
-    def at_end(self, node: int, state: int, x: Tensor) -> Tensor:
+    def at_end(self, node: int, state: int, x: Tensor) -> Tensor:  # noqa: ARG002
         """See `piece.Slopes`."""
-        return self._vector_field(self._source.user_time_at_end(node, state), x).clone()
+        return self._vector_field(self._source.user_time_at_end(node, state), self._states[node]).clone()

@@ -25,6 +25,7 @@ class CompiledSolve:
         blocks: compiled.
         wanted: the numbers of the tensors whose gradients are wanted.
         differentiate_times: whether those of the weights and times are.
+        slopes: whether the filter is told what E sees of slopes at observed nodes from what it sees of the states.
         reversible: how to run it backwards; None to keep the past before every block.
     """
 
@@ -32,6 +33,7 @@ class CompiledSolve:
     blocks: CompiledBlocks
     wanted: tuple[int, ...]
     differentiate_times: bool
+    slopes: bool
     reversible: Reversible | None
 
     def compile_adjoints(self) -> None:
@@ -72,11 +74,17 @@ class CompiledSolve:
     def backward(
         self,
         seen: Tensor,
+        states: Tensor | None,
         kept: Sequence[Sequence[Tensor]],
         numbers: Sequence[BlockNumbers],
         tensors: Sequence[Tensor],
     ) -> tuple[Tensor, list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
         """From the cotangents of the observed states to the gradients.
+
+        Args:
+            seen: the cotangents.
+            states: the same without what E sees of the slopes there, for the filter; None where that is nothing.
+            kept, numbers, tensors: see `forward`.
 
         Returns:
             Those of y0; of the weights and times, block by block, if they are wanted; of the wanted tensors.
@@ -86,15 +94,15 @@ class CompiledSolve:
         """
         mode = self.reversible
         if mode is None:
-            return self._backward(seen, reversed(kept), numbers, tensors)
+            return self._backward(seen, states, reversed(kept), numbers, tensors)
         reversal = self._reversal(mode)
         try:
-            return self._backward(seen, reversal.pasts(kept, numbers, tensors), numbers, tensors)
+            return self._backward(seen, states, reversal.pasts(kept, numbers, tensors), numbers, tensors)
         except DriftError:
             if mode.on_drift == "raise":
                 raise
             _, kept = self.forward(kept[0][0], numbers, tensors, _every)
-            return self._backward(seen, reversed(kept), numbers, tensors)
+            return self._backward(seen, states, reversed(kept), numbers, tensors)
         finally:
             if mode.report is not None:
                 mode.report(reversal.drift)
@@ -102,6 +110,7 @@ class CompiledSolve:
     def _backward(
         self,
         seen: Tensor,
+        states: Tensor | None,
         kept: Iterator[Sequence[Tensor]],
         numbers: Sequence[BlockNumbers],
         tensors: Sequence[Tensor],
@@ -111,29 +120,32 @@ class CompiledSolve:
         cotangents = Cotangents(
             window=tuple(_zeros(like, 1 + sum(self.schedule.blocks[-1].block.pattern.ends))),
             seen=like,
+            states=(),
             sums=tuple(torch.zeros_like(tensors[i]) for i in self.wanted),
             later=tuple(_zeros(like, self.schedule.later)),
         )
         of_numbers: list[tuple[Tensor, ...]] = []
         adjoints = self._adjoints()
         unseen = _once(lambda scheduled: like.new_zeros(scheduled.block.pattern.steps, *like.shape))
-        end, of_observed = len(seen), seen.reshape(len(seen), -1)
+        end, flat = len(seen), seen.reshape(len(seen), -1)
+        of_observed = (seen,) if states is None else (seen, states)
         for scheduled, of_block, given in zip(self.schedule.blocks[::-1], kept, numbers[::-1], strict=True):
             if scheduled.sees_end:
                 end -= 1
                 cotangents = cotangents._replace(window=(seen[end], *cotangents.window[1:]))
-            of_nodes = unseen(scheduled)
-            if scheduled.seen is not None:
-                of_nodes = of_nodes.index_copy(0, scheduled.seen, seen[end - len(scheduled.seen) : end])
-                end -= len(scheduled.seen)
+            seen_here = 0 if scheduled.seen is None else len(scheduled.seen)
+            of_nodes, *of_states = (
+                _spread(unseen(scheduled), scheduled.seen, observed[end - seen_here : end]) for observed in of_observed
+            )
+            end -= seen_here
             count = 1 + sum(scheduled.block.pattern.begins)
             window, earlier = of_block[:count], of_block[count:]
             filters = None
             if scheduled.filtered is not None:
-                filters = _filters(scheduled.filtered, of_observed, like, earlier, self.schedule.times)
-            given_cotangents = Cotangents(cotangents.window, of_nodes, cotangents.sums, cotangents.later)
+                filters = _filters(scheduled.filtered, flat, like, earlier, self.schedule.times)
+            given_cotangents = cotangents._replace(seen=of_nodes, states=tuple(of_states))
             found = adjoints(scheduled)(window, given, tensors, given_cotangents, filters)
-            cotangents = Cotangents(found.window, of_nodes, found.sums, found.later)
+            cotangents = Cotangents(found.window, of_nodes, (), found.sums, found.later)
             of_numbers.append(found.numbers)
         return cotangents.window[0], of_numbers[::-1], cotangents.sums
 
@@ -147,7 +159,12 @@ class CompiledSolve:
     def _adjoints(self) -> Callable[[ScheduledBlock], Callable[..., AdjointValues]]:
         def made(scheduled: ScheduledBlock) -> Callable[..., AdjointValues]:
             kind = AdjointKind(
-                self.wanted, self.differentiate_times, scheduled.order, scheduled.earlier, self.schedule.later
+                self.wanted,
+                self.differentiate_times,
+                scheduled.order,
+                scheduled.earlier,
+                self.schedule.later,
+                self.slopes,
             )
             return self.blocks.adjoint(scheduled.block.pattern, kind)
 
@@ -156,8 +173,8 @@ class CompiledSolve:
 
 def solve_compiled(
     solve: CompiledSolve, y0: Tensor, weights: Tensor | None, times: Tensor | None, tensors: Sequence[Tensor]
-) -> Tensor:
-    """The states at the observed nodes, of shape (n, *y0.shape), with their graph.
+) -> tuple[Tensor, Tensor]:
+    """The states at the observed nodes, of shape (n, *y0.shape), with their graph; and the same for slopes there.
 
     Args:
         solve: the solve.
@@ -170,10 +187,11 @@ def solve_compiled(
     needs_graph = y0.requires_grad or solve.wanted or solve.differentiate_times
     if not (torch.is_grad_enabled() and needs_graph):
         with torch.no_grad():
-            return solve.forward(y0, _numbers(solve, weights, times), tensors, _none)[0]
+            found, _ = solve.forward(y0, _numbers(solve, weights, times), tensors, _none)
+            return found, found
     solve.compile_adjoints()
-    found: Tensor = _CompiledSolve.apply(solve, y0, weights, times, *tensors)  # type: ignore[no-untyped-call]
-    return found
+    outputs = _CompiledSolve.apply(solve, y0, weights, times, *tensors)  # type: ignore[no-untyped-call]
+    return outputs[0], outputs[-1]
 
 
 def _numbers(solve: CompiledSolve, weights: Tensor | None, times: Tensor | None) -> list[BlockNumbers]:
@@ -187,22 +205,22 @@ def _numbers(solve: CompiledSolve, weights: Tensor | None, times: Tensor | None)
 
 
 class _CompiledSolve(torch.autograd.Function):
-    """(y0, weights, times, tensors) -> the states at the observed nodes."""
+    """(y0, weights, times, tensors) -> the states at the observed nodes, and again for slopes there."""
 
     @staticmethod
     def forward(
         ctx: Any, solve: CompiledSolve, y0: Tensor, weights: Tensor | None, times: Tensor | None, *tensors: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         numbers = _numbers(solve, weights, times)
         states, kept = solve.forward(y0, numbers, tensors, solve.keeps())
         ctx.solve, ctx.numbers, ctx.sizes = solve, numbers, [len(of_block) for of_block in kept]
         ctx.like = None if weights is None or times is None else (weights.shape, weights.device, times.shape)
         ctx.save_for_backward(y0, *tensors, *(tensor for of_block in kept for tensor in of_block))
         ctx.count = 1 + len(tensors)
-        return states
+        return (states, states.clone()) if solve.slopes else (states,)
 
     @staticmethod
-    def backward(ctx: Any, seen: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_states: Tensor, *of_slopes: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         functorch = torch._C._functorch
         if torch.is_grad_enabled():
@@ -210,16 +228,17 @@ class _CompiledSolve(torch.autograd.Function):
                 "compile does not support create_graph=True: the gradient is worked out once. For second derivatives "
                 "solve without compile"
             )
-        if functorch.peek_interpreter_stack() is not None or functorch.is_legacy_batchedtensor(seen):
+        if functorch.peek_interpreter_stack() is not None or functorch.is_legacy_batchedtensor(of_states):
             raise RuntimeError(
                 "compile does not support is_grads_batched=True, vectorize=True, nor torch.func transforms of the "
                 "gradient; ask for one gradient after the other, or solve without compile"
             )
         solve, tensors, rest = ctx.solve, saved[1 : ctx.count], iter(saved[ctx.count :])
         kept = [tuple(next(rest) for _ in range(size)) for size in ctx.sizes]
-        of_y0, of_numbers, sums = solve.backward(
-            seen.resolve_conj().resolve_neg().contiguous(), kept, ctx.numbers, tensors
-        )
+        seen = states = _dense(of_states)
+        for cotangent in of_slopes:
+            seen = states + _dense(cotangent)
+        of_y0, of_numbers, sums = solve.backward(seen, states if of_slopes else None, kept, ctx.numbers, tensors)
         of_weights = of_times = None
         if solve.differentiate_times:
             weights_shape, weights_device, times_shape = ctx.like
@@ -233,6 +252,10 @@ class _CompiledSolve(torch.autograd.Function):
         for i, total in zip(solve.wanted, sums, strict=True):
             of_tensors[i] = total
         return None, of_y0, of_weights, of_times, *of_tensors
+
+
+def _spread(unseen: Tensor, places: Tensor | None, observed: Tensor) -> Tensor:
+    return unseen if places is None else unseen.index_copy(0, places, observed)
 
 
 def _filters(
@@ -273,6 +296,10 @@ def _every(_: int) -> bool:
 
 def _none(_: int) -> bool:
     return False
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.resolve_conj().resolve_neg().contiguous()
 
 
 def _zeros(like: Tensor, count: int) -> list[Tensor]:

@@ -56,9 +56,9 @@ class Outputs:
         self.is_reached = None
 
     @property
-    def takes_states_alone(self) -> bool:
-        """Whether no slope is needed."""
-        return not (self._wanted.slopes or self._wanted.end_slopes)
+    def slope_nodes(self) -> set[int]:
+        """The nodes whose slopes the outputs are made of."""
+        return self._wanted.slopes | self._wanted.end_slopes
 
     def pass_by(self, node: int, state: int, x: Tensor, slopes: NodeSlopes) -> None:
         """See `Goal`."""

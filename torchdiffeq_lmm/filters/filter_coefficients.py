@@ -20,8 +20,8 @@ from .costate import filtered_cotangents
 from .filter_plan import FilterPlan
 from .shifted_past import nearest_nodes
 
-Kind = Literal["increment", "window", "seen", "product"]
-"""D of a state, P of a node, g of a node: see `AdjointState`; a product with a transposed Jacobian."""
+Kind = Literal["increment", "window", "seen", "cotangent", "product"]
+"""D of a state, P of a node, g of a node, the same with slopes: see `filtered_cotangents`; a product with Jᵀ."""
 
 Symbol = tuple[Kind, int]
 Terms = dict[Symbol, float]
@@ -62,14 +62,16 @@ def filter_coefficients(plan: FilterPlan, observed: Sequence[int]) -> dict[int, 
 
     Args:
         plan: of an explicit method.
-        observed: the nodes that E sees the states of.
+        observed: the nodes that E sees the states of; of the first one, the slope alone.
     """
     count = len(plan.steps) + 1
     units = torch.eye(len(observed), dtype=torch.float64, device="cpu").unbind()
     seen: list[Any] = [None] * count
     cotangents: list[Tensor | None] = [None] * count
     for node, unit in zip(observed, units, strict=True):
-        seen[node], cotangents[node] = _Form({("seen", node): 1.0}), unit
+        cotangents[node] = unit
+        if node:
+            seen[node] = _Form({("seen", node): 1.0})
     zero = torch.zeros(len(observed), dtype=torch.float64, device="cpu")
     jacobians = _Products()
     symbols = _symbols(plan.recurrence.rows, jacobians)
@@ -233,7 +235,7 @@ def _pulled(rows: Sequence[Row], state: int, node: int, later: Any, jacobians: _
     """Jᵀ times a sum of cotangents."""
     if (state == 0 or rows[state - 1].is_node) and state < len(rows) and rows[state].is_node:
         # By P_n = P_{n+1} + g_n + Jᵀ μ_n, for nothing else is made of the state.
-        return _Form({("window", node): 1.0, ("window", node + 1): -1.0, ("seen", node): -1.0})
+        return _Form({("window", node): 1.0, ("window", node + 1): -1.0, ("cotangent", node): -1.0})
     total = _Form({})
     for weight, form in later:
         total = _plus(total, form, weight)

@@ -1,16 +1,13 @@
 """What compiled solves are not for: refused in words, before any work is done."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.autodiff.backward_modes import resolve_backward
 from torchdiffeq_lmm.autodiff.reversal import Reversible
-from torchdiffeq_lmm.filters.grad_filter import CostateFilter
 from torchdiffeq_lmm.forward.autograd_state import refuse_tangents
-from torchdiffeq_lmm.forward.grid import Placement
-from torchdiffeq_lmm.forward.outputs import OutputRule
 from torchdiffeq_lmm.forward.vector_field import HostedFunction
 from torchdiffeq_lmm.schemes.methods import Method
 
@@ -76,18 +73,12 @@ def resolve_compiled_backward(method: Method, backward: object) -> Reversible | 
     return None
 
 
-def check_compiled_solve(
-    hosted: HostedFunction,
-    y0: Tensor,
-    costate_filter: CostateFilter | None,
-    rule: OutputRule,
-    placements: Iterable[Sequence[Placement]],
-) -> None:
+def check_compiled_solve(hosted: HostedFunction, y0: Tensor) -> None:
     """Raise an error where what is around a solve does not go with compiled blocks.
 
     Raises:
         RuntimeError: autocast or forward mode is on.
-        ValueError: outputs inside steps are cubic, with a filter; or func is distributed.
+        ValueError: func is distributed.
     """
     if torch.is_autocast_enabled(y0.device.type):
         raise RuntimeError(
@@ -100,12 +91,6 @@ def check_compiled_solve(
         raise ValueError(
             "func must not be a DistributedDataParallel module where compile is given, for it would be bypassed; wrap "
             "the model around the solve instead"
-        )
-    is_inside = any(placement.fraction is not None for placed in placements for placement in placed)
-    if costate_filter is not None and rule.interp == "cubic" and is_inside:
-        raise ValueError(
-            "interp must be 'linear' where compile and a grad_filter other than 'smooth' are given and outputs lie "
-            "inside steps, got 'cubic'; put outputs at nodes, or solve without compile"
         )
 
 

@@ -188,7 +188,7 @@ class MultistepSolver(DifferentiableSolver):
         key = self._grid_key(t)
         known = None if key is None else PLANNED_GRIDS.find(key)
         if known is not None:
-            compiled = self._solver_of_grid([known.placements])
+            compiled = self._solver_of_grid()
             assert isinstance(compiled, CompiledPieceSolver)
             return known.outputs(compiled, self.y0, self._rule)
         pieces, placements = self._grids(t)
@@ -202,10 +202,10 @@ class MultistepSolver(DifferentiableSolver):
         # No tensor that grows with the number of steps is held without need.
         del pieces
         x, outputs, keepers = self.y0, [], []
-        around, solver = [None, *sources, None], self._solver_of_grid(placements)
+        around, solver = [None, *sources, None], self._solver_of_grid()
         for source, placed, before, after in zip(sources, placements, around, around[2:], strict=False):
             goal = Outputs(source, placed, self._rule, self._is_smooth)
-            if key is not None and isinstance(solver, CompiledPieceSolver) and goal.takes_states_alone:
+            if key is not None and isinstance(solver, CompiledPieceSolver) and not goal.slope_nodes:
                 planned = solver.planned(source, goal)
                 if planned is not None:
                     PLANNED_GRIDS.keep(key, PlannedGrid(planned, placed, source.lengths))
@@ -305,11 +305,11 @@ class MultistepSolver(DifferentiableSolver):
         filtered = self.grad_filter if torch.is_grad_enabled() else None
         return grid_key(t, self.step_size, self.method, self._compile.block, self.max_num_steps, filtered, *of_state)
 
-    def _solver_of_grid(self, placements: Sequence[Sequence[Placement]]) -> PieceSolver | CompiledPieceSolver:
+    def _solver_of_grid(self) -> PieceSolver | CompiledPieceSolver:
         if self._compile is None:
             return self._solver()
         costate_filter = self.grad_filter if isinstance(self.grad_filter, CostateFilter) else None
-        check_compiled_solve(self._hosted, self.y0, costate_filter, self._rule, placements)
+        check_compiled_solve(self._hosted, self.y0)
         return CompiledPieceSolver(
             settings=self._compile,
             hosted=self._hosted,
