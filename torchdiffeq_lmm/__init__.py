@@ -14,6 +14,7 @@ from .forward.newton_options import Newton
 from .forward.solve_report import SolveReport
 from .hosts.interface import odeint
 from .hosts.registration import method_info, register, register_method, unregister
+from .parameters.grid_module import GridModule
 from .parameters.grid_parameter import GridParameter
 from .parameters.oscillation import Oscillation, OscillationReport, oscillation
 from .schemes.method_info import MethodInfo
@@ -23,6 +24,7 @@ __all__ = [
     "Compile",
     "CostateFilter",
     "DriftError",
+    "GridModule",
     "GridParameter",
     "LeapfrogFilter",
     "MethodInfo",

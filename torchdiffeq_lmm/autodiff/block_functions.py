@@ -15,101 +15,10 @@ from torchdiffeq_lmm.forward.stepping import History, march
 from torchdiffeq_lmm.schemes.block_rows import Pattern
 from torchdiffeq_lmm.schemes.weighted_sum import weighted_sum
 
+from .block_values import AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
+
 Slope = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
 """From the time, the state and the tensors that func depends on to the slope."""
-
-AROUND = 4
-"""So many weights of V are of P at the node of the step, P at the next one, and g at the first, without what E sees of
-slopes and with it; others are of D."""
-
-
-class BlockNumbers(NamedTuple):
-    """The numbers of a block.
-
-    Attributes:
-        weights: of its rows, of shape (`pattern.weights`,), float64.
-        times: what func is given for them, of shape (rows,).
-        active: whether they are rows of the solve, of shape (rows,); else func is evaluated where the block begins.
-    """
-
-    weights: Tensor
-    times: Tensor
-    active: Tensor
-
-
-class FilterNumbers(NamedTuple):
-    """What the filter needs in a block; products with Jacobians are those of `product_places`.
-
-    Attributes:
-        value: weights for V, of shape (rows, AROUND + reach), float64.
-        products: weights of D, and of the products before it, for each product, of shape (rows, products, reach +
-            products), float64; this and the others None where there are no products.
-        observed_value, observed_slope: what V and the last product have of observed nodes, of shape (rows, *x.shape).
-        earlier, earlier_times: states of latest nodes before the block, the latest one last, and their times, of shapes
-            (n, *x.shape) and (n,), where products need Jacobians there; else None.
-    """
-
-    value: Tensor
-    products: Tensor | None = None
-    observed_value: Tensor | None = None
-    observed_slope: Tensor | None = None
-    earlier: Tensor | None = None
-    earlier_times: Tensor | None = None
-
-
-class Cotangents(NamedTuple):
-    """What the adjoint of a block begins with.
-
-    Attributes:
-        window: of the past at its end.
-        seen: of the states at the beginnings of its steps, by what E sees of them and of the slopes there, of shape
-            (steps, *x.shape).
-        states: the same without the slopes, where E sees any and there is a filter; else empty.
-        sums: the gradients of the wanted tensors by the blocks after it.
-        later: D of the first states of the blocks after it; with a filter.
-    """
-
-    window: tuple[Tensor, ...]
-    seen: Tensor
-    states: tuple[Tensor, ...]
-    sums: tuple[Tensor, ...]
-    later: tuple[Tensor, ...] = ()
-
-
-class AdjointKind(NamedTuple):
-    """What is differentiated.
-
-    Attributes:
-        wanted: the numbers of the tensors whose gradients are wanted.
-        times: whether those of the weights and the times are.
-        order: of the filter as this block needs it: 0 for none, 1 for V alone, else of `product_places`.
-        earlier: at how many nodes before the block it needs Jacobians.
-        later: how many D of the blocks after it are known; 0 without a filter.
-        slopes: whether the filter is told what E sees of slopes from the rest.
-    """
-
-    wanted: tuple[int, ...]
-    times: bool
-    order: int
-    earlier: int
-    later: int
-    slopes: bool
-
-
-class AdjointValues(NamedTuple):
-    """What the adjoint of a block leads to.
-
-    Attributes:
-        window: the cotangents of the past at its beginning.
-        sums: see `Cotangents`.
-        numbers: the gradients of the weights and the times, if they are wanted.
-        later: see `Cotangents`.
-    """
-
-    window: tuple[Tensor, ...]
-    sums: tuple[Tensor, ...]
-    numbers: tuple[Tensor, ...]
-    later: tuple[Tensor, ...]
 
 
 class _Marched(NamedTuple):
@@ -140,7 +49,7 @@ def forward_block(
         numbers: of the block.
         tensors: what f depends on.
     """
-    marched = _marched(slope, pattern, window, numbers, tensors)
+    marched = _marched(_Field(slope, numbers, tensors), pattern, window)
     return _dense(marched.window), torch.stack(marched.nodes)
 
 
@@ -152,10 +61,11 @@ def reversed_block(
     That is one of `is_reversible`, and all rows are rows of the solve.
     """
     x, difference = window
+    field = _Field(slope, numbers, tensors)
     for number, row in reversed(list(enumerate(pattern.with_weights(numbers.weights)))):
         ((_, e),), ((_, b),) = row.increments, row.slopes
         x = x - difference
-        difference = weighted_sum((1 / e, -b / e), (difference, slope(numbers.times[number], x, tensors)))
+        difference = weighted_sum((1 / e, -b / e), (difference, field(number, x)))
     return _dense((x, difference))
 
 
@@ -177,10 +87,13 @@ def adjoint_block(
             tensor.detach().requires_grad_() if i in kind.wanted else tensor.detach()
             for i, tensor in enumerate(tensors)
         ]
-        wanted = [leaves[i] for i in kind.wanted]
-        numbers = BlockNumbers(weights, times, numbers.active)
+        looked_up = tuple(
+            of_rows.detach().requires_grad_(i in kind.lookups) for i, of_rows in enumerate(numbers.looked_up)
+        )
+        wanted = [*(leaves[i] for i in kind.wanted), *(looked_up[i] for i in kind.lookups)]
+        field = _Field(slope, BlockNumbers(weights, times, numbers.active, looked_up), leaves)
         is_filtered = filters is not None
-        marched = _marched(slope, pattern, window, numbers, leaves)
+        marched = _marched(field, pattern, window)
         inputs = [*window, *((weights, times) if kind.times else ())]
         of_inputs = len(inputs)
         end = marched.window[0]
@@ -193,27 +106,53 @@ def adjoint_block(
         else:
             nodes = [of_window[0], *found[of_inputs : of_inputs + len(marched.nodes)]]
             later = [*found[of_inputs + len(marched.nodes) :], *cotangents.later]
-            jacobians = _Jacobians(slope, pattern, numbers, leaves, marched.arguments, filters)
+            jacobians = _Jacobians(field, pattern, marched.arguments, filters)
             grads = _filtered(jacobians, product_places(kind.order), nodes, later, cotangents, wanted)
-        sums = tuple(_strided_as(total + grad, total) for total, grad in zip(cotangents.sums, grads, strict=True))
+        of_lookups = grads[len(kind.wanted) :]
+        sums = tuple(_strided_as(total + grad, total) for total, grad in zip(cotangents.sums, grads, strict=False))
     later = later[: len(cotangents.later)]
-    return AdjointValues(_dense(of_window), sums, tuple(of_numbers), _dense(later))
+    return AdjointValues(_dense(of_window), sums, tuple(of_numbers), _dense(of_lookups), _dense(later))
 
 
-def _marched(
-    slope: Slope, pattern: Pattern, window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]
-) -> _Marched:
+class _Field:
+    """f in a block.
+
+    Args:
+        slope, numbers, tensors: see `forward_block`.
+
+    Attributes:
+        slope: as given.
+        numbers: as given.
+        tensors: as given.
+    """
+
+    def __init__(self, slope: Slope, numbers: BlockNumbers, tensors: Sequence[Tensor]) -> None:
+        self.slope = slope
+        self.numbers = numbers
+        self.tensors = tensors
+        self._looked_up = [of_rows.unbind() for of_rows in numbers.looked_up]
+
+    def __call__(self, number: int, x: Tensor) -> Tensor:
+        """f at the time of a row."""
+        return self.slope(self.numbers.times[number], x, self.tensors_at(number))
+
+    def tensors_at(self, number: int) -> list[Tensor]:
+        """What f depends on at the time of a row."""
+        return [*self.tensors, *(of_rows[number] for of_rows in self._looked_up)]
+
+
+def _marched(field: _Field, pattern: Pattern, window: Sequence[Tensor]) -> _Marched:
     x, *past = window
     known = pattern.begins.increments
     history = History(x, None, past[:known], past[known:])
-    nodes, made, arguments = [x], [], []
+    nodes, made, arguments, active = [x], [], [], field.numbers.active
 
     def evaluate(number: int, latest: Tensor) -> Tensor:
         # What is evaluated for nothing must be finite, too.
-        arguments.append(torch.where(numbers.active[number], latest, x))
-        return slope(numbers.times[number], arguments[-1], tensors)
+        arguments.append(torch.where(active[number], latest, x))
+        return field(number, arguments[-1])
 
-    rows = pattern.with_weights(numbers.weights)
+    rows = pattern.with_weights(field.numbers.weights)
     for number, state in march(history, rows, evaluate, _no_equation):
         is_node = rows[number - 1].is_node
         made.append(history.increments[0] if is_node and history.increments else state)
@@ -228,29 +167,33 @@ class _Jacobians:
     """The slopes of a block, evaluated again, each at a state of its own; and the products of the filter with them.
 
     Args:
-        slope, pattern, numbers, tensors: see `forward_block`.
+        field: f.
+        pattern: see `forward_block`.
         arguments: the states at which f is evaluated, by row.
         filters: see `FilterNumbers`.
     """
 
     def __init__(
         self,
-        slope: Slope,
+        field: _Field,
         pattern: Pattern,
-        numbers: BlockNumbers,
-        tensors: Sequence[Tensor],
         arguments: Sequence[Tensor],
         filters: FilterNumbers,
     ) -> None:
         self.pattern = pattern
         self.filters = filters
-        self._slope = slope
-        self._tensors = tensors
+        self._slope = field.slope
         self._at_nodes: list[tuple[Tensor, Tensor]] = []
         if filters.earlier is not None:
             assert filters.earlier_times is not None
-            self._at_nodes += map(self._evaluated, filters.earlier_times.unbind(), filters.earlier.unbind())
-        self._by_row = [self._evaluated(*given) for given in zip(numbers.times.unbind(), arguments, strict=True)]
+            looked_up = [of_nodes.unbind() for of_nodes in filters.earlier_looked_up]
+            for node, given in enumerate(zip(filters.earlier_times.unbind(), filters.earlier.unbind(), strict=True)):
+                tensors = [*field.tensors, *(of_nodes[node] for of_nodes in looked_up)]
+                self._at_nodes.append(self._evaluated(*given, tensors))
+        self._by_row = [
+            self._evaluated(time, state, field.tensors_at(number))
+            for number, (time, state) in enumerate(zip(field.numbers.times.unbind(), arguments, strict=True))
+        ]
         self.slopes = [slope for slope, _ in self._by_row]
         self._nodes: dict[int, int] = {}
         for number, found in enumerate(self._by_row):
@@ -258,9 +201,9 @@ class _Jacobians:
                 self._nodes[number] = len(self._at_nodes)
                 self._at_nodes.append(found)
 
-    def _evaluated(self, time: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluated(self, time: Tensor, state: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         cut = state.detach().requires_grad_()
-        return self._slope(time.detach(), cut, self._tensors), cut
+        return self._slope(time.detach(), cut, tensors), cut
 
     def products(self, number: int, places: Sequence[int], increments: Tensor) -> list[Tensor]:
         """All products of a row; see `FilterNumbers`.

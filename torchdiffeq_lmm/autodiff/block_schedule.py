@@ -13,7 +13,7 @@ from torchdiffeq_lmm.filters.shifted_past import product_places
 from torchdiffeq_lmm.forward.step_source import FixedSteps
 from torchdiffeq_lmm.schemes.block_rows import Block, ExplicitMethod, all_weights, blocks_of, weight_indices
 
-from .block_functions import AROUND, BlockNumbers
+from .block_values import AROUND, BlockNumbers
 
 
 class FilteredBlock(NamedTuple):

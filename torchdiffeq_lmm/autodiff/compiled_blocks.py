@@ -13,17 +13,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torchdiffeq_lmm.filters.shifted_past import product_places
 from torchdiffeq_lmm.schemes.block_rows import Pattern
 
-from .block_functions import (
-    AROUND,
-    AdjointKind,
-    AdjointValues,
-    BlockNumbers,
-    Cotangents,
-    FilterNumbers,
-    adjoint_block,
-    forward_block,
-    reversed_block,
-)
+from .block_functions import adjoint_block, forward_block, reversed_block
+from .block_values import AROUND, AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
 from .compile_settings import Compile, Traced
 from .func_capture import CapturedFunc, Dependencies
 from .small_products import SMALL_PRODUCTS
@@ -39,11 +30,18 @@ class Shapes(NamedTuple):
         x: a state.
         time: what func is given for a time.
         tensors: what func depends on.
+        looked_up: what it looks up by the time: see `time_lookups`.
     """
 
     x: Tensor
     time: Tensor
     tensors: tuple[Tensor, ...]
+    looked_up: tuple[Tensor, ...]
+
+    @property
+    def numbers(self) -> int:
+        """Of how many tensors `BlockNumbers` are."""
+        return 3 + len(self.looked_up)
 
 
 class CompiledBlocks:
@@ -58,7 +56,10 @@ class CompiledBlocks:
     def __init__(self, dependencies: Dependencies, settings: Compile, x: Tensor, time: Tensor) -> None:
         self._func = dependencies.func
         self._settings = settings
-        self._like = Shapes(x.detach(), time.detach(), dependencies.tensors)
+        lookups = self._func.lookups
+        shapes = () if lookups is None else lookups.shapes
+        looked_up = (stack.detach().new_empty(shape) for stack, shape in zip(dependencies.stacks, shapes, strict=True))
+        self._like = Shapes(x.detach(), time.detach(), dependencies.tensors, tuple(looked_up))
         self._batch = len(x) if self._func.is_dynamic else 0
         self._key = (settings.key, x.shape[1:] if self._func.is_dynamic else x.shape, x.dtype, x.device)
 
@@ -69,7 +70,7 @@ class CompiledBlocks:
         def call(
             window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]
         ) -> tuple[tuple[Tensor, ...], Tensor]:
-            *end, nodes = run(*window, *numbers, *tensors)
+            *end, nodes = run(*window, *numbers.flat, *tensors)
             return tuple(end), nodes
 
         return call
@@ -79,14 +80,14 @@ class CompiledBlocks:
         run = self._made((pattern, "backwards"), lambda: _backwards(self._func, pattern, self._like))
 
         def call(window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            return tuple(run(*window, *numbers, *tensors))
+            return tuple(run(*window, *numbers.flat, *tensors))
 
         return call
 
     def adjoint(self, pattern: Pattern, kind: AdjointKind) -> Callable[..., AdjointValues]:
         """`adjoint_block`, without the func, the pattern and the kind."""
         run = self._made((pattern, kind), lambda: _adjoint(self._func, pattern, kind, self._like))
-        sizes = (1 + sum(pattern.begins), len(kind.wanted), 2 * kind.times)
+        sizes = (1 + sum(pattern.begins), len(kind.wanted), 2 * kind.times, len(kind.lookups))
 
         def call(
             window: Sequence[Tensor],
@@ -97,14 +98,14 @@ class CompiledBlocks:
         ) -> AdjointValues:
             found = run(
                 *window,
-                *numbers,
+                *numbers.flat,
                 *tensors,
                 *cotangents.window,
                 cotangents.seen,
                 *cotangents.states,
                 *cotangents.sums,
                 *cotangents.later,
-                *(given for given in filters or () if given is not None),
+                *(() if filters is None else filters.flat),
             )
             return AdjointValues(*_parts(found, sizes))
 
@@ -155,27 +156,27 @@ class _TracedBlock:
 
 def _forward(func: CapturedFunc, pattern: Pattern, like: Shapes) -> _TracedBlock:
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        window, numbers, tensors = _parts(flat, (1 + sum(pattern.begins), 3))
-        end, nodes = forward_block(func, pattern, window, BlockNumbers(*numbers), tensors)
+        window, numbers, tensors = _parts(flat, (1 + sum(pattern.begins), like.numbers))
+        end, nodes = forward_block(func, pattern, window, BlockNumbers.of(*numbers), tensors)
         return (*end, nodes)
 
     fakes = _Fakes(like, func.is_dynamic)
-    return fakes.traced(run, [*fakes.window(pattern.begins), *fakes.numbers(pattern), *fakes.tensors])
+    return fakes.traced(run, [*fakes.window(pattern.begins), *fakes.numbers(pattern).flat, *fakes.tensors])
 
 
 def _backwards(func: CapturedFunc, pattern: Pattern, like: Shapes) -> _TracedBlock:
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        window, numbers, tensors = _parts(flat, (1 + sum(pattern.ends), 3))
-        return reversed_block(func, pattern, window, BlockNumbers(*numbers), tensors)
+        window, numbers, tensors = _parts(flat, (1 + sum(pattern.ends), like.numbers))
+        return reversed_block(func, pattern, window, BlockNumbers.of(*numbers), tensors)
 
     fakes = _Fakes(like, func.is_dynamic)
-    return fakes.traced(run, [*fakes.window(pattern.ends), *fakes.numbers(pattern), *fakes.tensors])
+    return fakes.traced(run, [*fakes.window(pattern.ends), *fakes.numbers(pattern).flat, *fakes.tensors])
 
 
 def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shapes) -> _TracedBlock:
     sizes = (
         1 + sum(pattern.begins),
-        3,
+        like.numbers,
         len(like.tensors),
         1 + sum(pattern.ends),
         1,
@@ -191,10 +192,10 @@ def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shap
             pattern,
             kind,
             window,
-            BlockNumbers(*numbers),
+            BlockNumbers.of(*numbers),
             tensors,
             Cotangents(of_window, seen, states, sums, of_later),
-            FilterNumbers(*filters) if filters else None,
+            FilterNumbers.of(*filters) if filters else None,
         )
         return tuple(tensor for part in found for tensor in part)
 
@@ -207,9 +208,10 @@ def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shap
         filters += [weights, fakes.states(rows), fakes.states(rows)]
     if kind.earlier:
         filters += [fakes.states(kind.earlier), fakes.empty(kind.earlier, dtype=like.time.dtype)]
+        filters += fakes.looked_up(kind.earlier)
     inputs = [
         *fakes.window(pattern.begins),
-        *fakes.numbers(pattern),
+        *fakes.numbers(pattern).flat,
         *fakes.tensors,
         *fakes.window(pattern.ends),
         fakes.states(pattern.steps),
@@ -245,6 +247,7 @@ class _Fakes:
             source=ConstantSource("x"),
         )
         self._time = like.time
+        self._looked_up = like.looked_up
         self.tensors = [self._mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in like.tensors]
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -271,7 +274,11 @@ class _Fakes:
             self.empty(pattern.weights, dtype=torch.float64),
             self.empty(rows, dtype=self._time.dtype),
             self.empty(rows, dtype=torch.bool),
+            self.looked_up(rows),
         )
+
+    def looked_up(self, times: int) -> tuple[Tensor, ...]:
+        return tuple(self.empty(times, *rows.shape, dtype=rows.dtype) for rows in self._looked_up)
 
     def traced(self, run: Callable[..., Any], inputs: list[Any]) -> _TracedBlock:
         try:

@@ -105,11 +105,21 @@ class CompiledPieceSolver:
         dependencies = self._dependencies(planned.time, y0)
         blocks = CompiledBlocks(dependencies, self.settings, y0, planned.time)
         records = torch.is_grad_enabled()
-        wanted = self._wanted(dependencies.tensors) if records else ()
+        wanted = self._wanted(dependencies) if records else ()
+        stacks = [
+            stack if stack.requires_grad and self._is_wanted(stack) else stack.detach() for stack in dependencies.stacks
+        ]
         solve = CompiledSolve(
-            planned, blocks, wanted, records and weights is not None, records and takes_slopes, self.reversible
+            planned,
+            blocks,
+            wanted,
+            records and weights is not None,
+            records and takes_slopes,
+            tuple(i for i, stack in enumerate(stacks) if records and stack.requires_grad),
+            self.reversible,
         )
-        found = solve_compiled(solve, y0, weights, times, dependencies.tensors)
+        looked_up = _looked_up(dependencies, stacks, planned)
+        found = solve_compiled(solve, y0, weights, times, dependencies.tensors, looked_up)
         states, again = ({0: y0, **dict(zip(planned.observed, part.unbind(), strict=True))} for part in found)
         return {**states, 0: y0}, again
 
@@ -146,19 +156,33 @@ class CompiledPieceSolver:
         with torch.no_grad():
             self.vector_field(time, y0.detach())
 
-    def _wanted(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    def _wanted(self, dependencies: Dependencies) -> tuple[int, ...]:
         """The numbers of the tensors whose gradients are wanted."""
-        if self.adjoint_params is None:
-            return tuple(i for i, tensor in enumerate(tensors) if tensor.requires_grad)
-        taken = {id(tensor) for tensor in tensors}
-        for parameter in self.adjoint_params:
+        taken = {id(tensor) for tensor in (*dependencies.tensors, *dependencies.stacks)}
+        for parameter in self.adjoint_params or ():
             if not parameter.is_leaf and id(parameter) not in taken:
                 raise ValueError(
                     f"adjoint_params must be tensors that func itself takes where compile is given, such as `values` "
                     f"of a GridParameter instead of its rows; got another, of shape {tuple(parameter.shape)}"
                 )
-        given = {id(parameter) for parameter in self.adjoint_params}
-        return tuple(i for i, tensor in enumerate(tensors) if tensor.requires_grad and id(tensor) in given)
+        tensors = enumerate(dependencies.tensors)
+        return tuple(i for i, tensor in tensors if tensor.requires_grad and self._is_wanted(tensor))
+
+    def _is_wanted(self, tensor: Tensor) -> bool:
+        return self.adjoint_params is None or any(tensor is given for given in self.adjoint_params)
+
+
+def _looked_up(dependencies: Dependencies, stacks: Sequence[Tensor], planned: Schedule) -> list[Tensor]:
+    """What func looks up in its stacks by the time, for all rows of all blocks."""
+    lookups = dependencies.func.lookups
+    if lookups is None:
+        return []
+    states = torch.cat([block.times for block in planned.blocks])
+    of_states = lookups.rows_at(planned.times, dependencies.of_lookups)
+    return [
+        stack.index_select(0, rows[states].reshape(-1)).reshape(len(states), *shape)
+        for stack, rows, shape in zip(stacks, of_states, lookups.shapes, strict=True)
+    ]
 
 
 def capture_of(call: Any) -> FuncCapture:

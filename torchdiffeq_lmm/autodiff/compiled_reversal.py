@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from .block_functions import BlockNumbers
 from .block_schedule import Schedule
+from .block_values import BlockNumbers
 from .compiled_blocks import CompiledBlocks
 from .rerun import accepted_difference, relative_difference
 from .reversal import Reversible, check_drift, larger_drift

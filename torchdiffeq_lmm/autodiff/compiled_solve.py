@@ -2,18 +2,32 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .block_functions import AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
 from .block_schedule import FilteredBlock, Schedule, ScheduledBlock
+from .block_values import AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
 from .compiled_blocks import CompiledBlocks
 from .compiled_reversal import CompiledReversal
 from .reversal import DriftError, Reversible
 
 Made = TypeVar("Made")
+
+
+class Gradients(NamedTuple):
+    """What a backward pass leads to.
+
+    Attributes:
+        y0: the gradient of the initial state.
+        by_block: those of weights and times, if they are wanted, and of all wanted lookups, for each block.
+        tensors: of the wanted ones.
+    """
+
+    y0: Tensor
+    by_block: list[tuple[Tensor, ...]]
+    tensors: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class CompiledSolve:
         wanted: the numbers of the tensors whose gradients are wanted.
         differentiate_times: whether those of the weights and times are.
         slopes: whether the filter is told what E sees of slopes at observed nodes from what it sees of the states.
+        lookups: the numbers of the lookups of func whose gradients are wanted: see `time_lookups`.
         reversible: how to run it backwards; None to keep the past before every block.
     """
 
@@ -34,6 +49,7 @@ class CompiledSolve:
     wanted: tuple[int, ...]
     differentiate_times: bool
     slopes: bool
+    lookups: tuple[int, ...]
     reversible: Reversible | None
 
     def compile_adjoints(self) -> None:
@@ -49,7 +65,8 @@ class CompiledSolve:
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """The states at the observed nodes, of shape (n, *y0.shape), and what is kept of each block.
 
-        That is the past before it and, where the filter needs any, the states of the latest nodes before it.
+        That is the past before it and, where the filter needs any, the states of the latest nodes before it, with what
+        is looked up there.
 
         Args:
             y0: the initial state.
@@ -62,7 +79,11 @@ class CompiledSolve:
         nodes = y0
         forwards = _once(lambda scheduled: self.blocks.forward(scheduled.block.pattern))
         for i, (scheduled, given) in enumerate(zip(self.schedule.blocks, numbers, strict=True)):
-            latest = (nodes[-scheduled.earlier :].clone(),) if scheduled.earlier else ()
+            latest: tuple[Tensor, ...] = ()
+            if scheduled.filtered is not None and scheduled.filtered.earlier is not None:
+                rows = scheduled.filtered.earlier - self.schedule.blocks[i - 1].block.first
+                of_nodes = (looked_up.index_select(0, rows) for looked_up in numbers[i - 1].looked_up)
+                latest = nodes[-scheduled.earlier :].clone(), *of_nodes
             kept.append((*window, *latest) if keeps(i) else ())
             window, nodes = forwards(scheduled)(window, given, tensors)
             if scheduled.seen is not None:
@@ -78,16 +99,13 @@ class CompiledSolve:
         kept: Sequence[Sequence[Tensor]],
         numbers: Sequence[BlockNumbers],
         tensors: Sequence[Tensor],
-    ) -> tuple[Tensor, list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    ) -> Gradients:
         """From the cotangents of the observed states to the gradients.
 
         Args:
             seen: the cotangents.
             states: the same without what E sees of the slopes there, for the filter; None where that is nothing.
             kept, numbers, tensors: see `forward`.
-
-        Returns:
-            Those of y0; of the weights and times, block by block, if they are wanted; of the wanted tensors.
 
         Raises:
             DriftError: see `Reversible`.
@@ -114,7 +132,7 @@ class CompiledSolve:
         kept: Iterator[Sequence[Tensor]],
         numbers: Sequence[BlockNumbers],
         tensors: Sequence[Tensor],
-    ) -> tuple[Tensor, list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    ) -> Gradients:
         """The same, with what is kept of each block from the last one on."""
         like = seen[0]
         cotangents = Cotangents(
@@ -124,7 +142,7 @@ class CompiledSolve:
             sums=tuple(torch.zeros_like(tensors[i]) for i in self.wanted),
             later=tuple(_zeros(like, self.schedule.later)),
         )
-        of_numbers: list[tuple[Tensor, ...]] = []
+        by_block: list[tuple[Tensor, ...]] = []
         adjoints = self._adjoints()
         unseen = _once(lambda scheduled: like.new_zeros(scheduled.block.pattern.steps, *like.shape))
         end, flat = len(seen), seen.reshape(len(seen), -1)
@@ -146,8 +164,8 @@ class CompiledSolve:
             given_cotangents = cotangents._replace(seen=of_nodes, states=tuple(of_states))
             found = adjoints(scheduled)(window, given, tensors, given_cotangents, filters)
             cotangents = Cotangents(found.window, of_nodes, (), found.sums, found.later)
-            of_numbers.append(found.numbers)
-        return cotangents.window[0], of_numbers[::-1], cotangents.sums
+            by_block.append((*found.numbers, *found.looked_up))
+        return Gradients(cotangents.window[0], by_block[::-1], cotangents.sums)
 
     def keeps(self) -> Callable[[int], bool]:
         """Tells of a block whether the past before it is kept for the backward pass."""
@@ -165,6 +183,7 @@ class CompiledSolve:
                 scheduled.earlier,
                 self.schedule.later,
                 self.slopes,
+                self.lookups,
             )
             return self.blocks.adjoint(scheduled.block.pattern, kind)
 
@@ -172,7 +191,12 @@ class CompiledSolve:
 
 
 def solve_compiled(
-    solve: CompiledSolve, y0: Tensor, weights: Tensor | None, times: Tensor | None, tensors: Sequence[Tensor]
+    solve: CompiledSolve,
+    y0: Tensor,
+    weights: Tensor | None,
+    times: Tensor | None,
+    tensors: Sequence[Tensor],
+    looked_up: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The states at the observed nodes, of shape (n, *y0.shape), with their graph; and the same for slopes there.
 
@@ -181,16 +205,21 @@ def solve_compiled(
         y0: the initial state.
         weights, times: of all rows, where they have a gradient.
         tensors: what func depends on.
+        looked_up: for each of its lookups the rows, for all rows of all blocks.
     """
     # Of marks of conjugation compiled functions know nothing.
     y0, *tensors = (given.resolve_conj().resolve_neg() for given in (y0, *tensors))
-    needs_graph = y0.requires_grad or solve.wanted or solve.differentiate_times
+    looked_up = [_dense(of_rows) for of_rows in looked_up]
+    needs_graph = y0.requires_grad or solve.wanted or solve.lookups or solve.differentiate_times
     if not (torch.is_grad_enabled() and needs_graph):
         with torch.no_grad():
-            found, _ = solve.forward(y0, _numbers(solve, weights, times), tensors, _none)
+            numbers = _with_looked_up(solve, _numbers(solve, weights, times), looked_up)
+            found, _ = solve.forward(y0, numbers, tensors, _none)
             return found, found
     solve.compile_adjoints()
-    outputs = _CompiledSolve.apply(solve, y0, weights, times, *tensors)  # type: ignore[no-untyped-call]
+    outputs = _CompiledSolve.apply(  # type: ignore[no-untyped-call]
+        solve, len(tensors), y0, weights, times, *tensors, *looked_up
+    )
     return outputs[0], outputs[-1]
 
 
@@ -204,19 +233,36 @@ def _numbers(solve: CompiledSolve, weights: Tensor | None, times: Tensor | None)
     return [block.numbers(on_device, times) for block in solve.schedule.blocks]
 
 
+def _with_looked_up(
+    solve: CompiledSolve, numbers: list[BlockNumbers], looked_up: Sequence[Tensor]
+) -> list[BlockNumbers]:
+    if not looked_up:
+        return numbers
+    sizes = [len(block.times) for block in solve.schedule.blocks]
+    by_block = zip(*(of_rows.split(sizes) for of_rows in looked_up), strict=True)
+    return [given._replace(looked_up=of_block) for given, of_block in zip(numbers, by_block, strict=True)]
+
+
 class _CompiledSolve(torch.autograd.Function):
-    """(y0, weights, times, tensors) -> the states at the observed nodes, and again for slopes there."""
+    """(y0, weights, times, tensors, looked_up) -> the states at the observed nodes, and again for slopes there."""
 
     @staticmethod
     def forward(
-        ctx: Any, solve: CompiledSolve, y0: Tensor, weights: Tensor | None, times: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        solve: CompiledSolve,
+        count: int,
+        y0: Tensor,
+        weights: Tensor | None,
+        times: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         numbers = _numbers(solve, weights, times)
-        states, kept = solve.forward(y0, numbers, tensors, solve.keeps())
+        tensors, looked_up = tensors[:count], tensors[count:]
+        states, kept = solve.forward(y0, _with_looked_up(solve, numbers, looked_up), tensors, solve.keeps())
         ctx.solve, ctx.numbers, ctx.sizes = solve, numbers, [len(of_block) for of_block in kept]
         ctx.like = None if weights is None or times is None else (weights.shape, weights.device, times.shape)
-        ctx.save_for_backward(y0, *tensors, *(tensor for of_block in kept for tensor in of_block))
-        ctx.count = 1 + len(tensors)
+        ctx.save_for_backward(*tensors, *looked_up, *(tensor for of_block in kept for tensor in of_block))
+        ctx.counts = len(tensors), len(looked_up)
         return (states, states.clone()) if solve.slopes else (states,)
 
     @staticmethod
@@ -233,25 +279,30 @@ class _CompiledSolve(torch.autograd.Function):
                 "compile does not support is_grads_batched=True, vectorize=True, nor torch.func transforms of the "
                 "gradient; ask for one gradient after the other, or solve without compile"
             )
-        solve, tensors, rest = ctx.solve, saved[1 : ctx.count], iter(saved[ctx.count :])
+        solve, (count, lookups) = ctx.solve, ctx.counts
+        tensors, looked_up, rest = saved[:count], saved[count : count + lookups], iter(saved[count + lookups :])
         kept = [tuple(next(rest) for _ in range(size)) for size in ctx.sizes]
         seen = states = _dense(of_states)
         for cotangent in of_slopes:
             seen = states + _dense(cotangent)
-        of_y0, of_numbers, sums = solve.backward(seen, states if of_slopes else None, kept, ctx.numbers, tensors)
+        numbers = _with_looked_up(solve, ctx.numbers, looked_up)
+        of_y0, by_block, sums = solve.backward(seen, states if of_slopes else None, kept, numbers, tensors)
         of_weights = of_times = None
         if solve.differentiate_times:
             weights_shape, weights_device, times_shape = ctx.like
             of_weights = torch.zeros(weights_shape, dtype=torch.float64, device=seen.device)
-            of_times = of_numbers[0][1].new_zeros(times_shape)
-            for block, (of_rows, of_row_times) in zip(solve.schedule.blocks, of_numbers, strict=True):
+            of_times = by_block[0][1].new_zeros(times_shape)
+            for block, (of_rows, of_row_times, *_) in zip(solve.schedule.blocks, by_block, strict=True):
                 of_weights.index_add_(0, block.weights, of_rows)
                 of_times.index_add_(0, block.times, of_row_times)
             of_weights = of_weights.to(weights_device)
-        of_tensors: list[Tensor | None] = [None] * len(tensors)
+        of_tensors: list[Tensor | None] = [None] * (count + lookups)
         for i, total in zip(solve.wanted, sums, strict=True):
             of_tensors[i] = total
-        return None, of_y0, of_weights, of_times, *of_tensors
+        first = 2 * solve.differentiate_times
+        for place, i in enumerate(solve.lookups, start=first):
+            of_tensors[count + i] = torch.cat([of_block[place] for of_block in by_block])
+        return None, None, of_y0, of_weights, of_times, *of_tensors
 
 
 def _spread(unseen: Tensor, places: Tensor | None, observed: Tensor) -> Tensor:
@@ -265,16 +316,15 @@ def _filters(
         return FilterNumbers(filtered.value)
     shape = len(filtered.value), *like.shape
     of_observed = filtered.observed_value, filtered.observed_slope
-    observed = [
+    value, slope = (
         like.new_zeros(shape) if weights is None else (weights.to(seen.dtype) @ seen).reshape(shape)
         for weights in of_observed
-    ]
-    numbers = FilterNumbers(filtered.value, filtered.products, *observed)
-    return (
-        numbers
-        if filtered.earlier is None
-        else numbers._replace(earlier=earlier[0], earlier_times=times[filtered.earlier])
     )
+    numbers = FilterNumbers(filtered.value, filtered.products, value, slope)
+    if filtered.earlier is None:
+        return numbers
+    states, *looked_up = earlier
+    return numbers._replace(earlier=states, earlier_times=times[filtered.earlier], earlier_looked_up=tuple(looked_up))
 
 
 def _once(make: Callable[[ScheduledBlock], Made]) -> Callable[[ScheduledBlock], Made]:

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from torchdiffeq_lmm.forward.vector_field import HostedFunction
 
+from .time_lookups import Lookups, split_lookups
+
 Role = str | tuple[int, ...]
-"""Of an input of the graph: "time", "state", "tensor", or the dimension of the state whose size it is."""
+"""Of an input of the graph: "time", "state", "tensor", "lookup", or the dimension of the state whose size it is."""
 
 _ADVICE = (
     "Write func in PyTorch operations whose course does not depend on values: torch.where instead of if, a "
-    "GridParameter or an indexed stack instead of a list indexed by the time; or solve without compile"
+    "GridParameter or a GridModule instead of a list indexed by the time; or solve without compile"
 )
 
 
@@ -36,38 +38,62 @@ class Dependencies(NamedTuple):
 
     Attributes:
         func: the captured function, the same one as long as nothing has changed but values of tensors.
-        tensors: what its graph takes beside the time and the state.
+        tensors: what its graph takes beside the time, the state and what is looked up.
+        stacks: for each lookup of rows by the time, what they are rows of: see `time_lookups`.
+        of_lookups: what these depend on.
     """
 
     func: "CapturedFunc"
     tensors: tuple[Tensor, ...]
+    stacks: tuple[Tensor, ...]
+    of_lookups: tuple[Tensor, ...]
 
 
 class CapturedFunc:
     """A graph of func.
 
     Args:
-        graph: returns the slope alone.
-        roles: of its inputs.
+        graph: returns the slope alone; its last inputs are what is looked up, in place of what is for lookups alone.
+        roles: of its inputs, and of these.
+        lookups: of rows by the time.
         made: see below.
 
     Attributes:
+        lookups: as given.
         is_dynamic: whether it is for states of any size in their first dimension.
         made: what others keep with it. Captures of one func that turn out to be the same share it.
     """
 
-    def __init__(self, graph: Callable[..., Sequence[Tensor]], roles: Sequence[Role], made: dict[Any, Any]) -> None:
+    def __init__(
+        self,
+        graph: Callable[..., Sequence[Tensor]],
+        roles: Sequence[Role],
+        lookups: Lookups | None,
+        made: dict[Any, Any],
+    ) -> None:
         self._graph = graph
         self._roles = roles
+        self.lookups = lookups
         self.is_dynamic = any(isinstance(role, tuple) for role in roles)
         self.made = made
 
-    def tensors_in(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        """Those of its inputs that are neither the time, the state, nor a size."""
-        return tuple(given for given, role in zip(inputs, self._roles, strict=True) if role == "tensor")
+    def dependencies(self, inputs: Sequence[Any]) -> Dependencies:
+        """Those of the inputs of func that are neither the time, the state, nor a size."""
+        tensors = tuple(given for given, role in zip(inputs, self._roles, strict=True) if role == "tensor")
+        if self.lookups is None:
+            return Dependencies(self, tensors, (), ())
+        stacks, of_lookups = (
+            tuple(inputs[i] for i in numbers) for numbers in (self.lookups.stacks, self.lookups.tensors)
+        )
+        return Dependencies(self, tensors, stacks, of_lookups)
 
     def __call__(self, time: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        """The slope."""
+        """The slope.
+
+        Args:
+            time, x: as func takes them.
+            tensors: what it depends on, and the rows of all lookups.
+        """
         others = iter(tensors)
         inputs: list[Any] = []
         for role in self._roles:
@@ -77,9 +103,9 @@ class CapturedFunc:
                 inputs.append(_not_scalar(x))
             elif isinstance(role, tuple):
                 inputs.append(x.shape[role[0]])
-            else:
+            elif role == "tensor":
                 inputs.append(next(others))
-        return self._graph(*inputs)[0]
+        return self._graph(*inputs, *others)[0]
 
 
 class FuncCapture:
@@ -167,21 +193,28 @@ class FuncCapture:
 
         def run(*arguments: Any) -> tuple[Tensor]:
             if not captured:
-                roles = _roles(arguments, values, *self._given)
-                captured.append(CapturedFunc(graph, roles, self._made_for(graph, roles, arguments)))
+                captured.append(self._captured(graph, _roles(arguments, values, *self._given), arguments))
             (func,) = captured
-            self._found = Dependencies(func, func.tensors_in(arguments))
+            self._found = func.dependencies(arguments)
             return (self._given[1],)
 
         return run
 
-    def _made_for(self, graph: Any, roles: Sequence[Role], arguments: Sequence[Any]) -> dict[Any, Any]:
-        """What has been made for the same graph, captured in another mode say."""
-        if any(node.op in ("get_attr", "call_module") for node in graph.graph.nodes):
-            return {}
-        tensors = (given for given, role in zip(arguments, roles, strict=True) if role == "tensor")
-        shapes = tuple((given.shape, given.stride(), given.dtype, given.device) for given in tensors)
-        return self._made.setdefault((graph.code, tuple(roles), shapes), {})
+    def _captured(self, graph: Any, roles: Sequence[Role], arguments: Sequence[Any]) -> CapturedFunc:
+        time, state = (roles.index(role) if role in roles else None for role in ("time", "state"))
+        rest, lookups = split_lookups(graph, time, state)
+        shapes = () if lookups is None else lookups.shapes
+        stacks = () if lookups is None else lookups.stacks
+        others = () if lookups is None else lookups.others
+        roles = ["lookup" if i in others else role for i, role in enumerate(roles)]
+        made: dict[Any, Any] = {}
+        # What has been made for the same graph, captured in another mode say.
+        if not any(node.op in ("get_attr", "call_module") for node in rest.graph.nodes):
+            tensors = (given for given, role in zip(arguments, roles, strict=True) if role == "tensor")
+            of_tensors = tuple((given.shape, given.stride(), given.dtype, given.device) for given in tensors)
+            of_stacks = tuple((arguments[i].dtype, shape) for i, shape in zip(stacks, shapes, strict=True))
+            made = self._made.setdefault((rest.code, tuple(roles), of_tensors, of_stacks), {})
+        return CapturedFunc(rest, roles, lookups, made)
 
 
 class _RefusedError(RuntimeError):
