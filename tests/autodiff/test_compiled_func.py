@@ -289,7 +289,8 @@ REFUSALS: dict[str, Callable[[], None]] = {
     "adaptive": lambda: refused("not for method 'adams'", method="adams", options={"step_size": None}),
     "torchdiffeq's": lambda: refused("compile is for the methods of torchdiffeq_lmm", method="rk4"),
     "backward": lambda: refused(
-        "backward must be 'autograd' or 'reversible' where compile is given", backward="checkpoint"
+        "backward must be 'autograd', 'checkpoint' or 'reversible' where compile is given",
+        backward=torchdiffeq_lmm.Checkpoint(),
     ),
     "jump_t": lambda: refused("jump_t must not be given where compile is", options={"jump_t": [0.5]}),
     "twice": lambda: refused("compile is given twice", options={"compile": True}),

@@ -1,7 +1,7 @@
 """A block of a solve and its adjoint, as functions of tensors alone: what is traced and compiled.
 
 They run the stepping loop and auto-differentiation, with the weights of the rows as tensors. The adjoint begins with
-the past at the beginning of the block, and makes its states again.
+the past at the beginning of the block, and makes its states again: see `kept_products` for what it need not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -49,8 +49,7 @@ def forward_block(
         numbers: of the block.
         tensors: what f depends on.
     """
-    marched = _marched(_Field(slope, numbers, tensors), pattern, window)
-    return _dense(marched.window), torch.stack(marched.nodes)
+    return _outputs(_marched(_Field(slope, numbers, tensors), pattern, window))
 
 
 def reversed_block(
@@ -69,7 +68,7 @@ def reversed_block(
     return _dense((x, difference))
 
 
-def adjoint_block(
+def block_and_adjoint(
     slope: Slope,
     pattern: Pattern,
     kind: AdjointKind,
@@ -78,8 +77,8 @@ def adjoint_block(
     tensors: Sequence[Tensor],
     cotangents: Cotangents,
     filters: FilterNumbers | None,
-) -> AdjointValues:
-    """From the cotangents of a block to those of what it depends on; the arguments as above."""
+) -> tuple[tuple[Tensor, ...], Tensor, AdjointValues]:
+    """What `forward_block` returns; and from the cotangents of that to those of what it depends on."""
     with torch.enable_grad():
         window = _leaves(window)
         weights, times = _leaves(numbers[:2]) if kind.times else numbers[:2]
@@ -111,7 +110,8 @@ def adjoint_block(
         of_lookups = grads[len(kind.wanted) :]
         sums = tuple(_strided_as(total + grad, total) for total, grad in zip(cotangents.sums, grads, strict=False))
     later = later[: len(cotangents.later)]
-    return AdjointValues(_dense(of_window), sums, tuple(of_numbers), _dense(of_lookups), _dense(later))
+    values = AdjointValues(_dense(of_window), sums, tuple(of_numbers), _dense(of_lookups), _dense(later))
+    return *_outputs(marched), values
 
 
 class _Field:
@@ -161,6 +161,10 @@ def _marched(field: _Field, pattern: Pattern, window: Sequence[Tensor]) -> _Marc
     ends = pattern.ends
     past = [*_filled(history.increments, ends.increments, x), *_filled(history.slopes, ends.slopes, x)]
     return _Marched((history.x, *past), nodes[:-1], made, arguments)
+
+
+def _outputs(marched: _Marched) -> tuple[tuple[Tensor, ...], Tensor]:
+    return _dense([tensor.detach() for tensor in marched.window]), torch.stack(marched.nodes).detach()
 
 
 class _Jacobians:

@@ -1,7 +1,7 @@
 """Blocks of a captured func, traced and compiled once: then they serve for any steps, times, values and batch sizes."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +13,19 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torchdiffeq_lmm.filters.shifted_past import product_places
 from torchdiffeq_lmm.schemes.block_rows import Pattern
 
-from .block_functions import adjoint_block, forward_block, reversed_block
+from .block_functions import block_and_adjoint, forward_block, reversed_block
 from .block_values import AROUND, AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
 from .compile_settings import Compile, Traced
 from .func_capture import CapturedFunc, Dependencies
+from .kept_products import adjoint_alone, halves
 from .small_products import SMALL_PRODUCTS
 
 compilations = 0
 """How many functions have been compiled by this process."""
+
+
+Forward = Callable[..., tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]]
+"""From the window, the numbers and the tensors to what `forward_block` returns, and what is kept for the adjoint."""
 
 
 class Shapes(NamedTuple):
@@ -50,12 +55,14 @@ class CompiledBlocks:
     Args:
         dependencies: func and what it depends on.
         settings: how to compile.
+        keeps: whether matrix products are kept for adjoints: see `kept_products`.
         x, time: a state and a time, whose values do not matter.
     """
 
-    def __init__(self, dependencies: Dependencies, settings: Compile, x: Tensor, time: Tensor) -> None:
+    def __init__(self, dependencies: Dependencies, settings: Compile, x: Tensor, time: Tensor, keeps: bool) -> None:
         self._func = dependencies.func
         self._settings = settings
+        self._keeps = keeps
         lookups = self._func.lookups
         shapes = () if lookups is None else lookups.shapes
         looked_up = (stack.detach().new_empty(shape) for stack, shape in zip(dependencies.stacks, shapes, strict=True))
@@ -63,38 +70,37 @@ class CompiledBlocks:
         self._batch = len(x) if self._func.is_dynamic else 0
         self._key = (settings.key, x.shape[1:] if self._func.is_dynamic else x.shape, x.dtype, x.device)
 
-    def forward(self, pattern: Pattern) -> Callable[..., tuple[tuple[Tensor, ...], Tensor]]:
+    def forward(self, pattern: Pattern) -> Forward:
         """`forward_block`, without the func and the pattern."""
-        run = self._made((pattern, None), lambda: _forward(self._func, pattern, self._like))
-
-        def call(
-            window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]
-        ) -> tuple[tuple[Tensor, ...], Tensor]:
-            *end, nodes = run(*window, *numbers.flat, *tensors)
-            return tuple(end), nodes
-
-        return call
+        run, _ = self._made((pattern, None), lambda: _forward(self._func, pattern, self._like))
+        return _called(run, pattern)
 
     def backwards(self, pattern: Pattern) -> Callable[..., tuple[Tensor, ...]]:
         """`reversed_block`, without the func and the pattern."""
-        run = self._made((pattern, "backwards"), lambda: _backwards(self._func, pattern, self._like))
+        run, _ = self._made((pattern, "backwards"), lambda: _backwards(self._func, pattern, self._like))
 
         def call(window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             return tuple(run(*window, *numbers.flat, *tensors))
 
         return call
 
-    def adjoint(self, pattern: Pattern, kind: AdjointKind) -> Callable[..., AdjointValues]:
-        """`adjoint_block`, without the func, the pattern and the kind."""
-        run = self._made((pattern, kind), lambda: _adjoint(self._func, pattern, kind, self._like))
+    def recorded(self, pattern: Pattern, kind: AdjointKind) -> "RecordedBlock":
+        """A block for a solve that is differentiated: see `block_and_adjoint`."""
+        key = pattern, kind, self._keeps
+        run, block = self._made(key, lambda: _adjoint(self._func, pattern, kind, self._like, self._keeps))
+        half = block.forward
+        forward = (
+            self.forward(pattern) if half is None else _called(self._made((*key, "forward"), lambda: half)[0], pattern)
+        )
         sizes = (1 + sum(pattern.begins), len(kind.wanted), 2 * kind.times, len(kind.lookups))
 
-        def call(
+        def adjoint(
             window: Sequence[Tensor],
             numbers: BlockNumbers,
             tensors: Sequence[Tensor],
             cotangents: Cotangents,
             filters: FilterNumbers | None,
+            kept: Sequence[Tensor],
         ) -> AdjointValues:
             found = run(
                 *window,
@@ -106,12 +112,13 @@ class CompiledBlocks:
                 *cotangents.sums,
                 *cotangents.later,
                 *(() if filters is None else filters.flat),
+                *kept,
             )
             return AdjointValues(*_parts(found, sizes))
 
-        return call
+        return RecordedBlock(forward, adjoint)
 
-    def _made(self, key: object, traced: Callable[[], "_TracedBlock"]) -> Traced:
+    def _made(self, key: object, traced: Callable[[], "_TracedBlock"]) -> tuple[Traced, "_TracedBlock"]:
         global compilations
         made = self._func.made
         if (self._key, key) not in made:
@@ -119,10 +126,34 @@ class CompiledBlocks:
                 block = traced()
                 made[self._key, key] = self._settings.compiled(block.graph, block.inputs), block
             compilations += 1
-        found: Traced
-        found, block = made[self._key, key]
-        block.check(self._batch)
+        found: tuple[Traced, _TracedBlock] = made[self._key, key]
+        found[1].check(self._batch)
         return found
+
+
+class RecordedBlock(NamedTuple):
+    """A block for a solve that is differentiated.
+
+    Attributes:
+        forward: the block.
+        adjoint: its adjoint, which takes the window, the numbers and the tensors of `forward_block`, cotangents, the
+            filter's numbers, and what the block keeps.
+    """
+
+    forward: Forward
+    adjoint: Callable[..., AdjointValues]
+
+
+def _called(run: Traced, pattern: Pattern) -> Forward:
+    size = 1 + sum(pattern.ends)
+
+    def call(
+        window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
+        end, (nodes,), kept = _parts(run(*window, *numbers.flat, *tensors), (size, 1))
+        return end, nodes, kept
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -134,12 +165,14 @@ class _TracedBlock:
         inputs: those that it was traced with.
         shapes: what was taken for granted of symbols.
         batch: the symbol of the first dimension of a state; None where it is a number.
+        forward: of an adjoint, the block itself where it keeps anything for it.
     """
 
     graph: torch.fx.GraphModule
     inputs: list[Any]
     shapes: ShapeEnv
     batch: Any
+    forward: "_TracedBlock | None" = None
 
     def check(self, size: int) -> None:
         """Raise a RuntimeError where it was not traced for a size of the batch."""
@@ -173,7 +206,7 @@ def _backwards(func: CapturedFunc, pattern: Pattern, like: Shapes) -> _TracedBlo
     return fakes.traced(run, [*fakes.window(pattern.ends), *fakes.numbers(pattern).flat, *fakes.tensors])
 
 
-def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shapes) -> _TracedBlock:
+def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shapes, keeps: bool) -> _TracedBlock:
     sizes = (
         1 + sum(pattern.begins),
         like.numbers,
@@ -187,7 +220,7 @@ def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shap
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
         window, numbers, tensors, of_window, (seen,), states, sums, of_later, filters = _parts(flat, sizes)
-        found = adjoint_block(
+        end, nodes, found = block_and_adjoint(
             func,
             pattern,
             kind,
@@ -197,7 +230,7 @@ def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shap
             Cotangents(of_window, seen, states, sums, of_later),
             FilterNumbers.of(*filters) if filters else None,
         )
-        return tuple(tensor for part in found for tensor in part)
+        return (*end, nodes, *(tensor for part in found for tensor in part))
 
     fakes, rows = _Fakes(like, func.is_dynamic), len(pattern.rows)
     filters: list[Tensor] = []
@@ -220,7 +253,12 @@ def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shap
         *(fakes.state() for _ in range(kind.later)),
         *filters,
     ]
-    return fakes.traced(run, inputs)
+    joint, known, outputs = fakes.traced(run, inputs), sum(sizes[:3]), 2 + sum(pattern.ends)
+    parts = halves(joint.graph, known, outputs) if keeps else None
+    if parts is None:
+        return replace(joint, graph=adjoint_alone(joint.graph, outputs))
+    forward = replace(joint, graph=parts.forward, inputs=inputs[:known])
+    return replace(joint, graph=parts.adjoint, inputs=[*inputs, *parts.kept], forward=forward)
 
 
 class _Fakes:

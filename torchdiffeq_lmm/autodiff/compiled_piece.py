@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,9 @@ from .goals import Outputs
 from .piece import Piece, PieceSolver
 from .reversal import Reversible
 
+CompiledBackward = Reversible | Literal["autograd", "checkpoint"]
+"""Backwards block by block; or by the past before each, with what is dear to make again for "autograd"."""
+
 _captures: WeakKeyDictionary[Any, dict[Any, FuncCapture]] = WeakKeyDictionary()
 
 
@@ -39,7 +42,7 @@ class CompiledPieceSolver:
         method: the method.
         costate_filter: the filter.
         adjoint_params: the tensors whose gradients are wanted; None for all that func depends on.
-        reversible: how to run it backwards; None to keep the past before every block.
+        backward: how to run it backwards: see `CompiledBackward`.
         eager: solves pieces that are too short for a block.
     """
 
@@ -49,7 +52,7 @@ class CompiledPieceSolver:
     method: ExplicitMethod
     costate_filter: CostateFilter | None
     adjoint_params: Sequence[Tensor] | None
-    reversible: Reversible | None
+    backward: CompiledBackward
     eager: PieceSolver
 
     def solve(
@@ -103,7 +106,7 @@ class CompiledPieceSolver:
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """The same, and once more for slopes, what E sees of which a filter must be told from the rest."""
         dependencies = self._dependencies(planned.time, y0)
-        blocks = CompiledBlocks(dependencies, self.settings, y0, planned.time)
+        blocks = CompiledBlocks(dependencies, self.settings, y0, planned.time, keeps=self.backward == "autograd")
         records = torch.is_grad_enabled()
         wanted = self._wanted(dependencies) if records else ()
         stacks = [
@@ -116,7 +119,7 @@ class CompiledPieceSolver:
             records and weights is not None,
             records and takes_slopes,
             tuple(i for i, stack in enumerate(stacks) if records and stack.requires_grad),
-            self.reversible,
+            self.backward if isinstance(self.backward, Reversible) else None,
         )
         looked_up = _looked_up(dependencies, stacks, planned)
         found = solve_compiled(solve, y0, weights, times, dependencies.tensors, looked_up)

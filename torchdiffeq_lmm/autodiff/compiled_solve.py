@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .block_schedule import FilteredBlock, Schedule, ScheduledBlock
-from .block_values import AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
-from .compiled_blocks import CompiledBlocks
+from .block_values import AdjointKind, BlockNumbers, Cotangents, FilterNumbers
+from .compiled_blocks import CompiledBlocks, RecordedBlock
 from .compiled_reversal import CompiledReversal
 from .reversal import DriftError, Reversible
 
@@ -56,36 +56,46 @@ class CompiledSolve:
         """Compile what the backward pass needs, so that what cannot be is known beforehand."""
         if self.reversible is not None:
             self._reversal(self.reversible).compile()
-        adjoints = self._adjoints()
+        recorded = self._recorded()
         for block in self.schedule.blocks:
-            adjoints(block)
+            recorded(block)
 
     def forward(
-        self, y0: Tensor, numbers: Sequence[BlockNumbers], tensors: Sequence[Tensor], keeps: Callable[[int], bool]
+        self,
+        y0: Tensor,
+        numbers: Sequence[BlockNumbers],
+        tensors: Sequence[Tensor],
+        keeps: Callable[[int], bool] | None,
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """The states at the observed nodes, of shape (n, *y0.shape), and what is kept of each block.
 
         That is the past before it and, where the filter needs any, the states of the latest nodes before it, with what
-        is looked up there.
+        is looked up there; and what adjoints need not make again.
 
         Args:
             y0: the initial state.
             numbers: of each block.
             tensors: what func depends on.
-            keeps: of which blocks.
+            keeps: of which blocks; None where there is no backward pass.
         """
         window = (y0.contiguous(), *_zeros(y0, sum(self.schedule.blocks[0].block.pattern.begins)))
         kept, found = [], []
         nodes = y0
-        forwards = _once(lambda scheduled: self.blocks.forward(scheduled.block.pattern))
+        recorded = self._recorded()
+        forwards = _once(
+            lambda scheduled: (
+                self.blocks.forward(scheduled.block.pattern) if keeps is None else recorded(scheduled).forward
+            )
+        )
         for i, (scheduled, given) in enumerate(zip(self.schedule.blocks, numbers, strict=True)):
             latest: tuple[Tensor, ...] = ()
             if scheduled.filtered is not None and scheduled.filtered.earlier is not None:
                 rows = scheduled.filtered.earlier - self.schedule.blocks[i - 1].block.first
                 of_nodes = (looked_up.index_select(0, rows) for looked_up in numbers[i - 1].looked_up)
                 latest = nodes[-scheduled.earlier :].clone(), *of_nodes
-            kept.append((*window, *latest) if keeps(i) else ())
-            window, nodes = forwards(scheduled)(window, given, tensors)
+            before = window
+            window, nodes, products = forwards(scheduled)(window, given, tensors)
+            kept.append((*before, *latest, *products) if keeps is not None and keeps(i) else ())
             if scheduled.seen is not None:
                 found.append(nodes if len(scheduled.seen) == len(nodes) else nodes.index_select(0, scheduled.seen))
             if scheduled.sees_end:
@@ -143,7 +153,7 @@ class CompiledSolve:
             later=tuple(_zeros(like, self.schedule.later)),
         )
         by_block: list[tuple[Tensor, ...]] = []
-        adjoints = self._adjoints()
+        recorded = self._recorded()
         unseen = _once(lambda scheduled: like.new_zeros(scheduled.block.pattern.steps, *like.shape))
         end, flat = len(seen), seen.reshape(len(seen), -1)
         of_observed = (seen,) if states is None else (seen, states)
@@ -156,13 +166,13 @@ class CompiledSolve:
                 _spread(unseen(scheduled), scheduled.seen, observed[end - seen_here : end]) for observed in of_observed
             )
             end -= seen_here
-            count = 1 + sum(scheduled.block.pattern.begins)
-            window, earlier = of_block[:count], of_block[count:]
+            earlier_count = 1 + len(given.looked_up) if scheduled.earlier else 0
+            window, earlier, products = _cut(of_block, 1 + sum(scheduled.block.pattern.begins), earlier_count)
             filters = None
             if scheduled.filtered is not None:
                 filters = _filters(scheduled.filtered, flat, like, earlier, self.schedule.times)
             given_cotangents = cotangents._replace(seen=of_nodes, states=tuple(of_states))
-            found = adjoints(scheduled)(window, given, tensors, given_cotangents, filters)
+            found = recorded(scheduled).adjoint(window, given, tensors, given_cotangents, filters, products)
             cotangents = Cotangents(found.window, of_nodes, (), found.sums, found.later)
             by_block.append((*found.numbers, *found.looked_up))
         return Gradients(cotangents.window[0], by_block[::-1], cotangents.sums)
@@ -174,8 +184,8 @@ class CompiledSolve:
     def _reversal(self, mode: Reversible) -> CompiledReversal:
         return CompiledReversal(mode, self.schedule, self.blocks)
 
-    def _adjoints(self) -> Callable[[ScheduledBlock], Callable[..., AdjointValues]]:
-        def made(scheduled: ScheduledBlock) -> Callable[..., AdjointValues]:
+    def _recorded(self) -> Callable[[ScheduledBlock], RecordedBlock]:
+        def made(scheduled: ScheduledBlock) -> RecordedBlock:
             kind = AdjointKind(
                 self.wanted,
                 self.differentiate_times,
@@ -185,7 +195,7 @@ class CompiledSolve:
                 self.slopes,
                 self.lookups,
             )
-            return self.blocks.adjoint(scheduled.block.pattern, kind)
+            return self.blocks.recorded(scheduled.block.pattern, kind)
 
         return _once(made)
 
@@ -214,7 +224,7 @@ def solve_compiled(
     if not (torch.is_grad_enabled() and needs_graph):
         with torch.no_grad():
             numbers = _with_looked_up(solve, _numbers(solve, weights, times), looked_up)
-            found, _ = solve.forward(y0, numbers, tensors, _none)
+            found, _ = solve.forward(y0, numbers, tensors, None)
             return found, found
     solve.compile_adjoints()
     outputs = _CompiledSolve.apply(  # type: ignore[no-untyped-call]
@@ -305,6 +315,12 @@ class _CompiledSolve(torch.autograd.Function):
         return None, None, of_y0, of_weights, of_times, *of_tensors
 
 
+def _cut(
+    tensors: Sequence[Tensor], first: int, second: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    return tensors[:first], tensors[first : first + second], tensors[first + second :]
+
+
 def _spread(unseen: Tensor, places: Tensor | None, observed: Tensor) -> Tensor:
     return unseen if places is None else unseen.index_copy(0, places, observed)
 
@@ -342,10 +358,6 @@ def _once(make: Callable[[ScheduledBlock], Made]) -> Callable[[ScheduledBlock], 
 
 def _every(_: int) -> bool:
     return True
-
-
-def _none(_: int) -> bool:
-    return False
 
 
 def _dense(tensor: Tensor) -> Tensor:

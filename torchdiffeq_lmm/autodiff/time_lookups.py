@@ -5,11 +5,13 @@ stack has.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+
+from .graph_parts import part_of, reached
 
 
 class Lookups(NamedTuple):
@@ -49,7 +51,7 @@ def split_lookups(module: GraphModule, time: int | None, state: int | None) -> t
         time, state: the numbers of these inputs; None for none.
     """
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    of_state = set() if state is None else _descendants(inputs[state])
+    of_state = set() if state is None else reached([inputs[state]], lambda node: node.users)
     stacks = [
         i
         for i, given in enumerate(inputs)
@@ -69,18 +71,12 @@ def split_lookups(module: GraphModule, time: int | None, state: int | None) -> t
             taken[node] = rest.node_copy(node, taken.__getitem__)
     rest.eliminate_dead_code()
     wanted = [_index_of(lookup) for _, lookup in found]
-    needed = _ancestors(wanted)
+    needed = reached(wanted, lambda node: node.all_input_nodes)
     tensors = [i for i, given in enumerate(inputs) if given in needed and i != time]
     alone = [i for i in tensors if not taken[inputs[i]].users]
     for i in alone:
         rest.erase_node(taken[inputs[i]])
-    indices, taken = Graph(), {}
-    for i in (time, *tensors):
-        taken[inputs[i]] = indices.node_copy(inputs[i])
-    for node in module.graph.nodes:
-        if node in needed and node not in taken:
-            taken[node] = indices.node_copy(node, taken.__getitem__)
-    indices.output(tuple(taken[index] for index in wanted))
+    indices = part_of(module.graph, [inputs[i] for i in (time, *tensors)], (), wanted)
     return GraphModule(module, rest), Lookups(
         tuple(i for i, _ in found),
         tuple(lookup.meta["example_value"].shape for _, lookup in found),
@@ -103,21 +99,3 @@ def _index_of(lookup: Node) -> Node:
     index = lookup.args[2]
     assert isinstance(index, Node)
     return index
-
-
-def _descendants(node: Node) -> set[Node]:
-    found, pending = {node}, [node]
-    while pending:
-        new = [user for user in pending.pop().users if user not in found]
-        found.update(new)
-        pending += new
-    return found
-
-
-def _ancestors(nodes: Sequence[Node]) -> set[Node]:
-    found, pending = set(nodes), [*nodes]
-    while pending:
-        new: list[Any] = [given for given in pending.pop().all_input_nodes if given not in found]
-        found.update(new)
-        pending += new
-    return found

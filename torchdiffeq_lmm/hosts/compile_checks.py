@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.autodiff.backward_modes import resolve_backward
+from torchdiffeq_lmm.autodiff.compiled_piece import CompiledBackward
 from torchdiffeq_lmm.autodiff.reversal import Reversible
 from torchdiffeq_lmm.forward.autograd_state import refuse_tangents
 from torchdiffeq_lmm.forward.vector_field import HostedFunction
@@ -55,8 +56,8 @@ def check_compile(method: Method, hosted: HostedFunction, jump_t: object) -> Non
         raise ValueError("compile must not be given to odeint_adjoint; use odeint, which needs as little memory then")
 
 
-def resolve_compiled_backward(method: Method, backward: object) -> Reversible | None:
-    """How a solve is run backwards; None to keep the past before every block.
+def resolve_compiled_backward(method: Method, backward: object) -> CompiledBackward:
+    """The backward pass that the user asks for.
 
     Raises:
         TypeError, ValueError: it is no backward mode, or none of those that go with compiled blocks.
@@ -65,12 +66,14 @@ def resolve_compiled_backward(method: Method, backward: object) -> Reversible | 
     mode.check(method, backward)
     if isinstance(mode, Reversible):
         return mode
-    if backward != "autograd":
-        raise ValueError(
-            f"backward must be 'autograd' or 'reversible' where compile is given, got {backward!r}: with 'autograd' "
-            f"compiled blocks keep the state at the beginning of each and make all others again, as 'checkpoint' does"
-        )
-    return None
+    if backward == "autograd":
+        return "autograd"
+    if backward == "checkpoint":
+        return "checkpoint"
+    raise ValueError(
+        f"backward must be 'autograd', 'checkpoint' or 'reversible' where compile is given, got {backward!r}: there "
+        f"is a checkpoint at the beginning of every block, whose length is that of Compile(block=...)"
+    )
 
 
 def check_compiled_solve(hosted: HostedFunction, y0: Tensor) -> None:

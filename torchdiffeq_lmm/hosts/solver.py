@@ -157,7 +157,7 @@ class MultistepSolver(DifferentiableSolver):
         self._adjoint_params = resolve_compiled_params(adjoint_params) if settings is not None else None
         if settings is not None:
             check_compile(self.method, self._hosted, jump_t)
-            self._reversible = resolve_compiled_backward(self.method, backward)
+            self._backward = resolve_compiled_backward(self.method, backward)
         self._is_smooth = isinstance(self.grad_filter, SmoothFilter)
         left_slopes = perturb and not self.method.is_implicit
         self._rule = OutputRule(interp, left_slopes, has_straight_gradient=self._is_smooth)
@@ -317,7 +317,7 @@ class MultistepSolver(DifferentiableSolver):
             method=self.method,
             costate_filter=costate_filter,
             adjoint_params=self._adjoint_params,
-            reversible=self._reversible,
+            backward=self._backward,
             eager=self._solver(),
         )
 
