@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torchdiffeq
 from batches import Stiff, hires, oregonator, robertson, van_der_pol
-from peers import diffrax_adaptive
+from peers import MOST_STEPS, diffrax_adaptive
 from problems import kepler
 from report import absences, failures, markdown
 from scipy.integrate import solve_ivp
@@ -223,7 +223,10 @@ def with_diffrax(solver: str) -> Solve:
 
     def solve(problem: Problem, rtol: float) -> tuple[np.ndarray, None]:
         run, _ = diffrax_adaptive(problem.field, problem.start, problem.end, solver)
-        return np.asarray(run(rtol, rtol * problem.atol)), None
+        end = np.asarray(run(rtol, rtol * problem.atol))
+        if not np.isfinite(end).all():
+            raise RuntimeError(f"not done in {MOST_STEPS:,} steps")
+        return end, None
 
     return solve
 

@@ -118,6 +118,9 @@ def diffrax_solves(field: Callable[[Any, Any], Any], start: Any, horizon: float)
     return (lambda step: jax.block_until_ready(fixed(step))), (lambda tol: jax.block_until_ready(adaptive(tol)))
 
 
+MOST_STEPS = 1_000_000
+
+
 @cache
 def diffrax_adaptive(
     field: Callable[[Any, Any, Any], Any], start: tuple[float, ...], horizon: float, solver: str
@@ -131,8 +134,8 @@ def diffrax_adaptive(
         solver: the name of its class.
 
     Returns:
-        From rtol and atol to the final state, once it is there; and to the evaluations of a run of its own. In a
-        Jacobian the field counts once, for JAX linearises it.
+        From rtol and atol to the final state, once it is there, NaN after `MOST_STEPS` without it; and to how many
+        evaluations a run of its own takes. In a Jacobian the field counts once, for JAX linearises it.
     """
     diffrax, jax, jnp = _diffrax()
     y0 = jnp.asarray(start, dtype=jnp.float64)
@@ -144,9 +147,9 @@ def diffrax_adaptive(
             controller = diffrax.PIDController(rtol=rtol, atol=atol)
             method = getattr(diffrax, solver)()
             solution = diffrax.diffeqsolve(
-                term, method, 0.0, horizon, None, y0, stepsize_controller=controller, max_steps=1_000_000
+                term, method, 0.0, horizon, None, y0, stepsize_controller=controller, max_steps=MOST_STEPS, throw=False
             )
-            return solution.ys[-1]
+            return jnp.where(solution.result == diffrax.RESULTS.successful, solution.ys[-1], jnp.nan)
 
         made = jax.jit(end)
         return lambda rtol, atol: jax.block_until_ready(made(rtol, atol))
