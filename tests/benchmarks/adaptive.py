@@ -1,9 +1,15 @@
 """Adaptive methods: error at the end against evaluations and wall time, beside SciPy's, torchdiffeq's and diffrax's.
 
 An error is the root mean square over the components, relative to |y| + atol / rtol, so that it is to be compared with
-rtol. Evaluations are those of func; SciPy counts those for Jacobians apart, ours are among them.
+rtol. Evaluations are those of func; SciPy counts those for Jacobians apart, ours are among them, and in diffrax a
+Jacobian counts as one.
+
+Implicit methods of torchdiffeq have no tolerance: they make equal steps, more of them for each smaller tolerance of the
+others. Most of them belong to torchdiffeq's main branch: with a release they are left out.
 """
 
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -13,9 +19,9 @@ import numpy as np
 import torch
 import torchdiffeq
 from batches import Stiff, hires, oregonator, robertson, van_der_pol
-from peers import diffrax_adaptive
+from peers import MOST_STEPS, diffrax_adaptive
 from problems import kepler
-from report import absences, markdown
+from report import absences, failures, markdown
 from scipy.integrate import solve_ivp
 from timing import failure, seconds
 from torch import Tensor
@@ -162,7 +168,11 @@ PROBLEMS = (
     Problem("Lorenz", lorenz, (-8.0, 8.0, 27.0), 5.0, is_stiff=False),
 )
 
-# From the tolerance to the end and the evaluations, None where these are not known.
+# Of the processor time of one solve, in seconds, and what is said of a longer one.
+LIMIT = 30.0
+TOO_LONG = f"TimeoutError: not done in {LIMIT:g} s"
+
+# From the tolerance to the end and the evaluations, None where they are counted by a run of their own.
 Solve = Callable[[Problem, float], tuple[np.ndarray, int | None]]
 
 
@@ -170,11 +180,16 @@ def with_torch(method: str, steps: Callable[[float], int] | None = None) -> Solv
     """A method through `torchdiffeq.odeint`; for one of equal steps, how many for a tolerance."""
 
     def solve(problem: Problem, rtol: float) -> tuple[np.ndarray, int]:
-        count = 0
+        count, latest = 0, time.process_time() + LIMIT
 
         def func(t: Tensor, y: Tensor) -> Tensor:
             nonlocal count
             count += 1
+            if time.process_time() > latest:
+                raise TimeoutError(TOO_LONG.partition(": ")[2])
+            # A method that cannot repeat a step has no way back from here.
+            if steps is not None and not bool(y.isfinite().all()):
+                raise FloatingPointError("not finite")
             return problem.field(torch, t, y)
 
         y0 = torch.tensor(problem.start, dtype=torch.float64)
@@ -182,7 +197,7 @@ def with_torch(method: str, steps: Callable[[float], int] | None = None) -> Solv
         options = None if steps is None else {"step_size": problem.end / steps(rtol)}
         end = torchdiffeq.odeint(func, y0, t, method=method, rtol=rtol, atol=rtol * problem.atol, options=options)[-1]
         if not bool(end.isfinite().all()):
-            raise RuntimeError("the solution is not a number")
+            raise FloatingPointError("not finite")
         return end.detach().numpy(), count
 
     return solve
@@ -206,24 +221,36 @@ def with_scipy(method: str) -> Solve:
 def with_diffrax(solver: str) -> Solve:
     """A solver of diffrax, jitted."""
 
-    def solve(problem: Problem, rtol: float) -> tuple[np.ndarray, int | None]:
-        end = diffrax_adaptive(problem.field, problem.start, problem.end, solver)(rtol, rtol * problem.atol)
-        return np.asarray(end), None
+    def solve(problem: Problem, rtol: float) -> tuple[np.ndarray, None]:
+        run, _ = diffrax_adaptive(problem.field, problem.start, problem.end, solver)
+        end = np.asarray(run(rtol, rtol * problem.atol))
+        if not np.isfinite(end).all():
+            raise RuntimeError(f"not done in {MOST_STEPS:,} steps")
+        return end, None
 
     return solve
 
 
+def diffrax_evaluations(solver: str, problem: Problem, rtol: float) -> int:
+    """How many a solve by diffrax takes."""
+    _, evaluations = diffrax_adaptive(problem.field, problem.start, problem.end, solver)
+    return evaluations(rtol, rtol * problem.atol)
+
+
 def equal_steps(rtol: float) -> int:
-    """So many for a tolerance: 40 to 272."""
-    return round(40 * (1e-3 / rtol) ** (1 / 6))
+    """So many for a tolerance: 20 to 640."""
+    return 20 * 2 ** TOLERANCES.index(rtol)
 
 
-# What torchdiffeq's release does not have, its main branch has.
-IMPLICIT = {
-    f"torchdiffeq {method}, equal steps": with_torch(method, equal_steps)
-    for method in ("trbdf2", "radauIIA5")
-    if method in SOLVERS
+# In the order of their accuracy. All but the last belong to torchdiffeq's main branch.
+IMPLICIT_METHODS = (
+    *("implicit_euler", "implicit_midpoint", "trapezoid", "sdirk2", "trbdf2", "radauIIA3", "gl4", "radauIIA5", "gl6"),
+    "implicit_adams",
+)
+EQUAL_STEPS = {
+    f"torchdiffeq {method}": with_torch(method, equal_steps) for method in IMPLICIT_METHODS if method in SOLVERS
 }
+DIFFRAX = {"diffrax Kvaerno5, jitted": "Kvaerno5", "diffrax Tsit5, jitted": "Tsit5"}
 
 STIFF: dict[str, Solve] = {
     "bdf": with_torch("bdf"),
@@ -231,7 +258,7 @@ STIFF: dict[str, Solve] = {
     "SciPy Radau": with_scipy("Radau"),
     "SciPy LSODA": with_scipy("LSODA"),
     "diffrax Kvaerno5, jitted": with_diffrax("Kvaerno5"),
-    **IMPLICIT,
+    **EQUAL_STEPS,
 }
 SMOOTH: dict[str, Solve] = {
     "adams": with_torch("adams"),
@@ -241,42 +268,73 @@ SMOOTH: dict[str, Solve] = {
     "torchdiffeq dopri8": with_torch("dopri8"),
     **({"torchdiffeq tsit5": with_torch("tsit5")} if "tsit5" in SOLVERS else {}),
     "diffrax Tsit5, jitted": with_diffrax("Tsit5"),
+    **EQUAL_STEPS,
 }
 
 
 def measure(*, quick: bool, long: bool) -> dict[str, Any]:
-    """Every solver on every problem, at all tolerances; in haste on two problems, at three."""
+    """Every solver on every problem, at all tolerances; in haste on two problems, at three.
+
+    Returns:
+        "problems": for each problem and solver its points. One is "unsolved" where the solver warned that an equation
+        of its steps was not solved. "absent": the runs without a result, and why. "lacking": the methods that this
+        torchdiffeq does not have.
+    """
     torchdiffeq_lmm.register()
-    results: dict[str, Any] = {"problems": {}, "absent": {}}
+    lacking = [method for method in (*IMPLICIT_METHODS, "tsit5") if method not in SOLVERS]
+    results: dict[str, Any] = {"problems": {}, "absent": [], "lacking": lacking}
     for problem in (PROBLEMS[0], PROBLEMS[6]) if quick else PROBLEMS:
         curves = results["problems"].setdefault(problem.name, {})
         for name, solve in (STIFF if problem.is_stiff else SMOOTH).items():
-            points = curves.setdefault(name, [])
+            curves[name] = []
+            found: dict[str, Any] | str = ""
             for rtol in TOLERANCES[:5:2] if quick else TOLERANCES:
-                made: list[tuple[np.ndarray, int | None]] = []
-
-                def once(solve: Solve = solve, problem: Problem = problem, rtol: float = rtol) -> None:
-                    made.append(solve(problem, rtol))
-
-                why = failure(once)
-                if why is not None:
-                    results["absent"][f"{name}, {problem.name} at {rtol:g}"] = why
-                    continue
-                elapsed = float(np.median([seconds(once) for _ in range(1 if quick else 3)]))
-                end, evaluations = made[-1]
-                point = {"rtol": rtol, "evaluations": evaluations, "ms": 1e3 * elapsed, "error": problem.error(end)}
-                points.append(point)
+                # What has taken too long would take longer.
+                if found != TOO_LONG:
+                    found = run_at(problem, name, solve, rtol, rounds=1 if quick else 3)
+                if isinstance(found, str):
+                    results["absent"].append({"problem": problem.name, "solver": name, "rtol": rtol, "why": found})
+                else:
+                    curves[name].append(found)
     return results
 
 
+def run_at(problem: Problem, name: str, solve: Solve, rtol: float, rounds: int) -> dict[str, Any] | str:
+    """What one solver does at one tolerance, or why it has no result."""
+    made: list[tuple[np.ndarray, int | None]] = []
+
+    def once() -> None:
+        made.append(solve(problem, rtol))
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        start = time.perf_counter()
+        why = failure(once)
+        first = time.perf_counter() - start
+    if why is not None:
+        return why
+    # Those of equal steps take long, and nothing is compiled before they start.
+    times = [first] if name in EQUAL_STEPS else [seconds(once) for _ in range(rounds)]
+    end, evaluations = made[-1]
+    if evaluations is None:
+        evaluations = diffrax_evaluations(DIFFRAX[name], problem, rtol)
+    return {
+        "rtol": rtol,
+        "evaluations": evaluations,
+        "ms": 1e3 * float(np.median(times)),
+        "error": problem.error(end),
+        "unsolved": any("did not converge" in str(each.message) for each in warned),
+    }
+
+
 def table(results: dict[str, Any]) -> str:
-    """For each problem and solver: evaluations, milliseconds, and the error over rtol, at three tolerances."""
+    """For each problem and solver: evaluations, milliseconds, and the error, at three tolerances."""
     parts = []
     for problem, curves in results["problems"].items():
         shown = sorted({point["rtol"] for points in curves.values() for point in points}, reverse=True)[1::2]
         header = (
             "method",
-            *(f"{what} at {rtol:.0e}" for rtol in shown for what in ("evaluations", "ms", "error / rtol")),
+            *(f"{what} at {rtol:.0e}" for rtol in shown for what in ("evaluations", "ms", "error")),
         )
         rows = []
         for name, points in curves.items():
@@ -287,9 +345,15 @@ def table(results: dict[str, Any]) -> str:
                 if point is None:
                     cells += ["", "", ""]
                     continue
-                evaluations = "" if point["evaluations"] is None else f"{point['evaluations']:,}"
-                cells += [evaluations, f"{point['ms']:.0f}", f"{point['error'] / rtol:.3g}"]
+                cells += [f"{point['evaluations']:,}", f"{point['ms']:.0f}", f"{point['error']:.1e}"]
             if points:
                 rows.append((name, *cells))
         parts.append(f"{problem}\n\n{markdown(header, rows)}")
-    return "\n\n".join(parts) + absences(results["absent"])
+    absent = {
+        f"{problem}, {solver} at {', '.join(f'{rtol:g}' for rtol in tolerances)}": why
+        for problem in results["problems"]
+        for (solver, why), tolerances in failures(results, problem).items()
+    }
+    if results["lacking"]:
+        absent[f"torchdiffeq {', '.join(results['lacking'])}"] = "this version does not have them"
+    return "\n\n".join(parts) + absences(absent)

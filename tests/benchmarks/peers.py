@@ -118,10 +118,13 @@ def diffrax_solves(field: Callable[[Any, Any], Any], start: Any, horizon: float)
     return (lambda step: jax.block_until_ready(fixed(step))), (lambda tol: jax.block_until_ready(adaptive(tol)))
 
 
+MOST_STEPS = 1_000_000
+
+
 @cache
 def diffrax_adaptive(
     field: Callable[[Any, Any, Any], Any], start: tuple[float, ...], horizon: float, solver: str
-) -> Callable[[float, float], Any]:
+) -> tuple[Callable[[float, float], Any], Callable[[float, float], int]]:
     """An adaptive solver of diffrax for one problem in double precision, jitted.
 
     Args:
@@ -131,22 +134,46 @@ def diffrax_adaptive(
         solver: the name of its class.
 
     Returns:
-        From rtol and atol to the final state, once it is there.
+        From rtol and atol to the final state, once it is there, NaN after `MOST_STEPS` without it; and to how many
+        evaluations a run of its own takes. In a Jacobian the field counts once, for JAX linearises it.
     """
     diffrax, jax, jnp = _diffrax()
-    term = diffrax.ODETerm(lambda t, y, args: field(jnp, t, y))
     y0 = jnp.asarray(start, dtype=jnp.float64)
 
-    def end(rtol: Any, atol: Any) -> Any:
-        controller = diffrax.PIDController(rtol=rtol, atol=atol)
-        method = getattr(diffrax, solver)()
-        solution = diffrax.diffeqsolve(
-            term, method, 0.0, horizon, None, y0, stepsize_controller=controller, max_steps=1_000_000
-        )
-        return solution.ys[-1]
+    def jitted(rate: Callable[[Any, Any], Any]) -> Callable[[float, float], Any]:
+        term = diffrax.ODETerm(lambda t, y, args: rate(t, y))
 
-    jitted = jax.jit(end)
-    return lambda rtol, atol: jax.block_until_ready(jitted(rtol, atol))
+        def end(rtol: Any, atol: Any) -> Any:
+            controller = diffrax.PIDController(rtol=rtol, atol=atol)
+            method = getattr(diffrax, solver)()
+            solution = diffrax.diffeqsolve(
+                term, method, 0.0, horizon, None, y0, stepsize_controller=controller, max_steps=MOST_STEPS, throw=False
+            )
+            return jnp.where(solution.result == diffrax.RESULTS.successful, solution.ys[-1], jnp.nan)
+
+        made = jax.jit(end)
+        return lambda rtol, atol: jax.block_until_ready(made(rtol, atol))
+
+    count = 0
+
+    def counted(t: Any, y: Any) -> Any:
+        def increment() -> None:
+            nonlocal count
+            count += 1
+
+        jax.debug.callback(increment)
+        return field(jnp, t, y)
+
+    counting = jitted(counted)
+
+    def evaluations(rtol: float, atol: float) -> int:
+        nonlocal count
+        count = 0
+        counting(rtol, atol)
+        jax.effects_barrier()
+        return count
+
+    return jitted(lambda t, y: field(jnp, t, y)), evaluations
 
 
 def diffrax_batch(

@@ -1,5 +1,6 @@
 """The pictures: work against precision, memory and gradient error against the number of steps, and a small summary."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from report import failures
 
 # Okabe and Ito's colours, which the colour-blind tell apart. A method has the same look in every panel; ours are solid.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
@@ -46,10 +48,21 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     "SciPy DOP853": {"color": PURPLE, "marker": "3", "linestyle": "--"},
     "torchdiffeq dopri5": {"color": BLACK, "marker": "1", "linestyle": "--"},
     "torchdiffeq dopri8": {"color": SKY, "marker": "4", "linestyle": "--"},
-    "torchdiffeq tsit5": {"color": "#56B4E9", "marker": "P", "linestyle": ":"},
-    "torchdiffeq trbdf2, equal steps": {"color": "#CC79A7", "marker": "d", "linestyle": ":"},
-    "torchdiffeq radauIIA5, equal steps": {"color": "#56B4E9", "marker": "*", "linestyle": ":"},
+    "torchdiffeq tsit5": {"color": SKY, "marker": "P", "linestyle": ":"},
+    "diffrax Kvaerno5, jitted": {"color": BLACK, "marker": "*", "linestyle": "-."},
+    "diffrax Tsit5, jitted": {"color": BLACK, "marker": "*", "linestyle": "-."},
+    "torchdiffeq implicit_euler": {"color": BLACK, "marker": "_", "linestyle": ":"},
+    "torchdiffeq implicit_midpoint": {"color": ORANGE, "marker": "<", "linestyle": ":"},
+    "torchdiffeq trapezoid": {"color": GREEN, "marker": ">", "linestyle": ":"},
+    "torchdiffeq sdirk2": {"color": PURPLE, "marker": "d", "linestyle": ":"},
+    "torchdiffeq trbdf2": {"color": PURPLE, "marker": "h", "linestyle": ":"},
+    "torchdiffeq radauIIA3": {"color": ORANGE, "marker": "^", "linestyle": ":"},
+    "torchdiffeq gl4": {"color": GREEN, "marker": "v", "linestyle": ":"},
+    "torchdiffeq radauIIA5": {"color": ORANGE, "marker": "p", "linestyle": ":"},
+    "torchdiffeq gl6": {"color": GREEN, "marker": "X", "linestyle": ":"},
+    "torchdiffeq implicit_adams": {"color": RED, "marker": "D", "linestyle": ":"},
 }
+UNSOLVED = "an equation of a step was not solved, as its solver warned"
 MODES: dict[str, dict[str, Any]] = {
     "leapfrog, autograd": {"color": BLACK, "marker": "s", "linestyle": "-"},
     "leapfrog, reversible": {"color": BLUE, "marker": "o", "linestyle": "-"},
@@ -96,25 +109,41 @@ def draw_memory(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_adaptive(results: dict[str, Any], path: Path) -> None:
-    """Error against evaluations, a panel for each problem: stiff ones above."""
+    """Error against evaluations, a panel for each problem, with what has no result below it: stiff ones above."""
     names = list(results["problems"])
     columns = (len(names) + 1) // 2
-    figure, panels = plt.subplots(2, columns, figsize=(3.3 * columns, 7.4), squeeze=False)
+    figure, panels = plt.subplots(2, columns, figsize=(3.5 * columns, 11.0), squeeze=False)
     for panel in panels.flat[len(names) :]:
         panel.set_axis_off()
     for panel, name in zip(panels.flat, names, strict=False):
         for solver, points in results["problems"][name].items():
-            known = [point for point in points if point["evaluations"] is not None]
-            if known:
-                x, y = ([point[key] for point in known] for key in ("evaluations", "error"))
+            if points:
+                x, y = ([point[key] for point in points] for key in ("evaluations", "error"))
                 panel.loglog(x, y, label=solver, linewidth=1.2, markersize=5, **ADAPTIVE[solver])
+                unsolved = [point for point in points if point["unsolved"]]
+                x, y = ([point[key] for point in unsolved] for key in ("evaluations", "error"))
+                panel.loglog(
+                    x, y, label=UNSOLVED, marker="o", markersize=9, linestyle="", color="grey", fillstyle="none"
+                )
         panel.set_title(name)
-        panel.set_xlabel("evaluations of func")
+        panel.set_xlabel("evaluations of func\n\n" + _without_result(results, name), fontsize=7)
         panel.grid(alpha=0.3)
     for row in panels:
         row[0].set_ylabel("relative error at the end")
-    _legend(figure, panels, columns=4)
-    _save(figure, path, bottom=0.09)
+    if results["lacking"]:
+        figure.text(0.5, 0, f"Not in this torchdiffeq: {', '.join(results['lacking'])}.", ha="center", fontsize=8)
+    _legend(figure, panels, columns=6)
+    _save(figure, path, bottom=0.1)
+
+
+def _without_result(results: dict[str, Any], problem: str) -> str:
+    """The solvers of a problem without results at some or all tolerances, by reason, in lines of a panel's width."""
+    reasons: dict[str, list[str]] = {}
+    for (solver, why), tolerances in failures(results, problem).items():
+        points = results["problems"][problem][solver]
+        some = f" ({len(tolerances)} of {len(tolerances) + len(points)})" if points else ""
+        reasons.setdefault(why.partition(": ")[2] or why, []).append(solver.removeprefix("torchdiffeq ") + some)
+    return "\n".join(textwrap.fill(f"{why[:60]}: {', '.join(solvers)}", 58) for why, solvers in reasons.items())
 
 
 def draw_summary(memory: dict[str, Any], precision: dict[str, Any], path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -19,6 +20,15 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def absences(absent: dict[str, str]) -> str:
     """One line for everything that was left out, with the reason."""
     return "".join(f"\nNot measured: {name} ({why})." for name, why in absent.items())
+
+
+def failures(results: dict[str, Any], problem: str) -> dict[tuple[str, str], list[float]]:
+    """Of one problem, for each solver and reason: the tolerances at which it has no result."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for each in results["absent"]:
+        if each["problem"] == problem:
+            found.setdefault((each["solver"], each["why"]), []).append(each["rtol"])
+    return found
 
 
 def verdict(value: float, target: float | None) -> str:

@@ -43,7 +43,7 @@ ACCURACY = [
     ("pendulum", "adams", 1e-4, 20),
     ("pendulum", "adams", 1e-7, 20),
     ("pendulum", "bdf", 1e-6, 60),
-    ("Kepler", "adams", 1e-4, 40),
+    ("Kepler", "adams", 1e-4, 60),
     ("Kepler", "adams", 1e-7, 40),
     ("Kepler", "bdf", 1e-6, 1500),
 ]

@@ -21,6 +21,7 @@ from adaptive import (
     solve,
 )
 from methods import slow_but
+from scipy.integrate import solve_ivp
 from torch import Tensor
 
 import torchdiffeq_lmm
@@ -212,6 +213,26 @@ def test_a_jump_is_cheaper_where_it_is_known(method: str) -> None:
     )
     assert known.rejected < unknown.rejected
     assert known.evaluations < unknown.evaluations
+
+
+@fast_by_adams
+def test_to_begin_anew_at_many_jumps_takes_hardly_more_evaluations_than_lsodas(method: str) -> None:
+    """As along the pieces of a path of data: y' = slope (2 + tanh(y)), with another slope in each piece."""
+    slopes = [0.5, -0.8, 0.3, 0.9, -0.6, -0.2, 0.7, -0.4, 0.1, -0.9]
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return slopes[min(int(t), 9)] * (2 + torch.tanh(y))
+
+    report = SolveReport()
+    with torch.no_grad():
+        options = {"jump_t": list(range(1, 10)), "report": report}
+        y = solve(func, f64(0.1), (0.0, 10.0), method, 1e-4, 1e-6, **options)
+    state, evaluations = np.array([0.1]), 0
+    for slope in slopes:
+        found = solve_ivp(lambda t, y, s=slope: s * (2 + np.tanh(y)), (0, 1), state, "LSODA", rtol=1e-4, atol=1e-6)
+        state, evaluations = found.y[:, -1], evaluations + found.nfev
+    assert report.evaluations <= 1.3 * evaluations
+    assert y[-1].item() == pytest.approx(float(state[0]), abs=2e-3)
 
 
 @methods

@@ -75,8 +75,23 @@ def test_the_start_ends_where_a_lower_order_would_do_better() -> None:
     controller = begun(ADAMS)
     take(controller, 1e-6, None, 1e-8)
     assert controller.order == 2
-    take(controller, 0.5, 1e-3, 0.9)
+    take(controller, 0.9, 0.3, 0.95)
     assert controller.order == 1
+    assert not controller.compares
+
+
+def test_the_step_doubles_every_time_as_long_as_errors_allow_it() -> None:
+    """After a start whose order has risen, as in Shampine and Gordon's program."""
+    controller = begun(ADAMS)
+    lengths, taken = [], []
+    # Here a lower order allows the longer step: 0.9 / 1e-8^(1/2) against 0.9 / 1e-8^(1/3), then 0.9 / 0.5^(1/2).
+    for own, lower, higher in ((1e-6, None, 1e-9), (1e-8, 1e-8, 1e-9), (1e-8, None, 0.1), (1e-8, None, 1e-9)):
+        taken.append(controller.order)
+        lengths.append(take(controller, own, lower, higher))
+        assert controller.compares
+    assert taken == [1, 2, 1, 1]
+    assert [after / before for before, after in pairwise(lengths)] == [2.0, 2.0, 2.0]
+    take(controller, 0.5)
     assert not controller.compares
 
 

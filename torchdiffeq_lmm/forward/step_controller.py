@@ -72,15 +72,17 @@ class StepController:
         self._equal = 0
         self._failures = 0
         self._last: float | None = None
-        # Order and length rise with every step at first, until an error says otherwise.
+        # At first the length rises with every step, until an error says otherwise; so does the order, until a lower one
+        # would do better: the weights of a high order on steps that keep doubling are large.
         self._starts = True
+        self._rises = True
         self._steps = 0
 
     def proposed(self) -> float:
         """The length of the next attempt."""
         control = self._control
         if self._last is not None:
-            self.step = min(self.step, self._last * min(control.ifactor, self._family.largest_growth(self.order)))
+            self.step = min(self.step, self._last * self._largest_growth(self.order))
         self.step = min(max(self.step, control.min_step), control.max_step)
         return self.step
 
@@ -114,14 +116,16 @@ class StepController:
         }
         best = max(factors, key=lambda order: factors[order])
         if self._starts:
-            self._starts = best >= self.order and self.order < self._control.max_order
-            if self._starts:
+            self._rises = self._rises and best >= self.order and self.order < self._control.max_order
+            if self._rises:
                 best = self.order + (self._steps > self.order or not self._family.is_implicit)
+            else:
+                best = min(best, self.order)
+                self._starts = best < self._control.max_order and factors[best] >= self._largest_growth(best)
         factor = factors.get(best, factors[self.order])
         if best == self.order and 1 <= factor < _WORTH_IT:
             return
-        largest = min(self._control.ifactor, self._family.largest_growth(best))
-        self._change(best, max(self._control.dfactor, min(factor, largest)))
+        self._change(best, max(self._control.dfactor, min(factor, self._largest_growth(best))))
 
     def reject(self, step: float, own: float, lower: float | None) -> None:
         """Note that an attempt was rejected; as `accept`."""
@@ -145,6 +149,9 @@ class StepController:
     def _failed(self) -> None:
         self._failures += 1
         self._starts = False
+
+    def _largest_growth(self, order: int) -> float:
+        return min(self._control.ifactor, self._family.largest_growth(order))
 
     def _factor(self, order: int, error: float) -> float:
         return math.inf if error == 0 else float(self._control.safety * error ** (-1 / (order + 1)))
