@@ -33,8 +33,6 @@ def steps_of(name: str, grid: str = "uniform") -> tuple[int, int, int]:
     return (60, 120, 240) if grid == "random" else (40, 80, 160)
 
 
-
-
 # --------------------------------------------------------------------------------------------------- orders, forward
 
 

@@ -76,8 +76,8 @@ def test_it_is_more_accurate_than_the_default_from_few_steps_on(name: str) -> No
     assert errors[2] < 0.5 * errors[1]
 
 
-@pytest.mark.parametrize("order", [3, "method"])
-@pytest.mark.parametrize("name", ["leapfrog", "ab2", "ab1", "bdf2"])
+@pytest.mark.parametrize("order", slow_but(["method"], [3, "method"]))
+@pytest.mark.parametrize("name", slow_but(["leapfrog", "ab2"], ["leapfrog", "ab2", "ab1", "bdf2"]))
 def test_of_a_method_of_second_order_or_first_it_is_the_default(name: str, order: int | str) -> None:
     nodes = GRIDS["random"](20, PENDULUM.horizon)
     found, expected = (
@@ -259,8 +259,8 @@ def density_error(method: str, rtol: float, order: int | str) -> float:
     return float(error[1 if method == "bdf" else 0 :].max())
 
 
-@pytest.mark.parametrize("order", [3, "method"])
-@pytest.mark.parametrize("rate", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("order", slow_but(["method"], [3, "method"]))
+@pytest.mark.parametrize("rate", slow_but([1e4], [1e2, 1e4, 1e6]))
 def test_costates_of_stiff_components_stay_bounded(rate: float, order: int | str) -> None:
     """x' = -rate (x - θ): the density is rate p, p ≤ exp(rate (t - T)), and what is added up over a layer is E's."""
     steps = 40
