@@ -217,7 +217,7 @@ def draw(series: Data, model: LatentSDE, method: str, results: dict[str, list[di
 def main() -> None:
     args = arguments(__doc__, "two methods, one seed, few iterations", seed=0)
     methods = ("ab2", "euler") if args.quick else tuple(METHODS)
-    iterations, seeds = (30, 1) if args.quick else (400, 3)
+    iterations, seeds = (25, 1) if args.quick else (400, 3)
     series = data()
     results: dict[str, list[dict]] = {method: [] for method in methods}
     shown: LatentSDE | None = None

@@ -45,6 +45,17 @@ class Field(nn.Module):
         return torch.tanh(y @ self.weight) * t.cos() + self.theta(t)
 
 
+class Light(nn.Module):
+    """A field with fewer operations still, for methods with a long start; its Jacobian is not symmetric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.7, -1.3], dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return (y.flip(-1) * self.weight).tanh() * t
+
+
 def start(batch: int = 3) -> Tensor:
     """An initial state, of shape (batch, 2)."""
     return torch.linspace(-1, 1, 2 * batch, dtype=torch.float64).reshape(batch, 2)

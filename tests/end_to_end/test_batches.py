@@ -171,13 +171,13 @@ PROBLEMS: dict[str, tuple[Callable[[Tensor], Callable[[Tensor, Tensor], Tensor]]
         van_der_pol,
         torch.logspace(0, 3, 64, dtype=torch.float64),
         [2.0, 0.0],
-        torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-5, 0.3, 150, dtype=torch.float64)]),
+        torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-5, 0.3, 100, dtype=torch.float64)]),
     ),
     "Oregonator": (
         oregonator,
         torch.linspace(60, 90, 64, dtype=torch.float64),
         [1.0, 2.0, 3.0],
-        torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-6, 0.5, 200, dtype=torch.float64)]),
+        torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-6, 0.5, 130, dtype=torch.float64)]),
     ),
 }
 

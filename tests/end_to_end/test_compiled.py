@@ -16,14 +16,19 @@ SHORT = Compile(block=5)
 
 
 @pytest.mark.parametrize(
-    ("method", "grad_filter"), [("leapfrog", "leapfrog"), ("ab3", CostateFilter(order=3)), ("abm2", None)]
+    ("method", "grad_filter", "t", "options"),
+    [
+        ("leapfrog", "leapfrog", INSIDE, REGULAR),
+        ("ab3", CostateFilter(order=3), UNEQUAL, None),
+        ("abm2", None, UNEQUAL, None),
+    ],
 )
-def test_values_and_gradients_are_those_of_an_eager_solve(method: str, grad_filter: Any) -> None:
-    func = Field()
-    for t, options in ((INSIDE, REGULAR), (UNEQUAL, None)):
-        keywords = {"options": options, "grad_filter": grad_filter}
-        compiled = solved(func, start(), t, method, compile=SHORT, **keywords)
-        assert_same(compiled, solved(func, start(), t, method, **keywords))
+def test_values_and_gradients_are_those_of_an_eager_solve(
+    method: str, grad_filter: Any, t: Tensor, options: dict[str, Any] | None
+) -> None:
+    func, keywords = Field(), {"options": options, "grad_filter": grad_filter}
+    compiled = solved(func, start(), t, method, compile=SHORT, **keywords)
+    assert_same(compiled, solved(func, start(), t, method, **keywords))
 
 
 class Wide(nn.Module):

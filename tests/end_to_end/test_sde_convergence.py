@@ -133,7 +133,7 @@ def test_strong_order_one_half_for_noises_that_do_not_commute(method: str) -> No
     assert abs(order - 0.5) < 0.05 + margin
 
 
-@pytest.mark.parametrize("method", slow_but(["ab2"], METHODS))
+@pytest.mark.parametrize("method", slow_but([], METHODS))
 def test_strong_order_one_for_additive_noise(method: str) -> None:
     path, reference = fine(0.5, 400)
     order, margin = strong_order([end(Additive(), path, method, n) - reference for n in (32, 64, 128, 256)])

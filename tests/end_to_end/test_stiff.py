@@ -109,13 +109,13 @@ def assert_ends_as_radau(name: str, end: Tensor, accuracy: float) -> None:
 
 AGAINST_RADAU = [
     ("van der Pol", "bdf4", 8, 1e-5),
-    ("Robertson", "bdf1", 8, 2e-2),
-    ("Robertson", "bdf2", 8, 1e-3),
-    ("Robertson", "bdf3", 8, 8e-5),
-    ("Robertson", "bdf4", 8, 8e-6),
+    ("Robertson", "bdf1", 4, 4e-2),
+    ("Robertson", "bdf2", 4, 4e-3),
+    ("Robertson", "bdf3", 4, 6.4e-4),
+    ("Robertson", "bdf4", 4, 1.28e-4),
     ("Robertson", "bdf5", 8, 1e-6),
     ("Robertson", "bdf6", 16, 5e-9),
-    ("Robertson", "am2", 8, 4e-4),
+    ("Robertson", "am2", 4, 1.6e-3),
     ("HIRES", "bdf2", 4, 1.6e-2),
     ("HIRES", "bdf3", 4, 8e-4),
     ("HIRES", "bdf4", 4, 4e-5),
@@ -133,7 +133,7 @@ def test_against_radau(name: str, method: str, parts: int, accuracy: float) -> N
 @pytest.mark.slow
 def test_gradient_of_a_stiff_solve_is_that_of_the_flow() -> None:
     """∂y(T)/∂k for Robertson's fastest rate k, against differences of Radau; with the filter and without."""
-    nodes = refined(coarse_grid("Robertson"), 8)
+    nodes = refined(coarse_grid("Robertson"), 5)
 
     def with_rate(k: Tensor | float) -> Callable[..., Any]:
         def f(y: Any, lib: Any = torch) -> Any:
@@ -155,7 +155,7 @@ def test_gradient_of_a_stiff_solve_is_that_of_the_flow() -> None:
         assert float(gradient) == pytest.approx(expected, rel=1e-3 if grad_filter is None else 2e-2)
 
 
-@pytest.mark.parametrize("method", slow_but(["bdf2", "bdf6"], ["bdf1", "bdf2", "bdf3", "bdf4", "bdf5", "bdf6"]))
+@pytest.mark.parametrize("method", slow_but(["bdf2"], ["bdf1", "bdf2", "bdf3", "bdf4", "bdf5", "bdf6"]))
 def test_coarse_steps_far_beyond_explicit_stability(method: str) -> None:
     """y' = -10⁴ (y - cos t) - sin t from y = cos t, by steps of 500 time constants."""
     t = torch.linspace(0, 5, 101, dtype=torch.float64)
@@ -220,7 +220,7 @@ DTYPES = [(torch.float32, True), (torch.float64, False)]
 @pytest.mark.parametrize(
     ("name", "method", "samples", "accuracy", "dtype", "grad"),
     slow_but(
-        [(*BATCHES[1], torch.float32, True)],
+        [],
         [
             (*BATCHES[1], torch.float32, True),
             *((*batch, *(DTYPES[number % 2])) for number, batch in enumerate(BATCHES)),
@@ -289,7 +289,11 @@ FILTERED = {"grad_filter": "auto"}
 @pytest.mark.parametrize(
     ("size", "func", "options", "grad"),
     [
-        *itertools.product([2], [by_numpy, by_out], [{}, FILTERED], [True, False]),
+        # Each pair of settings once.
+        (2, by_numpy, {}, True),
+        (2, by_numpy, FILTERED, False),
+        (2, by_out, {}, False),
+        (2, by_out, FILTERED, True),
         pytest.param(300, by_out, {}, True, marks=pytest.mark.slow),
         pytest.param(300, by_numpy, FILTERED, False, marks=pytest.mark.slow),
     ],
@@ -414,7 +418,7 @@ def test_the_filter_stays_bounded_where_the_costate_decays_within_a_step(method:
     assert gradient[:-30].abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32], [torch.float32, torch.float64]))
 @pytest.mark.parametrize("batch", [(), pytest.param((64,), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("saturates", [False, True])
 def test_stiff_vectors_of_any_precision(saturates: bool, batch: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -466,7 +470,7 @@ def test_every_sample_of_a_batch_has_its_own_gradient(rate: float, spread: int) 
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("size", slow_but([60], [60, 300]))
+@pytest.mark.parametrize("size", slow_but([60], [60, 150]))
 def test_a_beam_in_single_precision(size: int) -> None:
     """y' = -0.01 y'''' in space: the terms of f are 1e6 times as large as their sum."""
     width = 1 / (size + 1)
@@ -484,7 +488,7 @@ def test_a_beam_in_single_precision(size: int) -> None:
     torch.testing.assert_close(y[-1].double(), wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["bdf1", "bdf2"])
+@pytest.mark.parametrize("method", slow_but(["bdf2"], ["bdf1", "bdf2"]))
 @pytest.mark.parametrize(("dtype", "end"), [(torch.float16, 1.0), (torch.float32, 10.0)])
 def test_a_solution_may_vanish(dtype: torch.dtype, end: float, method: str) -> None:
     t = torch.linspace(0, end, 101).to(dtype)

@@ -55,7 +55,7 @@ def gradient_errors(method: str, nodes: Tensor, observed: list[int], grad_filter
 
 @pytest.mark.parametrize("observations", slow_but(["four"], ["at the end", "four"]))
 @pytest.mark.parametrize("grid", slow_but(["growing"], ["uniform", "truncated", "growing", "random"]))
-@pytest.mark.parametrize("method", STAGES)
+@pytest.mark.parametrize("method", slow_but(["midpoint"], STAGES))
 def test_second_order_at_all_stages(method: str, grid: str, observations: str) -> None:
     filtered, unfiltered = [], []
     for steps in (40, 80, 160):

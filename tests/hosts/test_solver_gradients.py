@@ -16,9 +16,9 @@ from torch import Tensor, nn
 # --------------------------------------------------------------------------------------------------- odeint_adjoint
 
 
-@pytest.mark.parametrize("is_tuple", [False, True])
+@pytest.mark.parametrize("is_tuple", slow_but([True], [False, True]))
 @pytest.mark.parametrize("direction", slow_but([-1], [1, -1]))
-@pytest.mark.parametrize("method", ["leapfrog", "rk4"])
+@pytest.mark.parametrize("method", slow_but(["leapfrog"], ["leapfrog", "rk4"]))
 def test_odeint_adjoint_is_of_second_order(method: str, direction: int, is_tuple: bool) -> None:
     """Gradients with respect to y0, parameters and t, against those of a fine solve by another method."""
     field = Field()
@@ -98,11 +98,12 @@ GRADCHECKS: dict[str, tuple[tuple[float, ...], dict[str, Any]]] = {
     "constructed, cubic": ((0.1, 0.4, 0.83, 1.0), {"grid_constructor": curved, "interp": "cubic"}),
     "perturbed": ((0.1, 0.37, 0.95), {"step_size": 0.1, "interp": "cubic", "perturb": True}),
 }
+FEW_GRADCHECKS = ("t is the grid", "between nodes, linear", "between nodes, cubic", "constructed, cubic", "perturbed")
 
 
 @pytest.mark.parametrize("dtype", slow_but([torch.float64], [torch.float64, torch.complex128]))
 @pytest.mark.parametrize("direction", slow_but([1], [1, -1]))
-@pytest.mark.parametrize("name", GRADCHECKS)
+@pytest.mark.parametrize("name", slow_but(FEW_GRADCHECKS, GRADCHECKS))
 def test_gradcheck(name: str, direction: int, dtype: torch.dtype) -> None:
     times, options = GRADCHECKS[name]
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +114,10 @@ def test_gradcheck(name: str, direction: int, dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["t is the grid", "on nodes, linear", "between nodes, cubic", "constructed"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(["between nodes, cubic"], ["t is the grid", "on nodes, linear", "between nodes, cubic", "constructed"]),
+)
 def test_gradcheck_of_a_tuple(name: str) -> None:
     times, options = GRADCHECKS[name]
     a, b = tensor(0.4, -0.3, requires_grad=True), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
@@ -129,7 +133,7 @@ def test_gradcheck_of_a_tuple(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     slow_but(
-        ["t is the grid", "constructed"],
+        ["constructed"],
         ["t is the grid", "between nodes, linear", "between nodes, cubic", "constructed"],
     ),
 )

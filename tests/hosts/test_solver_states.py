@@ -11,10 +11,11 @@ from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+SHAPES = [(), (2, 3), (2, 0, 3), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((3,), (0,)))]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("t_dtype", slow_but([torch.float64], [torch.float32, torch.float64]))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_and_shapes(dtype: torch.dtype, t_dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:

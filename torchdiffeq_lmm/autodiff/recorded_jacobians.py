@@ -8,7 +8,7 @@ from torch import Tensor
 from torchdiffeq_lmm.forward.block_jacobian import real_rows, rows_like
 from torchdiffeq_lmm.forward.block_linear import BlockLinearSolver
 from torchdiffeq_lmm.forward.known_jacobian import KnownPreconditioner
-from torchdiffeq_lmm.forward.linear import Factorised, LinearSolver, from_real, to_real
+from torchdiffeq_lmm.forward.linear import Factorised, LinearSolver, from_real, matrix_of, to_real
 from torchdiffeq_lmm.forward.samples import Systems
 from torchdiffeq_lmm.forward.sparse_matrix import SparseFactors
 from torchdiffeq_lmm.schemes.discrete_adjoint import Contributions, combine
@@ -22,6 +22,12 @@ _MANY = 0.25
 
 _FEW = 16
 """So few are always."""
+
+_KEPT = 8
+"""Of so many states the Jacobians are kept: a filter asks for those of several nodes again and again."""
+
+_SMALL = 2**16
+"""Only Jacobians of so many entries, at most."""
 
 
 class RecordedJacobians:
@@ -55,6 +61,7 @@ class RecordedJacobians:
         self._parameters = parameters
         self._collects = collects
         self._time_gradients = time_gradients
+        self._kept: dict[int, Tensor] = {}
 
     def product(self, state: int, vector: Tensor) -> Tensor | None:
         """The product of the transposed Jacobian with a vector; None for 0."""
@@ -125,10 +132,17 @@ class RecordedJacobians:
             if found is not None:
                 return found
             self._samples = self._samples.fewer()
+            self._kept.clear()
+
+        def jacobian_product(vector: Tensor) -> Tensor:
+            pulled = self.product(state, from_real(vector, rhs))
+            return torch.zeros_like(vector) if pulled is None else to_real(pulled)
 
         def product(vector: Tensor) -> Tensor:
-            pulled = self.product(state, from_real(vector, rhs))
-            return torch.zeros_like(vector) if pulled is None else weight * to_real(pulled)
+            return weight * jacobian_product(vector)
+
+        def matrix() -> Tensor:
+            return weight * self._jacobian(state, lambda: matrix_of(jacobian_product, like))
 
         sparsity = None if isinstance(self._known, KnownPreconditioner | None) else self._known.sparsity
         like = to_real(rhs)
@@ -140,7 +154,18 @@ class RecordedJacobians:
                 # By the same products, the weight counted.
                 return SparseFactors(transposed.matrix(product, torch.ones_like(like)), 1.0)
 
-        return from_real(self._equations.solve(product, like, self._precision, weight, factor), rhs)
+        return from_real(self._equations.solve(product, like, self._precision, weight, factor, matrix), rhs)
+
+    def _jacobian(self, state: int, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes of the Jacobian of a state, once if it is small."""
+        if state in self._kept:
+            return self._kept[state]
+        found = make()
+        if found.numel() <= _SMALL:
+            if len(self._kept) == _KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[state] = found
+        return found
 
     def _solve_blocks(self, state: int, weight: float, rhs: Tensor) -> Tensor | None:
         """The same for every sample by itself; None where they are coupled, or blocks too large."""
@@ -158,5 +183,5 @@ class RecordedJacobians:
             units = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
             return torch.stack([real_rows(product(rows_like(unit.expand_as(like), rows))) for unit in units], 1)
 
-        found = self._by_blocks.solve(product, blocks, rows, weight, self._precision)
+        found = self._by_blocks.solve(product, lambda: self._jacobian(state, blocks), rows, weight, self._precision)
         return None if found is None else samples.join(found)

@@ -169,6 +169,7 @@ class LinearSolver:
         precision: float,
         weight: float = 1.0,
         factor: Callable[[], Factorised] | None = None,
+        matrix: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Solve (1 - A) z = r.
 
@@ -178,6 +179,7 @@ class LinearSolver:
             precision: of the product, which may be less than that of r.
             weight: a number to which A is proportional, from equation to equation.
             factor: makes the factors of 1 - A for less than its matrix would cost; always given, or never.
+            matrix: makes A; by products where it is not given. Only small systems ask for it.
 
         Raises:
             RuntimeError: the equation is singular, or too ill-conditioned for GMRES and too large for its matrix.
@@ -189,15 +191,15 @@ class LinearSolver:
             return rhs * torch.nan
         largest = self._options.largest_matrix
         if len(rhs) <= min(DENSE_LIMIT, largest):
-            matrix = torch.eye(len(rhs), dtype=rhs.dtype, device=rhs.device) - matrix_of(product, rhs)
-            exact: Tensor = torch.linalg.solve(matrix, rhs)
+            known = matrix_of(product, rhs) if matrix is None else matrix()
+            exact: Tensor = torch.linalg.solve(torch.eye(len(rhs), dtype=rhs.dtype, device=rhs.device) - known, rhs)
             return exact
         equation = _LinearEquation(Counted(product), rhs, precision, self._options.krylov_dimension)
         restarts = self._options.max_restarts
         if factor is not None:
-            known = self._by_factors(equation, weight, factor)
-            if known is not None:
-                return known
+            solution = self._by_factors(equation, weight, factor)
+            if solution is not None:
+                return solution
         if len(rhs) > largest:
             found = equation.by_products(max(restarts, LAST_RESTARTS), is_last=True)
             if found is None:
