@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.schemes.recurrence import Recurrence, Row
-from torchdiffeq_lmm.schemes.variable_order import VariableOrderFamily
+from torchdiffeq_lmm.schemes.variable_order import Estimate, VariableOrderFamily
 
 from .error_norm import ErrorNorm
 from .first_step import first_step
 from .implicit import NotSolvedError
+from .lost_samples import LostSamples
 from .solve_report import SolveReport
 from .step_controller import StepControl, StepController
 from .step_source import Made
@@ -59,6 +60,7 @@ class AdaptiveSteps:
         vector_field: f.
         callbacks: see there.
         report: is told what happens.
+        lost: the samples that are given up where no step is short enough for them; None to raise an error.
 
     Attributes:
         times: of the nodes, as numbers.
@@ -79,6 +81,7 @@ class AdaptiveSteps:
         vector_field: VectorField,
         callbacks: Callbacks,
         report: SolveReport,
+        lost: LostSamples | None = None,
     ) -> None:
         self.requires_grad = t0.requires_grad
         self.times = [float(t0.detach())]
@@ -94,6 +97,7 @@ class AdaptiveSteps:
         self._field = vector_field
         self._callbacks = callbacks
         self._report = report
+        self._lost = lost
         self._rows: list[Row] = []
         self._positions = [0.0]
         self._lengths: list[float] = []
@@ -215,9 +219,13 @@ class AdaptiveSteps:
             history.increments[:], history.slopes[:] = trial.increments, trial.slopes
             return made
         self._call(self._callbacks.reject, node, x, step)
-        self._check_length(step, t, failure, trial, lengths, order)
+        is_lost = self._is_shortest(step, t) and self._loses(history, trial, failure, lengths, order)
+        if not is_lost:
+            self._check_length(step, t, failure, trial, lengths, order)
         del self._rows[first:], self._positions[first + 1 :], self._is_node[first + 1 :], self.times[-1]
-        if failure is not None:
+        if is_lost:
+            controller.resume()
+        elif failure is not None:
             self._report.unsolved += 1
             controller.fail(step)
         else:
@@ -287,7 +295,7 @@ class AdaptiveSteps:
         order: int,
     ) -> None:
         """Raise a RuntimeError where a step that was not accurate enough must not be shorter."""
-        if step > max(_SHORTEST * math.ulp(t), self._control.min_step * (1 + _ROUNDED), self._shortest):
+        if not self._is_shortest(step, t):
             return
         if failure is not None:
             raise RuntimeError(
@@ -298,9 +306,7 @@ class AdaptiveSteps:
         with torch.no_grad():
             estimate = self._family.error(order, lengths)
             assert estimate is not None
-            assert trial.previous is not None
-            scale = self._errors.scale(trial.previous, trial.x)
-            sizes = (self._errors.error(estimate, trial).abs() / scale).reshape(-1).nan_to_num(nan=math.inf)
+            sizes = self._ratios(estimate, trial).abs().reshape(-1).nan_to_num(nan=math.inf)
             worst = int(sizes.argmax())
             value = trial.x.reshape(-1)[worst].item()
         raise RuntimeError(
@@ -309,6 +315,39 @@ class AdaptiveSteps:
             f"{self._field.entry(worst)} = {value:.6g}. The solution or func may have a singularity or a jump there "
             f"(say where in jump_t), or func returned NaN; else use larger rtol and atol, or double precision"
         )
+
+    def _is_shortest(self, step: float, t: float) -> bool:
+        """Whether no step at a time may be shorter."""
+        return step <= max(_SHORTEST * math.ulp(t), self._control.min_step * (1 + _ROUNDED), self._shortest)
+
+    def _loses(
+        self,
+        history: History,
+        trial: History,
+        failure: NotSolvedError | None,
+        lengths: tuple[float, ...],
+        order: int,
+    ) -> bool:
+        """Whether the solve goes on without some samples, which are NaN then."""
+        if self._lost is None:
+            return False
+        if failure is not None:
+            failed = failure.failed
+        else:
+            estimate = self._family.error(order, lengths)
+            assert estimate is not None
+            with torch.no_grad():
+                failed = self._lost.too_large(self._ratios(estimate, trial))
+        if failed is None or not self._lost.add(failed):
+            return False
+        history.x = self._lost.filled(history.x, math.nan)
+        return True
+
+    def _ratios(self, estimate: Estimate, trial: History) -> Tensor:
+        """The errors of a step in terms of the tolerance."""
+        assert trial.previous is not None
+        ratios = self._errors.error(estimate, trial) / self._errors.scale(trial.previous, trial.x)
+        return ratios if self._lost is None else self._lost.filled(ratios, 0.0)
 
     def _shown(self, t: float) -> float:
         """A time as the user knows it."""

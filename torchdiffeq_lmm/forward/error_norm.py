@@ -9,6 +9,7 @@ from torch import Tensor
 from torchdiffeq_lmm.schemes.variable_order import Estimate
 from torchdiffeq_lmm.schemes.weighted_sum import weighted_sum
 
+from .lost_samples import LostSamples
 from .stepping import History
 
 ROUNDING = 16
@@ -26,11 +27,13 @@ class ErrorNorm:
     Attributes:
         rtol, atol: torchdiffeq's, numbers or tensors that broadcast with the state.
         norm: torchdiffeq's, of the state.
+        lost: samples whose errors do not count; None for none.
     """
 
     rtol: float | Tensor
     atol: float | Tensor
     norm: Norm
+    lost: LostSamples | None = None
 
     def scale(self, *states: Tensor) -> Tensor:
         """The tolerance of each entry."""
@@ -53,7 +56,11 @@ class ErrorNorm:
         if history.x.numel() == 0:
             return [None if estimate is None else 0.0 for estimate in estimates]
         scale = self.scale(history.previous, history.x)
-        sizes = [self.norm(self.error(estimate, history) / scale) for estimate in estimates if estimate is not None]
+        sizes = [
+            self.norm(self._counted(self.error(estimate, history) / scale))
+            for estimate in estimates
+            if estimate is not None
+        ]
         numbers = iter(self._read(sizes))
         return [None if estimate is None else next(numbers) for estimate in estimates]
 
@@ -67,7 +74,10 @@ class ErrorNorm:
 
     def size(self, y: Tensor, scale: Tensor) -> float:
         """The norm of something in terms of a scale."""
-        return abs(float(self.norm(y / scale))) if y.numel() > 0 else 0.0
+        return abs(float(self.norm(self._counted(y / scale)))) if y.numel() > 0 else 0.0
+
+    def _counted(self, ratios: Tensor) -> Tensor:
+        return ratios if self.lost is None else self.lost.filled(ratios, 0.0)
 
     @staticmethod
     def _read(sizes: Sequence[Tensor | float]) -> list[float]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from .block_jacobian import BlockJacobian, CoupledError
 from .block_newton import BlockNewton
 from .correctors import corrector_of
-from .implicit_equation import Equation, Equations, Tolerances, all_of, any_of
+from .implicit_equation import Equation, Equations, Flags, Tolerances, all_of, any_of
 from .jacobian import Jacobian
 from .known_jacobian import Known, KnownPreconditioner
 from .krylov_newton import Failure, KrylovNewton
@@ -42,7 +42,15 @@ def check_on_failure(on_failure: object) -> None:
 
 
 class NotSolvedError(RuntimeError):
-    """The equation of an implicit step was not solved."""
+    """The equation of an implicit step was not solved.
+
+    Attributes:
+        failed: for which samples; None where there is one, or f couples them.
+    """
+
+    def __init__(self, message: str, failed: Flags | None = None) -> None:
+        super().__init__(message)
+        self.failed = failed
 
 
 class ImplicitSolver:
@@ -58,6 +66,7 @@ class ImplicitSolver:
         newton: how exactly, with how much work and in how much memory.
         on_failure: what to do where a sample cannot be solved: raise an error, or go on with NaN for that sample.
         known: what the user knows of the Jacobian of the whole state, which is one sample then.
+        is_retried: whether a step that is not solved is tried anew, so that only samples that are NaN stay so.
         on_jacobian: called whenever a matrix is made for the Jacobian, of all samples or some.
     """
 
@@ -72,6 +81,7 @@ class ImplicitSolver:
         newton: Newton = DEFAULT_NEWTON,
         on_failure: OnFailure = "raise",
         known: Known | None = None,
+        is_retried: bool = False,
         on_jacobian: Callable[[], object] = lambda: None,
     ) -> None:
         self._rtol = rtol
@@ -83,6 +93,7 @@ class ImplicitSolver:
         self._options = newton
         self._on_failure = on_failure
         self._known = known
+        self._is_retried = is_retried
         self._on_jacobian = on_jacobian
         self._blocks: BlockNewton | None = None
         self._krylov: KrylovNewton | None = None
@@ -138,7 +149,7 @@ class ImplicitSolver:
                 samples.count, tolerances, jacobian, self._options.max_iterations, self._on_jacobian
             )
         lost = np.zeros(samples.count, bool)
-        if self._on_failure == "nan":
+        if self._on_failure == "nan" and samples.count > 1:
             # Those that have failed before; f is evaluated where another sample is, so that no gradient is NaN.
             finite = torch.isfinite(rows[0]).all(1)
             lost = (~finite).cpu().numpy()
@@ -153,8 +164,9 @@ class ImplicitSolver:
             lambda of: samples.split(equation.iterate(samples.join(of))),
         )
         found = self._blocks.solve(equations, rows[2:], lost)
-        if any_of(found.failed) and (self._on_failure == "raise" or samples.count == 1):
-            raise NotSolvedError(self._complaint_of(samples, x, found, where()))
+        if any_of(found.failed) and (self._on_failure == "raise" or self._is_retried or samples.count == 1):
+            failed = found.failed if samples.count > 1 else None
+            raise NotSolvedError(self._complaint_of(samples, x, found, where()), failed)
         lost |= found.failed
         if not any_of(lost):
             return samples.join(found.d), samples.join(found.f)

@@ -106,12 +106,18 @@ def samples_of(shapes: Sequence[torch.Size], batch_dims: object) -> Samples:
     return Samples(tuple(shapes), dims if any(shape.numel() for shape in shapes) else 0)
 
 
-def warn_of_failures(samples: Samples, x: Tensor, method: str) -> None:
-    """Warn of samples that are not finite at the end of a solve, where those that failed were to be NaN."""
+def warn_of_failures(samples: Samples, x: Tensor, reason: str) -> None:
+    """Warn of samples that are not finite at the end of a solve, where those that failed were to be NaN.
+
+    Args:
+        samples: how the state is made of them.
+        x: the last state.
+        reason: what has become of them, in words.
+    """
     failed = (~torch.isfinite(samples.split(x.detach())).all(1)).cpu().numpy()
     if failed.any():
         warnings.warn(
-            f"the implicit equations of method {method!r} were not solved for {int(failed.sum())} of {samples.count} "
-            f"samples, {samples.names(failed)}: they are NaN from there on, for on_failure is 'nan'",
+            f"{reason} for {int(failed.sum())} of {samples.count} samples, {samples.names(failed)}: they are NaN from "
+            f"there on, for on_failure is 'nan'",
             stacklevel=3,
         )

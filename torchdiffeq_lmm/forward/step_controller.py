@@ -25,6 +25,9 @@ _FAILURES = 3
 _UNSOLVED = 0.5
 """The factor after an implicit equation that was not solved, where dfactor is no larger."""
 
+_EQUAL = 0.01
+"""Lengths that differ by this part are taken for equal: near the last place of a time they are rounded."""
+
 
 @dataclass(frozen=True)
 class StepControl:
@@ -100,10 +103,11 @@ class StepController:
             lower, higher: those of the neighbouring orders, where `compares`; None where there are none.
         """
         compares, self._failures = self.compares, 0
-        self._equal = self._equal + 1 if step == self._last else 1
+        is_equal = self._last is not None and math.isclose(step, self._last, rel_tol=_EQUAL)
+        self._equal = self._equal + 1 if is_equal else 1
         self._last = step
         self._steps += 1
-        if step < self.step:
+        if step < self.step * (1 - _EQUAL):
             # It was cut short, and tells little of the longer ones after it.
             self._equal = 0
             return
@@ -149,6 +153,13 @@ class StepController:
     def _failed(self) -> None:
         self._failures += 1
         self._starts = False
+
+    def resume(self) -> None:
+        """Begin anew by the last length that was kept, after what asked for shorter steps has gone."""
+        if self._last is not None:
+            self.step = self._last
+        self.order, self._equal, self._failures, self._steps = 1, 0, 0, 0
+        self._starts = self._rises = True
 
     def _largest_growth(self, order: int) -> float:
         return min(self._control.ifactor, self._family.largest_growth(order))

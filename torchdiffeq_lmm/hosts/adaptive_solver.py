@@ -22,6 +22,7 @@ from torchdiffeq_lmm.forward.error_norm import ErrorNorm, Norm
 from torchdiffeq_lmm.forward.events import EventSign
 from torchdiffeq_lmm.forward.grid import check_times, jump_rounding, jumps_inside
 from torchdiffeq_lmm.forward.implicit import OnFailure
+from torchdiffeq_lmm.forward.lost_samples import LostSamples
 from torchdiffeq_lmm.forward.newton_options import Newton
 from torchdiffeq_lmm.forward.outputs import Trajectory
 from torchdiffeq_lmm.forward.samples import BatchDims
@@ -128,10 +129,10 @@ class AdaptiveSolver(DifferentiableSolver):
             raise TypeError(f"dtype must be a real floating dtype, got {dtype!r}")
         if report is not None and not isinstance(report, SolveReport):
             raise TypeError(f"report must be a SolveReport or None, got {report!r}")
-        if on_failure == "nan":
+        if on_failure == "nan" and not (self.method.is_implicit and backward == "autograd"):
             raise ValueError(
-                f"on_failure must be 'raise' for method {self.method.name!r}, got 'nan': a sample whose equation is "
-                f"not solved asks for a shorter step. With a fixed step size, 'bdf2' and others can go on without it"
+                f"on_failure must be 'raise' for method {self.method.name!r} with backward {backward!r}, got 'nan', "
+                f"which is for 'bdf' and 'autograd'"
             )
         check_max_num_steps(max_num_steps)
         equations = ImplicitOptions(batch_dims, on_failure, newton, jac_sparsity, jac, preconditioner)
@@ -153,7 +154,10 @@ class AdaptiveSolver(DifferentiableSolver):
             raise ValueError(
                 f"min_step must be at most max_step, got {self._control.min_step} and {self._control.max_step}"
             )
-        self._errors = ErrorNorm(self.rtol, self.atol, norm)
+        self._lost = LostSamples(self._samples) if on_failure == "nan" else None
+        if self._lost is not None and self._vector_field.part is not None:
+            raise ValueError("on_failure must be 'raise' in odeint_adjoint, got 'nan'; use odeint")
+        self._errors = ErrorNorm(self.rtol, self.atol, norm, self._lost)
         self._stops = self._times_of(step_t, "step_t")
         self._check_apart()
         self._time_dtype = torch.promote_types(dtype, y0.dtype.to_real())
@@ -203,6 +207,7 @@ class AdaptiveSolver(DifferentiableSolver):
                 outputs += [goal.output(i, each[first + i], found) for i in range(last - first)]
                 x = self._end_of(source, goal.span, end, found)
                 keepers.append(keeper)
+        self._warn_of_failures(x)
         return stack([self.y0, *outputs], keepers)
 
     @eager
@@ -287,6 +292,7 @@ class AdaptiveSolver(DifferentiableSolver):
             self._vector_field,
             Callbacks(hosted.callback_step, hosted.callback_accept_step, hosted.callback_reject_step),
             self._report,
+            self._lost,
         )
 
     def _refuse_tangents(self, times: Tensor) -> None:

@@ -160,6 +160,7 @@ class DifferentiableSolver:
             options.newton,
             options.on_failure,
             self._known,
+            self.chooses_steps,
             field.count_jacobian,
         )
         return PieceSolver(
@@ -178,7 +179,13 @@ class DifferentiableSolver:
     def _warn_of_failures(self, x: Tensor) -> None:
         """Warn of samples that were lost, where they were to become NaN."""
         if self._equations.on_failure == "nan":
-            warn_of_failures(self._samples, x, self.method.name)
+            name = repr(self.method.name)
+            reason = (
+                f"no step of method {name} was short enough"
+                if self.chooses_steps
+                else f"the implicit equations of method {name} were not solved"
+            )
+            warn_of_failures(self._samples, x, reason)
 
 
 def _of_part(tolerance: float | Tensor, part: slice | None) -> float | Tensor:
