@@ -85,7 +85,8 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(solve, (y0, t, rate))
 
 
-@pytest.mark.parametrize(("method", "order"), slow_but((("leapfrog", 2),), (("leapfrog", 2), ("ab3", 3))))
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "order"), [("leapfrog", 2), ("ab3", 3)])
 def test_states_and_gradients_converge_to_the_closed_form(method: str, order: int) -> None:
     class Decay(nn.Module):
         def __init__(self) -> None:
@@ -244,7 +245,8 @@ def test_the_length_of_a_block_does_not_matter() -> None:
 class TestReversible:
     """Run backwards from the last block, with a few states that are kept on the way."""
 
-    @pytest.mark.parametrize("grad_filter", slow_but((None,), (None, "auto")))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("grad_filter", [None, "auto"])
     def test_the_gradient_is_that_of_auto_differentiation(self, grad_filter: Any) -> None:
         func, drifts = Field(), list[float]()
         keywords = {"method": "leapfrog", "options": {"step_size": 1 / 230}, "grad_filter": grad_filter}

@@ -82,6 +82,7 @@ def test_gradients_of_times_and_a_second_batch_size() -> None:
         assert_same(compiled, solved(func, start(batch), t, "ab1", options=REGULAR))
 
 
+@pytest.mark.slow
 def test_with_checkpoints_less_is_kept() -> None:
     kept = {}
     for backward in ("autograd", "checkpoint"):

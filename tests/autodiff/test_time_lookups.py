@@ -68,6 +68,7 @@ def test_values_and_gradients_are_those_of_an_eager_solve(keywords: dict[str, An
     assert_same(compiled, solved(func, start(), t, **keywords))
 
 
+@pytest.mark.slow
 def test_gradients_of_times_as_well() -> None:
     func, t = Layers(), INSIDE.clone().requires_grad_()
     compiled = solved(func, start(), t, "ab1", options=REGULAR, compile=TRACED)

@@ -181,6 +181,7 @@ def robertson_batch() -> Tensor:
         return solve(lambda t, y: robertson(t, y, rates()), y0, TIMES, "bdf", 1e-6, 1e-10)
 
 
+@pytest.mark.slow
 def test_every_sample_of_a_batch() -> None:
     exact = robertson_references()
     errors = np.abs(robertson_batch().numpy() - exact) / (np.abs(exact) + 1e-4)

@@ -31,7 +31,8 @@ def y0() -> Tensor:
     return torch.tensor([[-1.0], [0.5], [1.0], [-0.3]], dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("grad_filter", [None, pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("grad_filter", [None, "auto"])
 def test_a_sample_that_ends_is_nan_and_the_others_are_right(rate: Tensor, y0: Tensor, grad_filter: Any) -> None:
     report = SolveReport()
     with pytest.warns(
@@ -67,6 +68,7 @@ def test_func_that_is_nan_for_a_sample_and_a_jump_after_it(rate: Tensor) -> None
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_where_no_sample_would_be_left_there_is_an_error(rate: Tensor) -> None:
     y0 = torch.ones(2, 1, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"found no step that is accurate enough at t = (1|0\.99)"):
