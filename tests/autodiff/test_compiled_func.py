@@ -115,6 +115,26 @@ def test_nothing_is_held_once_func_is_gone() -> None:
 
 
 @pytest.mark.slow
+def test_functions_of_one_code_for_states_of_other_sizes() -> None:
+    def made(last: int) -> Any:
+        # It has an entry, so that no size but that of its state will do.
+        return lambda t, y: t.cos() - y * y[last]
+
+    for size in (2, 4, 2):
+        y0 = torch.linspace(0.1, 1, size, dtype=torch.float64, requires_grad=True)
+        found = [
+            torch.autograd.grad(
+                torchdiffeq_lmm.odeint(made(size - 1), y0, INSIDE, method="ab1", options=REGULAR, compile=way)
+                .square()
+                .sum(),
+                y0,
+            )[0]
+            for way in (TRACED, False)
+        ]
+        assert_same(found[:1], found[1:])
+
+
+@pytest.mark.slow
 def test_adjoint_params_name_whose_gradients_are_wanted() -> None:
     func, y0 = Field(), start()
     keywords: dict[str, Any] = {"method": "ab2", "options": REGULAR, "compile": TRACED}

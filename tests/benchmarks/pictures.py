@@ -30,6 +30,8 @@ CURVES: dict[str, dict[str, Any]] = {
     "ab4": {"color": GREEN, "marker": "s", "linestyle": "-"},
     "ab5": {"color": RED, "marker": "D", "linestyle": "-"},
     "abm4": {"color": PURPLE, "marker": "^", "linestyle": "-"},
+    "leapfrog, compiled": {"color": BLUE, "marker": "o", "linestyle": "-", "fillstyle": "none"},
+    "ab4, compiled": {"color": GREEN, "marker": "s", "linestyle": "-", "fillstyle": "none"},
     "torchdiffeq midpoint": {"color": BLUE, "marker": "x", "linestyle": "--"},
     "torchdiffeq rk4": {"color": ORANGE, "marker": "+", "linestyle": "--"},
     "torchdiffeq explicit_adams (order 4)": {"color": GREEN, "marker": "x", "linestyle": "--"},
@@ -75,10 +77,13 @@ SUMMARY_CURVES = (
     "leapfrog",
     "ab4",
     "ab5",
+    "leapfrog, compiled",
+    "ab4, compiled",
     "torchdiffeq midpoint",
     "torchdiffeq rk4",
     "torchdiffeq explicit_adams (order 4)",
     "torchdiffeq dopri5",
+    "diffrax LeapfrogMidpoint, jitted",
     "diffrax Tsit5, jitted",
 )
 

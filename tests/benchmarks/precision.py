@@ -32,7 +32,7 @@ class Solver:
     """One curve.
 
     Args:
-        name: its name; ours are those without the name of a peer.
+        name: its name, which begins with that of a peer where it is one.
         prepare: from a problem to its solve.
         evaluations: of func per step, roughly, so that all curves span the same work; 0 for an adaptive method, which
             is given tolerances.
@@ -45,7 +45,14 @@ class Solver:
     @property
     def camp(self) -> str:
         """Ours, a peer on torch, or diffrax, which compiles the whole solve."""
-        return "diffrax" if self.name.startswith("diffrax") else "torch peer" if " " in self.name else "ours"
+        if self.name.startswith("diffrax"):
+            return "diffrax"
+        return "torch peer" if self.name.startswith(("torchdiffeq", "torchdyn", "TorchDiffEqPack")) else "ours"
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it compiles a solve by Inductor, which takes longer than all other curves."""
+        return self.name.endswith(", compiled")
 
     def settings(self, *, quick: bool) -> tuple[float, ...]:
         """Numbers of steps, or tolerances, from little work to much."""
@@ -88,6 +95,31 @@ def fixed(method: str, **options: Any) -> Callable[[Problem], Solve]:
             return torchdiffeq.odeint(func, y0, t, method=method, options=step)[-1]
 
         return _counted(problem, solve)
+
+    return prepare
+
+
+def compiled(method: str) -> Callable[[Problem], Solve]:
+    """A fixed-step method of this package, compiled; its evaluations are those of the eager solve."""
+
+    def prepare(problem: Problem) -> Solve:
+        t = torch.tensor([0.0, problem.horizon], dtype=torch.float64)
+        counted, counts = fixed(method)(problem), dict[float, int]()
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            slope: Tensor = problem.field(torch, y)
+            return slope
+
+        def run(steps: float) -> tuple[np.ndarray, int]:
+            if steps not in counts:
+                counts[steps] = counted(steps)[1]
+            step = {"step_size": problem.horizon / steps}
+            with torch.no_grad():
+                y0 = torch.tensor(problem.start)
+                end = torchdiffeq_lmm.odeint(func, y0, t, method=method, options=step, compile=True)[-1]
+            return end.numpy(), counts[steps]
+
+        return run
 
     return prepare
 
@@ -146,6 +178,8 @@ SOLVERS = (
     Solver("ab5", fixed("ab5"), 1),
     Solver("abm4", fixed("abm4"), 2),
     Solver("am4", fixed("am4"), 2),
+    Solver("leapfrog, compiled", compiled("leapfrog"), 1),
+    Solver("ab4, compiled", compiled("ab4"), 1),
     Solver("torchdiffeq midpoint", fixed("midpoint"), 2),
     Solver("torchdiffeq rk4", fixed("rk4"), 4),
     Solver("torchdiffeq explicit_adams (order 4)", fixed("explicit_adams", max_order=5), 1),
@@ -199,6 +233,8 @@ def measure(*, quick: bool, long: bool) -> dict[str, Any]:
     for problem in problems()[2 if quick else 0 :]:
         curves = results["problems"].setdefault(problem.name, {})
         for solver in SOLVERS:
+            if quick and solver.is_compiled:
+                continue
             curves[solver.name], failed = curve(solver, problem, quick=quick)
             results["absent"] |= {f"{solver.name}, {problem.name}{where}": why for where, why in failed.items()}
     return results

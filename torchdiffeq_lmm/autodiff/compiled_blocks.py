@@ -328,7 +328,7 @@ class _Fakes:
             ) from error
         _check(graph)
         size = self._x.shape[0] if self._x.ndim else 0
-        return _TracedBlock(graph, inputs, self._shapes, size.node.expr if isinstance(size, torch.SymInt) else None)
+        return _TracedBlock(graph, inputs, self._shapes, size.node._expr if isinstance(size, torch.SymInt) else None)
 
 
 def _check(graph: torch.fx.GraphModule) -> None:
