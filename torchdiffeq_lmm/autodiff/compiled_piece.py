@@ -108,17 +108,15 @@ class CompiledPieceSolver:
         dependencies = self._dependencies(planned.time, y0)
         blocks = CompiledBlocks(dependencies, self.settings, y0, planned.time, keeps=self.backward == "autograd")
         records = torch.is_grad_enabled()
-        wanted = self._wanted(dependencies) if records else ()
-        stacks = [
-            stack if stack.requires_grad and self._is_wanted(stack) else stack.detach() for stack in dependencies.stacks
-        ]
+        wanted = self._wanted(dependencies) if records else set()
+        stacks = [stack if id(stack) in wanted else stack.detach() for stack in dependencies.stacks]
         solve = CompiledSolve(
             planned,
             blocks,
-            wanted,
+            tuple(i for i, tensor in enumerate(dependencies.tensors) if id(tensor) in wanted),
             records and weights is not None,
             records and takes_slopes,
-            tuple(i for i, stack in enumerate(stacks) if records and stack.requires_grad),
+            tuple(i for i, stack in enumerate(stacks) if stack.requires_grad),
             self.backward if isinstance(self.backward, Reversible) else None,
         )
         looked_up = _looked_up(dependencies, stacks, planned)
@@ -159,20 +157,18 @@ class CompiledPieceSolver:
         with torch.no_grad():
             self.vector_field(time, y0.detach())
 
-    def _wanted(self, dependencies: Dependencies) -> tuple[int, ...]:
-        """The numbers of the tensors whose gradients are wanted."""
-        taken = {id(tensor) for tensor in (*dependencies.tensors, *dependencies.stacks)}
+    def _wanted(self, dependencies: Dependencies) -> set[int]:
+        """The tensors and stacks whose gradients are wanted, by id."""
+        taken = (*dependencies.tensors, *dependencies.stacks)
+        known = {id(tensor) for tensor in taken}
         for parameter in self.adjoint_params or ():
-            if not parameter.is_leaf and id(parameter) not in taken:
+            if not parameter.is_leaf and id(parameter) not in known:
                 raise ValueError(
                     f"adjoint_params must be tensors that func itself takes where compile is given, such as `values` "
                     f"of a GridParameter instead of its rows; got another, of shape {tuple(parameter.shape)}"
                 )
-        tensors = enumerate(dependencies.tensors)
-        return tuple(i for i, tensor in tensors if tensor.requires_grad and self._is_wanted(tensor))
-
-    def _is_wanted(self, tensor: Tensor) -> bool:
-        return self.adjoint_params is None or any(tensor is given for given in self.adjoint_params)
+        listed = known if self.adjoint_params is None else {id(parameter) for parameter in self.adjoint_params}
+        return {id(tensor) for tensor in taken if tensor.requires_grad and id(tensor) in listed}
 
 
 def _looked_up(dependencies: Dependencies, stacks: Sequence[Tensor], planned: Schedule) -> list[Tensor]:

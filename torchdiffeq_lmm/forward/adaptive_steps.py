@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.schemes.recurrence import Recurrence, Row
-from torchdiffeq_lmm.schemes.variable_order import Estimate, VariableOrderFamily
+from torchdiffeq_lmm.schemes.variable_order import VariableOrderFamily
 
 from .error_norm import ErrorNorm
 from .first_step import first_step
@@ -304,9 +304,7 @@ class AdaptiveSteps:
                 f"have a singularity or a jump there (say where in jump_t)"
             ) from failure
         with torch.no_grad():
-            estimate = self._family.error(order, lengths)
-            assert estimate is not None
-            sizes = self._ratios(estimate, trial).abs().reshape(-1).nan_to_num(nan=math.inf)
+            sizes = self._ratios(order, lengths, trial).abs().reshape(-1).nan_to_num(nan=math.inf)
             worst = int(sizes.argmax())
             value = trial.x.reshape(-1)[worst].item()
         raise RuntimeError(
@@ -334,20 +332,19 @@ class AdaptiveSteps:
         if failure is not None:
             failed = failure.failed
         else:
-            estimate = self._family.error(order, lengths)
-            assert estimate is not None
             with torch.no_grad():
-                failed = self._lost.too_large(self._ratios(estimate, trial))
+                failed = self._lost.too_large(self._ratios(order, lengths, trial))
         if failed is None or not self._lost.add(failed):
             return False
         history.x = self._lost.filled(history.x, math.nan)
         return True
 
-    def _ratios(self, estimate: Estimate, trial: History) -> Tensor:
-        """The errors of a step in terms of the tolerance."""
+    def _ratios(self, order: int, lengths: tuple[float, ...], trial: History) -> Tensor:
+        """The errors of a step in terms of the tolerance, entry by entry."""
+        estimate = self._family.error(order, lengths)
+        assert estimate is not None
         assert trial.previous is not None
-        ratios = self._errors.error(estimate, trial) / self._errors.scale(trial.previous, trial.x)
-        return ratios if self._lost is None else self._lost.filled(ratios, 0.0)
+        return self._errors.relative(estimate, trial, self._errors.scale(trial.previous, trial.x))
 
     def _shown(self, t: float) -> float:
         """A time as the user knows it."""

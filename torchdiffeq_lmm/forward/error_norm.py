@@ -56,11 +56,7 @@ class ErrorNorm:
         if history.x.numel() == 0:
             return [None if estimate is None else 0.0 for estimate in estimates]
         scale = self.scale(history.previous, history.x)
-        sizes = [
-            self.norm(self._counted(self.error(estimate, history) / scale))
-            for estimate in estimates
-            if estimate is not None
-        ]
+        sizes = [self.norm(self.relative(estimate, history, scale)) for estimate in estimates if estimate is not None]
         numbers = iter(self._read(sizes))
         return [None if estimate is None else next(numbers) for estimate in estimates]
 
@@ -71,6 +67,10 @@ class ErrorNorm:
             *((weight, history.slopes[lag]) for lag, weight in estimate.slopes),
         ]
         return weighted_sum([weight for weight, _ in terms], [tensor for _, tensor in terms])
+
+    def relative(self, estimate: Estimate, history: History, scale: Tensor) -> Tensor:
+        """The same in terms of a scale; 0 for lost samples."""
+        return self._counted(self.error(estimate, history) / scale)
 
     def size(self, y: Tensor, scale: Tensor) -> float:
         """The norm of something in terms of a scale."""
