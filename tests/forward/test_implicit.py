@@ -236,21 +236,21 @@ def test_the_jacobian_is_kept_as_long_as_it_serves() -> None:
 
 
 def test_a_small_jacobian_is_made_anew_where_that_saves_iterations() -> None:
-    """By the evaluation that gives f at the first iterate, so that it costs none."""
+    """In one step of four, by the evaluation that gives f at the first iterate, so that it costs none."""
     solver, f = tight(), Counted(lambda x: -1e3 * x + torch.sin(x))
     x = torch.ones(2, dtype=torch.float64)
     for step in range(10):
         before = f.iterates + f.slopes
         d, _ = solved(solver, f, x, 0.1)
         x = x + d
-        assert f.iterates + f.slopes - before <= (6 if step == 0 else 3 if step == 1 else 2)
+        assert f.iterates + f.slopes - before <= (6 if step == 0 else 3 if step < 3 else 2)
 
 
 def test_a_jacobian_that_serves_no_longer_is_replaced() -> None:
     solver = tight()
     x = torch.ones(2, dtype=torch.float64)
     # A Jacobian of what is stiffer makes small corrections, which another iterate has to show.
-    for rate, most in ((-100.0, 4), (-1.0, 5), (-1e4, 2)):
+    for rate, most in ((-100.0, 4), (-1.0, 5), (-1e4, 4)):
         f = Counted(lambda x, rate=rate: rate * x)  # type: ignore[misc]
         d, _ = solved(solver, f, x, 0.1)
         torch.testing.assert_close(x + d, x / (1 - 0.1 * rate), rtol=1e-8, atol=0)

@@ -28,7 +28,7 @@ _ROUNDING = 8
 def real_rows(rows: Tensor) -> Tensor:
     """Rows as real ones, in float32 at least."""
     real = torch.view_as_real(rows.resolve_conj()).flatten(1) if rows.is_complex() else rows
-    return real.to(torch.promote_types(real.dtype, torch.float32))
+    return real.float() if real.dtype.itemsize < torch.float32.itemsize else real
 
 
 def rows_like(real: Tensor, like: Tensor) -> Tensor:

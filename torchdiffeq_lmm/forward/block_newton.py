@@ -22,7 +22,7 @@ from .newton_iteration import NewtonIteration
 from .newton_memory import Outcome
 
 _PERIOD = 4
-"""Jacobians that take evaluations are made at once for all samples that want one, in every step of this number."""
+"""Jacobians are made at once for all samples that want one, in every step of this number."""
 
 
 class BlockNewton:
@@ -95,19 +95,20 @@ class BlockNewton:
 
     @property
     def is_due(self) -> bool:
-        """Whether Jacobians may be made anew before they fail: in few steps where that takes evaluations."""
-        return self._jacobian.is_exact or self._steps % _PERIOD == 0
+        """Whether Jacobians may be made anew before they fail."""
+        return self._steps % _PERIOD == 0
 
     def correct(self, residual: Rows, newton: Flags) -> Rows:
         """The Newton correction for a residual, of some samples; of the others the residual itself."""
         if self._inverses is None or not any_of(newton):
             return residual
-        solved = rows_like((self._inverses @ real_rows(residual).to(self._inverses.dtype)[..., None])[..., 0], residual)
+        columns = real_rows(residual).to(self._inverses.dtype).unsqueeze(2)
+        solved = rows_like(torch.bmm(self._inverses, columns).squeeze(2), residual)
         return solved if all_of(newton) else torch.where(self._mask(newton, residual), solved, residual)
 
-    def evaluate(self, equations: Equations, d: Rows, samples: Flags) -> Rows | None:
-        """f at d, and by the same evaluation the Jacobians of some samples anew; None where func has no graph."""
-        found = self._jacobian.differentiated(equations.slope, equations.x + d)
+    def evaluate(self, equations: Equations, y: Rows, samples: Flags) -> Rows | None:
+        """f at y, and by the same evaluation the Jacobians of some samples anew; None where func has no graph."""
+        found = self._jacobian.differentiated(equations.slope, y)
         if found is None:
             return None
         self._keep(found[1], equations.weight, samples)
@@ -115,10 +116,11 @@ class BlockNewton:
 
     def refresh(self, equations: Equations, d: Rows, f: Rows, samples: Flags) -> None:
         """Make the Jacobians of some samples anew, at d."""
-        if self.evaluate(equations, d, samples) is None:
-            sizes = torch.maximum(torch.maximum((equations.x + d).abs(), d.abs()), equations.c.abs())
+        y = equations.x + d
+        if self.evaluate(equations, y, samples) is None:
+            sizes = torch.maximum(torch.maximum(y.abs(), d.abs()), equations.c.abs())
             sizes = torch.maximum(sizes, abs(equations.weight) * f.abs())
-            blocks = self._jacobian.differences(equations.slope, equations.x + d, f, sizes)
+            blocks = self._jacobian.differences(equations.slope, y, f, sizes)
             self._keep(blocks, equations.weight, samples)
 
     def update(self, residual: Rows, correction: Rows, direction: Tensor, samples: Flags, weight: float) -> None:
@@ -133,10 +135,11 @@ class BlockNewton:
         """
         assert self._blocks is not None
         assert self._inverses is not None
-        row = real_rows(direction)[:, None, :]
-        blocks = torch.addcmul(self._blocks, real_rows(residual / weight)[..., None], row.to(self._blocks.dtype))
-        to = self._inverses.dtype
-        inverses = torch.addcmul(self._inverses, real_rows(correction).to(to)[..., None], row.to(to) @ self._inverses)
+        row, to = real_rows(direction).unsqueeze(1), self._inverses.dtype
+        change = real_rows(residual / weight).unsqueeze(2)
+        blocks = torch.addcmul(self._blocks, change, row.to(self._blocks.dtype))
+        change = real_rows(correction).to(to).unsqueeze(2)
+        inverses = torch.addcmul(self._inverses, change, torch.bmm(row.to(to), self._inverses))
         if not all_of(samples):
             mask = self._mask(samples, blocks)[..., None]
             blocks, inverses = torch.where(mask, blocks, self._blocks), torch.where(mask, inverses, self._inverses)
@@ -170,12 +173,13 @@ class BlockNewton:
 
     @staticmethod
     def _mask(flags: Flags, like: Rows) -> Tensor:
-        return torch.from_numpy(flags).to(like.device)[:, None]
+        return torch.from_numpy(flags).to(like.device).unsqueeze(1)
 
 
 def inverses_of(blocks: Tensor, weight: float) -> Tensor:
     """(1 - b* J)⁻¹ of every block, in double precision where the device has it; not finite where it is singular."""
     dtype = blocks.dtype if blocks.device.type == "mps" else torch.float64
     unit = torch.eye(blocks.shape[-1], dtype=dtype, device=blocks.device)
+    inverses: Tensor
     inverses, info = torch.linalg.inv_ex(unit - weight * blocks.to(dtype))
-    return torch.where((info == 0)[:, None, None], inverses, torch.nan)
+    return inverses.masked_fill_((info != 0)[:, None, None], torch.nan)

@@ -117,8 +117,9 @@ class Tolerances:
             change: |d - c|.
             dtype: of the state.
         """
-        rounding = (ROUNDING * torch.finfo(dtype).eps) * level + (ROUNDING * self.precision) * change
-        return torch.maximum(self._part_of_rtol * level + self._part_of_atol, rounding + ROUNDING * least(dtype))
+        rounding = (ROUNDING * torch.finfo(dtype).eps) * level
+        rounding.add_((ROUNDING * self.precision) * change).add_(ROUNDING * least(dtype))
+        return torch.maximum(self._part_of_rtol * level + self._part_of_atol, rounding)
 
     def scale(self, level: Tensor, d: Rows, c: Rows) -> Tensor:
         """Sizes by which corrections of one sample are compared, nowhere 0; `level` as above."""
@@ -199,9 +200,9 @@ def least(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
 
 
-def excess_of(correction: Tensor, tolerance: Tensor) -> Tensor:
-    """A correction in terms of the tolerance; nothing to correct is no excess, even over a tolerance of 0.
+def excess_of(size: Tensor, tolerance: Tensor) -> Tensor:
+    """The size of a correction in terms of the tolerance; nothing to correct is no excess, even over a tolerance of 0.
 
     Not a number where the correction is none.
     """
-    return (correction.abs() / tolerance).masked_fill(correction == 0, 0.0)
+    return (size / tolerance).masked_fill_(size == 0, 0.0)

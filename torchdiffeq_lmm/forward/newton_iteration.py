@@ -60,8 +60,9 @@ class NewtonIteration:
         self._two_starts = len(starts) > 1
         count = len(skipped)
         self.way = np.where(skipped, _SOLVED, np.where(solver.uses_newton, _FIRST, _SUBSTITUTION)).astype(np.int8)
-        self.at = starts[0]
+        self.at = self._y = starts[0]
         self._x_size = size_of(equations.x)
+        self._one = self._x_size.new_ones(())
         # Of samples that are not done they mean nothing.
         self._d, self._f, self._residual, self._excess = starts[0], starts[0], starts[0], self._x_size
         # Of substitution: the last size, the residual at the first start, and how many iterations serve.
@@ -120,6 +121,7 @@ class NewtonIteration:
     def _iterate(self) -> None:
         substitutes, first, newton = (self.way == way for way in (_SUBSTITUTION, _FIRST, _NEWTON))
         renewed = (first & ~self.solver.has_block()) | (self._wanted & (first | newton))
+        self._y = self.equations.x + self.at
         f, residual = self._evaluate(renewed)
         now = self._measured(f, residual, first, newton, renewed)
         self._iterations += self.way < _SOLVED
@@ -142,12 +144,12 @@ class NewtonIteration:
 
     def _evaluate(self, renewed: Flags) -> tuple[Rows, Rows]:
         """f and the residual; the Jacobians of some samples are made anew, where f is finite."""
-        equations, solver = self.equations, self.solver
-        f = solver.evaluate(equations, self.at, renewed) if any_of(renewed) else None
+        equations, solver, y = self.equations, self.solver, self._y
+        f = solver.evaluate(equations, y, renewed) if any_of(renewed) else None
         self._is_current = f is None
         if f is None:
-            f = equations.iterate(equations.x + self.at)
-        residual = equations.c + equations.weight * f - self.at
+            f = equations.iterate(y)
+        residual = (equations.c + equations.weight * f).sub_(self.at)
         if self._is_current and any_of(renewed):
             renewed = renewed & torch.isfinite(residual).all(1).cpu().numpy()
             if any_of(renewed):
@@ -160,11 +162,11 @@ class NewtonIteration:
 
     def _measured(self, f: Rows, residual: Rows, first: Flags, newton: Flags, renewed: Flags) -> Iterate:
         equations, solver = self.equations, self.solver
-        level = self._level_of(self.at)
+        level = torch.maximum(self._x_size, size_of(self._y))
         tolerance = solver.tolerances.of(level, (self.at - equations.c).abs(), residual.dtype)
         value = direction = residual
-        seen = self._seen
-        excess = known = excess_of(residual, tolerance)
+        size, seen = residual.abs(), self._seen
+        excess = known = excess_of(size, tolerance)
         sizes = [excess]
         if any_of(first):
             scale = solver.tolerances.scale(level, self.at, equations.c)
@@ -173,12 +175,13 @@ class NewtonIteration:
             value = solver.correct(residual, first | newton)
             if any_of(newton):
                 value, direction = self._accelerated(value, newton & (self._damping == 1.0) & ~renewed)
-            excess_of_residual, excess = excess, excess_of(value, tolerance)
-            sizes = [excess, excess_of_residual, value.abs() / self._scale]
+            size = value.abs()
+            excess_of_residual, excess = excess, excess_of(size, tolerance)
+            sizes = [excess, excess_of_residual, size / self._scale]
             if any_of(newton):
                 # Where nothing was corrected, or little, nothing is known.
-                rate = value.abs() / self._base_value.abs()
-                small = excess * torch.fmin(CAUTION * rate, torch.ones_like(rate))
+                rate = size / self._base_value.abs()
+                small = excess * torch.fmin(CAUTION * rate, self._one)
                 # Some entries may converge while a Jacobian that does not fit others hides what they lack.
                 seen = torch.fmin(rate, self._seen)
                 known = torch.fmin(seen / SLOW, excess_of_residual)
@@ -198,8 +201,9 @@ class NewtonIteration:
         trusted = along.abs() <= _SECANT
         if not all_of(samples):
             trusted &= self._mask(samples)
-        direction = (step / (self._scale * length)).where(trusted, 0.0)
-        return (value / (1 - along.where(trusted, 0.0))).to(value.dtype), direction
+        untrusted = trusted.logical_not_()
+        direction = (step / (self._scale * length)).masked_fill_(untrusted, 0.0)
+        return (value / (1 - along.masked_fill_(untrusted, 0.0))).to(value.dtype), direction
 
     def _converged(self, newton: Flags, now: Iterate) -> Flags:
         """Which samples are solved by Newton's method."""
@@ -243,11 +247,12 @@ class NewtonIteration:
         advanced = begins | accepted
         if any_of(advanced):
             # What is kept of samples that are done is of no use.
-            kept = advanced if any_of(worse) else np.ones_like(advanced)
-            self._base, self._base_f = self._rows(kept, self.at, self._base), self._rows(kept, now.f, self._base_f)
-            self._base_residual = self._rows(kept, now.residual, self._base_residual)
-            self._base_value = self._rows(kept, now.value, self._base_value)
-            self._seen = self._rows(kept, now.seen, self._seen)
+            latest = [self.at, now.f, now.residual, now.value, now.seen]
+            if any_of(worse):
+                mask = self._mask(advanced)
+                before = self._base, self._base_f, self._base_residual, self._base_value, self._seen
+                latest = [torch.where(mask, new, old) for new, old in zip(latest, before, strict=True)]
+            self._base, self._base_f, self._base_residual, self._base_value, self._seen = latest
             if any_of(forgets):
                 self._seen = self._rows(forgets, torch.full_like(self._seen, torch.inf), self._seen)
             self._base_level[advanced] = now.level[advanced]
@@ -363,7 +368,7 @@ class NewtonIteration:
         slope = f
         if not all_of(substitutes):
             # By the equation: f itself would amplify what is left of the error by the Jacobian.
-            slope = self._rows(substitutes, f, (d - self.equations.c) / self.equations.weight)
+            slope = self._rows(substitutes, f, (d - self.equations.c).div_(self.equations.weight))
         self._d, self._f = self._rows(samples, d, self._d), self._rows(samples, slope, self._f)
 
     def _lose(self, samples: Flags, now: Iterate) -> None:
@@ -376,7 +381,7 @@ class NewtonIteration:
         self.at = self._rows(samples, self.equations.c * 0, self.at)
 
     def _mask(self, samples: Flags) -> Tensor:
-        return torch.from_numpy(samples).to(self.at.device)[:, None]
+        return torch.from_numpy(samples).to(self.at.device).unsqueeze(1)
 
     def _rows(self, samples: Flags, new: Rows, old: Rows) -> Rows:
         """Rows of `new` for some samples, of `old` for the others."""

@@ -49,13 +49,13 @@ class Memory(Protocol):
 
     @property
     def is_due(self) -> bool:
-        """Whether in this step Jacobians may be made anew before they fail: where they cost much, in few steps."""
+        """Whether in this step Jacobians may be made anew before they fail."""
 
     def correct(self, residual: Rows, newton: Flags) -> Rows:
         """Return the Newton correction for a residual, of some samples; of the others the residual itself."""
 
-    def evaluate(self, equations: Equations, d: Rows, samples: Flags) -> Rows | None:
-        """Return f at d, the Jacobians of some samples being made anew by the same evaluation; None if it cannot be."""
+    def evaluate(self, equations: Equations, y: Rows, samples: Flags) -> Rows | None:
+        """Return f at y, the Jacobians of some samples being made anew by the same evaluation; None if it cannot be."""
 
     def refresh(self, equations: Equations, d: Rows, f: Rows, samples: Flags) -> None:
         """Make the Jacobians of some samples anew, at d."""

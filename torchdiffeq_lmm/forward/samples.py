@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -43,7 +44,7 @@ class Samples:
     shapes: tuple[torch.Size, ...]
     dims: int
 
-    @property
+    @cached_property
     def count(self) -> int:
         """How many samples there are."""
         return prod(self.shapes[0][: self.dims])
