@@ -33,8 +33,8 @@ def in_turn(settings: Sequence[Any], few: int, fast: Collection[str] = FAST, nam
     """Methods with settings: leapfrog, ab3 and abm2 with all of them, every other method with `few`.
 
     Each has those of its turn, so that the methods of a family share the settings out; the implicit ones take many
-    times as long, and nystrom3 has half of the settings beside leapfrog. A setting is one parameter, or a tuple of several. Of each method of `fast` one setting is not
-    slow, of the next family the next one.
+    times as long, and nystrom3 has half of the settings beside leapfrog. A setting is one parameter, or a tuple of
+    several. Of each method of `fast` one setting is not slow, of the next family the next one.
     """
     chosen = []
     for position, name in enumerate(names):

@@ -129,7 +129,8 @@ def test_unfiltered_gradient_does_not_converge(name: str) -> None:
 
 @pytest.mark.parametrize("name", slow_but(["ab3"], sorted(STRONGLY_STABLE)))
 def test_far_from_observations_the_methods_own_accuracy_stays(name: str) -> None:
-    steps = 160
+    # The error of bdf6 is that of the filter, at fewer steps.
+    steps = 160 if name == "bdf6" else steps_of(name)[-1]
     filtered, _ = density_errors(name, "auto", "uniform", "at the end", PENDULUM, steps)
     raw, _ = density_errors(name, None, "uniform", "at the end", PENDULUM, steps)
     inner = slice(10, steps // 2)
