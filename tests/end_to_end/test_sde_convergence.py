@@ -136,7 +136,7 @@ def test_strong_order_one_half_for_noises_that_do_not_commute(method: str) -> No
 @pytest.mark.parametrize("method", slow_but([], METHODS))
 def test_strong_order_one_for_additive_noise(method: str) -> None:
     path, reference = fine(0.5, 400)
-    order, margin = strong_order([end(Additive(), path, method, n) - reference for n in (32, 64, 128, 256)])
+    order, margin = strong_order([end(Additive(), path, method, n) - reference for n in (16, 32, 64, 128)])
     assert margin < 0.12
     assert abs(order - 1) < 0.05 + margin
 
@@ -156,7 +156,7 @@ def test_weak_order_one(method: str) -> None:
 SMALL: tuple[tuple[float, Callable[[list[float]], bool]], ...] = (
     (0.0, lambda p: min(p) > 1.85),
     (1e-4, lambda p: min(p) > 1.85),
-    (0.03, lambda p: p[0] > 1.6 and p[-1] < 1.5),
+    (0.06, lambda p: p[0] > 1.6 and p[-1] < 1.5),
     (0.5, lambda p: min(p) > 0.7 and max(p) < 1.3),
 )
 
@@ -168,8 +168,7 @@ def test_small_noise(method: str, epsilon: float, expected: Callable[[list[float
     # The error is O(h² + ε h): of order 2 until the noise's term takes over.
     path, reference = fine(epsilon, 100)
     errors = [
-        float((end(Additive(epsilon), path, method, n) - reference).square().mean().sqrt())
-        for n in (16, 32, 64, 128, 256)
+        float((end(Additive(epsilon), path, method, n) - reference).square().mean().sqrt()) for n in (16, 32, 64, 128)
     ]
     assert expected(orders(errors))
     assert all(after < before for before, after in pairwise(errors))
