@@ -156,7 +156,7 @@ def test_weak_order_one(method: str) -> None:
 SMALL: tuple[tuple[float, Callable[[list[float]], bool]], ...] = (
     (0.0, lambda p: min(p) > 1.85),
     (1e-4, lambda p: min(p) > 1.85),
-    (0.06, lambda p: p[0] > 1.6 and p[-1] < 1.5),
+    (0.03, lambda p: p[0] > 1.6 and p[-1] < 1.5),
     (0.5, lambda p: min(p) > 0.7 and max(p) < 1.3),
 )
 
@@ -168,7 +168,8 @@ def test_small_noise(method: str, epsilon: float, expected: Callable[[list[float
     # The error is O(h² + ε h): of order 2 until the noise's term takes over.
     path, reference = fine(epsilon, 100)
     errors = [
-        float((end(Additive(epsilon), path, method, n) - reference).square().mean().sqrt()) for n in (16, 32, 64, 128)
+        float((end(Additive(epsilon), path, method, n) - reference).square().mean().sqrt())
+        for n in (16, 32, 64, 128, 256)
     ]
     assert expected(orders(errors))
     assert all(after < before for before, after in pairwise(errors))

@@ -148,9 +148,12 @@ def test_a_jump_at_an_end_makes_no_node_and_is_seen_from_inside(name: str) -> No
 
 
 @pytest.mark.parametrize(
-    "options", [{"step_size": 0.1}, pytest.param({}, marks=pytest.mark.slow)], ids=["step_size", "times"]
+    ("name", "options"),
+    [
+        *(pytest.param(*name.values, {"step_size": 0.1}, marks=name.marks) for name in EVERY_METHOD),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in SOME),
+    ],
 )
-@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_times_outside_are_ignored(name: str, options: dict) -> None:
     t = torch.linspace(0, 1, 8, dtype=torch.float64)
     results = [
