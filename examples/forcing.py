@@ -306,7 +306,7 @@ def main() -> None:
     grids = (160,) if args.quick else (80, 160, 320)
     gradients = tuple(GRADIENTS)[: 2 if args.quick else None]
     penalties = PENALTIES[:: 2 if args.quick else 1]
-    reference_steps = REFERENCE_STEPS // (4 if args.quick else 1)
+    reference_steps = REFERENCE_STEPS // (8 if args.quick else 1)
     cases = [(name, penalty) for name in series for penalty in penalties]
     results: dict = {name: {} for name in series}
     with tqdm(total=len(cases) * (1 + len(grids) * len(gradients)), unit="fit") as progress:

@@ -247,7 +247,7 @@ EVERYTHING = Extent(
     2000,
 )
 QUICK = Extent(
-    (10, 20), {"L-BFGS": Optimiser(lbfgs(None), 20), "L-BFGS, line search": Optimiser(lbfgs("strong_wolfe"), 8)}, 100
+    (10, 20), {"L-BFGS": Optimiser(lbfgs(None), 20), "L-BFGS, line search": Optimiser(lbfgs("strong_wolfe"), 4)}, 100
 )
 
 

@@ -449,7 +449,7 @@ def draw(known: Experiments, offsets: Tensor, reaction: Reaction, found: dict) -
 def main() -> None:
     args = arguments(__doc__, "few experiments, a coarse grid, few iterations", seed=0)
     if args.quick:
-        number, ways, iterations, most_steps = 4, [("bdf3", 8)], (7, 4), 120
+        number, ways, iterations, most_steps = 4, [("bdf3", 8)], (7, 4), 60
     else:
         number, ways, iterations, most_steps = 256, [("bdf2", 20), ("bdf3", 20)], (12, 16), 5_000
     known, offsets = experiments(number, args.seed)

@@ -109,7 +109,7 @@ def reference(name: str, times: tuple[float, ...] | None = None) -> np.ndarray:
     """The states at the outputs, of shape (n, d)."""
     problem = PROBLEMS[name]
     at = problem.times if times is None else times
-    how = ("Radau", 1e-11, 1e-15) if problem.stiff else ("DOP853", 1e-12, 1e-14)
+    how = ("Radau", 1e-9, 1e-15) if problem.stiff else ("DOP853", 1e-12, 1e-14)
     found = solve_ivp(problem.numbers, (at[0], at[-1]), problem.y0, method=how[0], t_eval=at, rtol=how[1], atol=how[2])
     return found.y.T
 

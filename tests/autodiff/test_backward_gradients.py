@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from backward import AGAIN, DIM, EXPLICIT, OBSERVED, STEPS, TIGHT, Net, Plain, assert_same, draw, loss, solve
-from methods import FAST_EXPLICIT, NAMES, in_turn, slow_but
+from methods import FAST_EXPLICIT, IMPLICIT, NAMES, in_turn, slow_but
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -100,7 +100,8 @@ def test_few_steps(method: str, steps: int) -> None:
     func, y0 = Plain(), draw(2, DIM).requires_grad_()
     inputs = [y0, *func.parameters()]
     wanted = torch.autograd.grad(loss(solve(func, y0, "autograd", (0.0, 0.6), steps, method)), inputs)
-    for backward in ways(method):
+    # How checkpoints are laid out is no matter of the method; implicit ones take many times as long.
+    for backward in ways(method)[: 2 if method in IMPLICIT else None]:
         states = solve(func, y0, backward, (0.0, 0.6), steps, method)
         assert_same(torch.autograd.grad(loss(states), inputs), wanted, 1e-10)
 
@@ -154,13 +155,13 @@ def test_tuples_and_complex_states(method: str) -> None:
     ("method", "reverse", "interp"),
     in_turn(
         [(False, "linear"), (True, "cubic"), (True, "linear"), (False, "cubic")],
-        few=2,
+        few=1,
         fast=("leapfrog", "ab3"),
         names=["leapfrog", "nystrom3", "ab3", "ab4", "abm3", "am3", "bdf2", "bdf3"],
     ),
 )
 def test_events(method: str, reverse: bool, interp: str) -> None:
-    for elapsed, grad_filter in itertools.product((0.02, 0.12, 0.61), (None, "auto")):
+    for elapsed, grad_filter in itertools.product((0.02, 0.12, 0.46), (None, "auto")):
 
         def gradients(backward: object, elapsed: float = elapsed, grad_filter: Any = grad_filter) -> list[Tensor]:
             func, y0 = Net(), draw(2, DIM).requires_grad_()

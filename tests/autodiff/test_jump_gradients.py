@@ -23,7 +23,7 @@ def test_gradient_with_respect_to_the_jump(name: str, direction: int) -> None:
         f64(1.0),
         direction * f64(0.0, 1.0),
         method=name,
-        options={"step_size": 0.01, "jump_t": jump},
+        options={"step_size": 0.02, "jump_t": jump},
         **TIGHT,
     )
     (gradient,) = torch.autograd.grad(y[-1].sum(), jump)

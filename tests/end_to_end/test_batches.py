@@ -62,7 +62,7 @@ def robertson_by_radau(sample: int, count: int) -> np.ndarray:
         first, back, second = k1 * y[0], k2 * y[1] * y[2], k3 * y[1] ** 2
         return [back - first, first - back - second, second]
 
-    return solve_ivp(f, (0, 100.0), [1.0, 0, 0], method="Radau", rtol=1e-10, atol=1e-14).y[:, -1]
+    return solve_ivp(f, (0, 100.0), [1.0, 0, 0], method="Radau", rtol=1e-6, atol=1e-11).y[:, -1]
 
 
 @pytest.mark.slow
@@ -267,7 +267,7 @@ class TestGradients:
     def test_against_differences_of_radaus_solution(self) -> None:
         count, sample, shift = 8, 5, 1e-3
         func = Robertson(rates(count))
-        t = torch.cat([GRID[:1], torch.logspace(-6, 2, 400, dtype=torch.float64)])
+        t = torch.cat([GRID[:1], torch.logspace(-6, 2, 240, dtype=torch.float64)])
         solve(func, start(count), t, "bdf4")[-1, :, 0].sum().backward()
         k = rates(count)[sample].numpy()
 
@@ -276,7 +276,7 @@ class TestGradients:
                 first, back, second = k[0] * y[0], k[1] * y[1] * y[2], k[2] * y[1] ** 2
                 return [back - first, first - back - second, second]
 
-            return solve_ivp(f, (0, 100.0), [1.0, 0, 0], method="Radau", rtol=1e-10, atol=1e-14).y[0, -1]
+            return solve_ivp(f, (0, 100.0), [1.0, 0, 0], method="Radau", rtol=1e-8, atol=1e-13).y[0, -1]
 
         wanted = []
         for i in range(3):

@@ -27,10 +27,11 @@ STRONGLY_STABLE = {name for name in NAMES if method_info(name).oscillation != "e
 
 
 def steps_of(name: str, grid: str = "uniform") -> tuple[int, int, int]:
-    """Fewer for implicit methods, whose steps take several times as long."""
+    """Fewer for implicit methods, whose steps take several times as long; a quarter of them is even."""
     if name not in IMPLICIT:
-        return 80, 160, 320
-    return (60, 120, 240) if grid == "random" else (40, 80, 160)
+        # Where the steps change, the errors of ab3 pass from its own order to that of the filter later than others.
+        return (80, 160, 320) if name == "ab3" and grid in ("random", "abrupt") else (40, 80, 160)
+    return {"random": (60, 120, 240), "abrupt": (40, 80, 160)}.get(grid, (24, 48, 96))
 
 
 # --------------------------------------------------------------------------------------------------- orders, forward
@@ -43,7 +44,7 @@ def test_order_forward(name: str, grid: str) -> None:
     problem = LOTKA_VOLTERRA
     tolerance = 1e-9 if ORDER[name] < 4 else 1e-12
     errors = []
-    for steps in (40, 80, 160) if grid == "random" else (20, 40, 80):
+    for steps in (40, 80, 160) if grid == "random" and ORDER[name] > 3 else (20, 40, 80):
         nodes = GRIDS[grid](steps, problem.horizon)
         options = {"grid_constructor": lambda func, y0, t, nodes=nodes: nodes}
 
@@ -72,10 +73,10 @@ def test_evaluations_per_step(name: str) -> None:
     counts = []
     for end in (1, 2):
         calls.clear()
-        t = torch.linspace(0, end, 50 * end + 1, dtype=torch.float64)
+        t = torch.linspace(0, end, 20 * end + 1, dtype=torch.float64)
         torchdiffeq.odeint(func, torch.ones(2, dtype=torch.float64), t, method=name)
         counts.append(len(calls))
-    per_step = (counts[1] - counts[0]) / 50
+    per_step = (counts[1] - counts[0]) / 20
     stated = method_info(name).evaluations
     if stated is None:
         assert 1 <= per_step <= 6
@@ -128,7 +129,8 @@ def test_unfiltered_gradient_does_not_converge(name: str) -> None:
 
 @pytest.mark.parametrize("name", slow_but(["ab3"], sorted(STRONGLY_STABLE)))
 def test_far_from_observations_the_methods_own_accuracy_stays(name: str) -> None:
-    steps = steps_of(name)[-1]
+    # The error of bdf6 is that of the filter, at fewer steps.
+    steps = 160 if name == "bdf6" else steps_of(name)[-1]
     filtered, _ = density_errors(name, "auto", "uniform", "at the end", PENDULUM, steps)
     raw, _ = density_errors(name, None, "uniform", "at the end", PENDULUM, steps)
     inner = slice(10, steps // 2)
@@ -160,10 +162,11 @@ def test_where_steps_change_the_filter_is_second_order_though_auto_differentiati
         around = slice(steps // 2 - 8, steps // 2 + 8)
         return float(density_errors(name, grad_filter, "abrupt", "at the end", PENDULUM, steps)[0][around].max())
 
-    filtered = [error(steps, "auto") for steps in steps_of(name)]
+    numbers = steps_of(name) if name in IMPLICIT else steps_of(name, "abrupt")
+    filtered = [error(steps, "auto") for steps in numbers]
     assert orders(filtered)[-1] > min(2, ORDER[name]) - 0.2
     if ORDER[name] > 1:
-        assert filtered[-1] < 0.05 * error(steps_of(name)[-1], None)
+        assert filtered[-1] < 0.05 * error(numbers[-1], None)
 
 
 # ------------------------------------------------------------------------------------------------------------ totals
@@ -173,7 +176,7 @@ def test_where_steps_change_the_filter_is_second_order_though_auto_differentiati
 def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(name: str, grid: str) -> None:
     """θ_1(t) = 1 + φ sin 3t."""
     exact = derivative_of_a_shared_parameter(reference(PENDULUM, (PENDULUM.horizon,)))
-    errors, numbers = [], (20, 40, 80) if name in IMPLICIT else (30, 60, 120)
+    errors, numbers = [], (20, 40, 80) if name in IMPLICIT else (30, 60, 90)
     for steps in numbers:
         nodes = GRIDS[grid](steps, PENDULUM.horizon)
         phi = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
@@ -270,7 +273,7 @@ def test_implicit_gradients_do_not_depend_on_how_the_equation_was_solved(name: s
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), in_turn([torch.float32, torch.float64, torch.complex64, torch.complex128], few=2)
+    ("name", "dtype"), in_turn([torch.float32, torch.float64, torch.complex64, torch.complex128], few=1)
 )
 def test_dtypes_tuples_and_directions(name: str, dtype: torch.dtype) -> None:
     """A tuple backwards in time is the same solve as a tensor forwards."""
@@ -307,11 +310,10 @@ def test_fewer_steps_than_the_method_reaches_over(name: str, steps: int) -> None
     assert error < steps * 0.05**2
 
 
-@pytest.mark.parametrize("interp", ["linear", "cubic"])
-@pytest.mark.parametrize("name", slow_but(FAST_EXPLICIT, NAMES))
+@pytest.mark.parametrize(("name", "interp"), in_turn(["linear", "cubic"], few=1, fast=FAST_EXPLICIT))
 def test_events(name: str, interp: str) -> None:
-    """y = exp(-t), at 0.97 within the start of the longer methods, and at 0.3 well after it."""
-    for level in (0.97, 0.3):
+    """y = exp(-t), at 0.97 within the start of the longer methods, and at 0.7 well after it."""
+    for level in (0.97, 0.7):
         y0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
         event_t, states = torchdiffeq.odeint_event(
             lambda t, y: -y,
@@ -354,11 +356,11 @@ def test_odeint_adjoint(name: str) -> None:
     gradients = []
     for odeint in (torchdiffeq.odeint, torchdiffeq.odeint_adjoint):
         field = Small()
-        t, options = torch.tensor([0.0, 1.0], dtype=torch.float64), {"step_size": 1 / 64}
+        t, options = torch.tensor([0.0, 1.0], dtype=torch.float64), {"step_size": 1 / 32}
         last = odeint(field, torch.ones(2, dtype=torch.float64), t, method=name, options=options)[-1]
         last.square().sum().backward()
         gradients.append(field.weight.grad)
-    torch.testing.assert_close(*gradients, rtol=0, atol=0.05 if ORDER[name] == 1 else 1e-3)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0.1 if ORDER[name] == 1 else 4e-3)
 
 
 CUBIC = {"step_size": 0.07, "interp": "cubic", "perturb": True}

@@ -21,8 +21,18 @@ def solve(sde: object, method: str, bm: Path, y0: Tensor, dt: float, rtol: float
     return torchsde.sdeint(sde, y0, times, bm=bm, method=method, dt=dt, rtol=rtol, atol=rtol, options=options)
 
 
-@pytest.mark.parametrize("method", slow_but(["leapfrog"], [*EXPLICIT, "bdf2", "am2"]))
-@pytest.mark.parametrize("noise", slow_but(["general"], NOISES))
+@pytest.mark.parametrize(
+    ("method", "noise"),
+    slow_but(
+        [("leapfrog", "general")],
+        [
+            *(("leapfrog", noise) for noise in NOISES),
+            # Two noises each, so that the explicit and the implicit methods meet all.
+            *((method, noise) for method in ("ab3", "bdf2") for noise in NOISES[:2]),
+            *((method, noise) for method in ("abm2", "am2") for noise in NOISES[2:]),
+        ],
+    ),
+)
 def test_gradcheck(method: str, noise: str) -> None:
     sde = Pendulum(noise)
     bm = Path(2, sde.channels, 32)
@@ -139,7 +149,7 @@ class PerStep:
         return round(float(t) / HORIZON * self.steps)
 
 
-FINE, BATCH = 1280, 32
+FINE, BATCH, STEPS = 960, 32, (20, 40, 80)
 
 
 def loss_of(x: Tensor) -> Tensor:
@@ -181,7 +191,7 @@ def density_errors(
     """Of the gradients per step, divided by the step: the root of their mean square."""
     path, exact, _ = reference(epsilon, multiplicative, 1 if noise_type == "scalar" else 2)
     errors = []
-    for steps in (20, 40, 80, 160):
+    for steps in STEPS:
         sde = PerStep(epsilon, multiplicative, steps, BATCH, noise_type)
         x0 = torch.tensor([[1.0, 0.5]], dtype=torch.float64).repeat(BATCH, 1)
         x = solve(sde, method, path, x0, HORIZON / steps, 1e-8, **options)[-1]
@@ -198,7 +208,7 @@ def test_leapfrogs_gradient_by_auto_differentiation_does_not_converge(epsilon: f
     assert errors[-1] > 0.9 * errors[0]
 
 
-NOISY = [(0.0, False, 1.85, 1e-3), (0.01, False, 1.5, 1e-3), (0.3, False, 0.85, 0.02), (0.3, True, 0.5, 0.04)]
+NOISY = [(0.0, False, 1.85, 2.5e-3), (0.01, False, 1.5, 2.5e-3), (0.3, False, 0.85, 0.02), (0.3, True, 0.5, 0.04)]
 """Size of the noise, whether it is multiplicative, the least order, and the largest error."""
 
 
@@ -215,7 +225,7 @@ def test_filtered_it_converges(method: str, epsilon: float, multiplicative: bool
     plain = density_errors(method, epsilon, multiplicative)
     filtered = density_errors(method, epsilon, multiplicative, grad_filter="auto")
     # Over all halvings, for single ones depend on the paths.
-    assert sum(orders(filtered)) / 3 > order
+    assert sum(orders(filtered)) / 2 > order
     assert filtered[-1] < largest
     assert all(after < before / 2 for before, after in zip(plain, filtered, strict=True))
 
@@ -228,24 +238,24 @@ def test_filtered_it_converges(method: str, epsilon: float, multiplicative: bool
 def test_filtered_it_converges_with_other_noises(method: str, noise_type: str) -> None:
     plain = density_errors(method, 0.3, True, noise_type)
     filtered = density_errors(method, 0.3, True, noise_type, grad_filter="auto")
-    assert sum(orders(filtered)) / 3 > 0.5
+    assert sum(orders(filtered)) / 2 > 0.5
     assert filtered[-1] < 0.05
     assert all(after < before / 2 for before, after in zip(plain, filtered, strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["leapfrog", "ab2", "bdf2"])
-@pytest.mark.parametrize(("multiplicative", "order", "largest"), [(False, 0.85, 0.02), (True, 0.45, 0.1)])
+@pytest.mark.parametrize(("multiplicative", "order", "largest"), [(False, 0.85, 0.035), (True, 0.45, 0.1)])
 def test_the_diffusions_parameters_need_no_filter(
     method: str, multiplicative: bool, order: float, largest: float
 ) -> None:
     path, _, exact = reference(0.3, multiplicative)
     errors = []
-    for steps in (20, 40, 80, 160):
+    for steps in STEPS:
         sde = PerStep(0.3, multiplicative, steps, BATCH)
         x0 = torch.tensor([[1.0, 0.5]], dtype=torch.float64).repeat(BATCH, 1)
         (gradient,) = torch.autograd.grad(loss_of(solve(sde, method, path, x0, HORIZON / steps, 1e-8)[-1]), sde.scale)
         of_steps = exact.unflatten(0, (steps, -1)).sum(1)
         errors.append(float((gradient[:steps] - of_steps).norm() / of_steps.norm()))
-    assert sum(orders(errors)) / 3 > order
+    assert sum(orders(errors)) / 2 > order
     assert errors[-1] < largest

@@ -77,7 +77,7 @@ def radau(problem: Stiff, rtol: float, atol: float) -> tuple[np.ndarray, np.ndar
 
 @cache
 def reference(name: str) -> np.ndarray:
-    return radau(PROBLEMS[name], 1e-9, 1e-14)[1]
+    return radau(PROBLEMS[name], 1e-8, 1e-13)[1]
 
 
 @cache
@@ -119,7 +119,7 @@ AGAINST_RADAU = [
     ("HIRES", "bdf2", 4, 1.6e-2),
     ("HIRES", "bdf3", 4, 8e-4),
     ("HIRES", "bdf4", 4, 4e-5),
-    ("HIRES", "bdf5", 8, 5e-7),
+    ("HIRES", "bdf5", 4, 1.6e-5),
 ]
 
 
@@ -142,7 +142,7 @@ def test_gradient_of_a_stiff_solve_is_that_of_the_flow() -> None:
 
         return f
 
-    ends = [radau(Stiff("", with_rate(k), ROBERTSON.y0, ROBERTSON.end), 1e-10, 1e-14)[1] for k in (0.999, 1.001)]
+    ends = [radau(Stiff("", with_rate(k), ROBERTSON.y0, ROBERTSON.end), 1e-8, 1e-13)[1] for k in (0.999, 1.001)]
     expected = (ends[1] - ends[0])[0] / 0.002
     for grad_filter in (None, torchdiffeq_lmm.CostateFilter("trapezoid")):
         k = torch.ones((), dtype=torch.float64, requires_grad=True)
@@ -337,7 +337,7 @@ def test_without_gradients_func_is_given_no_graph(size: int) -> None:
     copy.deepcopy(func)
 
 
-@pytest.mark.parametrize(("size", "steps"), slow_but([(8, 30)], [(8, 30), (300, 30), (1025, 8)]))
+@pytest.mark.parametrize(("size", "steps"), slow_but([(8, 30)], [(8, 30), (300, 30), (1025, 5)]))
 def test_a_stiff_system_of_any_size(size: int, steps: int) -> None:
     """The heat equation in `size` points: by its matrix where it is small, matrix-free where it is large."""
     width = 1 / (size + 1)

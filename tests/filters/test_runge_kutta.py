@@ -58,11 +58,14 @@ def gradient_errors(method: str, nodes: Tensor, observed: list[int], grad_filter
 @pytest.mark.parametrize("method", slow_but(["midpoint"], STAGES))
 def test_second_order_at_all_stages(method: str, grid: str, observations: str) -> None:
     filtered, unfiltered = [], []
-    for steps in (40, 80, 160):
+    for steps in (20, 40, 80, 160):
         nodes = GRIDS[grid](steps, PENDULUM.horizon)
         observed = [steps] if observations == "at the end" else [steps // 4, steps // 2, 3 * steps // 4, steps]
-        filtered.append(float(gradient_errors(method, nodes, observed, "auto").max()))
-        unfiltered.append(float(gradient_errors(method, nodes, observed, None).max()))
+        # What does not converge shows it in few steps.
+        if steps > 20:
+            filtered.append(float(gradient_errors(method, nodes, observed, "auto").max()))
+        if steps < 160:
+            unfiltered.append(float(gradient_errors(method, nodes, observed, None).max()))
     assert np.mean(orders(filtered)) > 1.85, filtered
     assert abs(np.mean(orders(unfiltered))) < 0.2
     assert unfiltered[-1] > 0.3
@@ -87,7 +90,7 @@ def test_total_of_a_shared_parameter_with_trapezoid_weights_is_second_order(meth
 
     exact = derivative_of_a_shared_parameter(reference((PENDULUM.horizon,)))
     # The error may change its sign on the way, and then has no order between two steps.
-    for steps in (40, 80, 160):
+    for steps in (20, 40, 80):
         assert abs(total(steps) - exact) < 2 / steps**2
 
 

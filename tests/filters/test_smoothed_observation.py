@@ -44,7 +44,7 @@ def error_of(states: Tensor, problem: Problem) -> Tensor:
 @pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
 def test_gradients_are_second_order_at_every_node(problem: Problem, observed: str) -> None:
     reference = Reference(problem, [c * problem.horizon for c in OBSERVED[observed]])
-    fine = GRIDS["uniform"](5120, problem.horizon)
+    fine = GRIDS["uniform"](2560, problem.horizon)
     exact = torch.trapezoid(reference.density(fine, last=True), fine, dim=0)
     densities, totals, starts = [], [], []
     for steps in STEPS:

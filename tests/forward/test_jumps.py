@@ -64,7 +64,7 @@ def test_order(name: str, is_on_node: bool, direction: int) -> None:
 @pytest.mark.parametrize("name", slow_but(FAST_EXPLICIT, NAMES))
 def test_the_jumps_are_put_among_given_nodes(name: str) -> None:
     """Without step_size the nodes are t, with a grid_constructor they are its; jumps fall between them."""
-    whole = torch.linspace(0, END, 65, dtype=torch.float64)
+    whole = torch.linspace(0, END, 33, dtype=torch.float64)
     results = []
     for times, options in ((whole, {}), (whole[[0, -1]], {"grid_constructor": lambda func, y0, t: whole})):
         y = torchdiffeq.odeint(
@@ -73,7 +73,7 @@ def test_the_jumps_are_put_among_given_nodes(name: str) -> None:
         results.append(y[-1])
     assert torch.equal(*results)
     error = (results[0] - torch.from_numpy(exact()(END))).abs().max()
-    assert error < {1: 0.1, 2: 5e-3, 3: 2e-4}.get(ORDER[name], 2e-5)
+    assert error < {1: 0.1, 2: 1e-2, 3: 1e-3}.get(ORDER[name], 1e-4)
 
 
 @pytest.mark.parametrize("name", slow_but(["ab4", "leapfrog"], SOME))
@@ -148,9 +148,12 @@ def test_a_jump_at_an_end_makes_no_node_and_is_seen_from_inside(name: str) -> No
 
 
 @pytest.mark.parametrize(
-    "options", [{"step_size": 0.1}, pytest.param({}, marks=pytest.mark.slow)], ids=["step_size", "times"]
+    ("name", "options"),
+    [
+        *(pytest.param(*name.values, {"step_size": 0.1}, marks=name.marks) for name in EVERY_METHOD),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in SOME),
+    ],
 )
-@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_times_outside_are_ignored(name: str, options: dict) -> None:
     t = torch.linspace(0, 1, 8, dtype=torch.float64)
     results = [

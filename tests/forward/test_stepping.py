@@ -67,7 +67,7 @@ def decay_error(method: Method, steps: int) -> float:
     ids=["leapfrog", "leapfrog, general form", "Adams-Bashforth 2", "open Newton-Cotes"],
 )
 def test_orders_of_textbook_methods(method: Method, order: int) -> None:
-    measured = orders([decay_error(method, steps) for steps in (160, 320, 640, 1280)])
+    measured = orders([decay_error(method, steps) for steps in (80, 160, 320, 640)])
     assert np.mean(measured) == pytest.approx(order, abs=0.15), measured
 
 

@@ -86,11 +86,21 @@ def test_all_or_none() -> None:
 
 
 @pytest.mark.slow
-def test_importing_the_package_anew() -> None:
+def test_importing_the_package_where_the_name_is_taken_and_anew() -> None:
     """In the tables of both torchdiffeq and torchsde."""
     code = """
-import sys, torch, torchdiffeq, torchsde, torchdiffeq_lmm
 from torchdiffeq._impl.odeint import SOLVERS
+SOLVERS["leapfrog"] = foreign = type("Foreign", (), {})
+before = dict(SOLVERS)
+try:
+    import torchdiffeq_lmm
+except RuntimeError as error:
+    print("leapfrog" in str(error) and "Foreign" in str(error), SOLVERS == before)
+del SOLVERS["leapfrog"]
+import torchdiffeq_lmm
+print(SOLVERS["leapfrog"].__module__)
+
+import sys, torch, torchdiffeq, torchsde
 from torchsde._core import methods
 from torchsde.settings import METHODS
 
@@ -107,21 +117,5 @@ torchdiffeq_lmm.unregister()
 print(first[0] is second[0], tuple(y.shape), "leapfrog" in SOLVERS)
 print(first[1] is second[1], second[1].__name__, "leapfrog" in METHODS, hasattr(methods.select, "__wrapped__"))
 """
-    assert output_of(code).split("\n")[:2] == ["False (3, 2) False", "False leapfrog False False"]
-
-
-@pytest.mark.slow
-def test_importing_the_package_where_the_name_is_taken() -> None:
-    code = """
-from torchdiffeq._impl.odeint import SOLVERS as solvers
-solvers["leapfrog"] = foreign = type("Foreign", (), {})
-before = dict(solvers)
-try:
-    import torchdiffeq_lmm
-except RuntimeError as error:
-    print("leapfrog" in str(error) and "Foreign" in str(error), solvers == before)
-del solvers["leapfrog"]
-import torchdiffeq_lmm
-print(solvers["leapfrog"].__module__)
-"""
-    assert output_of(code).split("\n")[:2] == ["True True", "torchdiffeq_lmm.hosts.solver"]
+    taken, anew = ["True True", "torchdiffeq_lmm.hosts.solver"], ["False (3, 2) False", "False leapfrog False False"]
+    assert output_of(code).split("\n")[:4] == [*taken, *anew]
