@@ -165,12 +165,10 @@ class NewtonIteration:
         level = torch.maximum(self._x_size, size_of(self._y))
         tolerance = solver.tolerances.of(level, (self.at - equations.c).abs(), residual.dtype)
         value = direction = residual
-        size, seen = residual.abs(), self._seen
-        excess = known = excess_of(size, tolerance)
-        sizes = [excess]
+        excess = known = excess_of(residual.abs(), tolerance)
+        sizes, seen = [excess], self._seen
         if any_of(first):
-            scale = solver.tolerances.scale(level, self.at, equations.c)
-            self._scale = self._rows(first, scale, self._scale)
+            self._scale = self._rows(first, solver.tolerances.scale(level, self.at, equations.c), self._scale)
         if any_of(first | newton):
             value = solver.correct(residual, first | newton)
             if any_of(newton):
@@ -400,6 +398,3 @@ class NewtonIteration:
     ) -> Flags:
         d, probed = self._rows(samples, d, self.at), samples if probed is None else probed
         return is_rounding(self.equations, self.solver.tolerances, samples, d, f, residual, but_for, probed)
-
-    def _level_of(self, d: Rows) -> Tensor:
-        return torch.maximum(self._x_size, size_of(self.equations.x + d))
