@@ -24,9 +24,11 @@ from adaptive import (
     scipy_evaluations,
     solve,
     solved,
+    stacked,
 )
 from methods import slow_but
 from problems import orders
+from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from torchdiffeq_lmm import SolveReport
@@ -242,6 +244,19 @@ def test_an_equation_that_is_not_solved_asks_for_a_shorter_step() -> None:
     assert report.unsolved > 0
     assert func.count("step") == report.steps + report.rejected + report.unsolved
     assert func.count("reject") == report.rejected + report.unsolved
+
+
+@pytest.mark.slow
+def test_attempts_whose_equation_is_not_solved_are_given_up_soon() -> None:
+    """At a loose tolerance steps reach over the jump of the solution, where theirs has none nearby."""
+    span, report = (0.0, 1000.0), SolveReport()
+
+    def numbers(t: Any, y: Any) -> list[Any]:
+        return [y[1], 1000 * (1 - y[0] ** 2) * y[1] - y[0]]
+
+    solve(stacked(numbers), f64(2.0, 0.0), span, "bdf", rtol=1e-3, atol=1e-3, report=report)
+    assert report.unsolved > 3
+    assert report.evaluations <= 1.2 * solve_ivp(numbers, span, (2.0, 0.0), "BDF", rtol=1e-3, atol=1e-3).nfev
 
 
 @pytest.mark.parametrize(("method", "rate"), slow_but([("bdf", 1e4)], [("bdf", 1e4), ("adams", 30.0)]))

@@ -57,13 +57,14 @@ class BlockNewton:
         self._inverses: Tensor | None = None
         self._weights: Numbers = np.full(count, np.nan)
 
-    def solve(self, equations: Equations, starts: list[Rows], skipped: Flags) -> Outcome:
+    def solve(self, equations: Equations, starts: list[Rows], skipped: Flags, persists: bool) -> Outcome:
         """Solve the equations.
 
         Args:
             equations: see there.
             starts: one or two first iterates d, in the order in which they are tried.
             skipped: samples that are left as they are.
+            persists: whether more is tried than Newton's method from the first of them.
 
         Raises:
             CoupledError: f does not act on the samples independently.
@@ -73,10 +74,10 @@ class BlockNewton:
             self._steps += 1
             solving = NewtonIteration(self, equations, starts, skipped)
             solving.run()
-            if len(starts) > 1 and any_of(solving.failed):
+            if persists and len(starts) > 1 and any_of(solving.failed):
                 solving.begin_again(solving.other, solving.failed)
                 solving.run()
-            if self._jacobian.is_exact and any_of(solving.failed):
+            if persists and self._jacobian.is_exact and any_of(solving.failed):
                 # What auto-differentiation does not see of func, differences do.
                 unsolved = solving.failed
                 exact, self._jacobian = self._jacobian, self._jacobian.by_differences()

@@ -98,6 +98,7 @@ class ImplicitSolver:
         self._blocks: BlockNewton | None = None
         self._krylov: KrylovNewton | None = None
         self._uses_matrix = False
+        self._has_failed = False
 
     def solve(self, equation: Equation, guess: Tensor | None, where: Callable[[], str]) -> tuple[Tensor, Tensor]:
         """Solve d = c + b* f(x + d).
@@ -113,6 +114,16 @@ class ImplicitSolver:
         Raises:
             NotSolvedError: no iteration converges, or func gives what is not finite.
         """
+        # A step that can be made anew, shorter, is soon given up; where two in a row fail, everything is tried.
+        persists = self._has_failed or not self._is_retried
+        self._has_failed = True
+        solution = self._solution(equation, guess, where, persists)
+        self._has_failed = False
+        return solution
+
+    def _solution(
+        self, equation: Equation, guess: Tensor | None, where: Callable[[], str], persists: bool
+    ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             x, c = equation.x, equation.c
             # A guess from a past of much smaller steps may be far off; then better none.
@@ -128,14 +139,14 @@ class ImplicitSolver:
                 size = to_real(x).numel() // max(samples.count, 1)
                 if self._options.allows_blocks(samples.count, size) or (samples.dims == 0 and self._uses_matrix):
                     try:
-                        return self._solve_blocks(samples, equation, starts, where)
+                        return self._solve_blocks(samples, equation, starts, where, persists)
                     except CoupledError:
                         self._blocks = None
                 samples = samples.fewer() if samples.dims else None
-            return self._solve_krylov(equation, starts, where)
+            return self._solve_krylov(equation, starts, where, persists)
 
     def _solve_blocks(
-        self, samples: Samples, equation: Equation, starts: list[Tensor], where: Callable[[], str]
+        self, samples: Samples, equation: Equation, starts: list[Tensor], where: Callable[[], str], persists: bool
     ) -> tuple[Tensor, Tensor]:
         x = equation.x
         rows = [samples.split(of) for of in (x, equation.c, *starts)]
@@ -163,7 +174,7 @@ class ImplicitSolver:
             lambda of: samples.split(equation.slope(samples.join(of))),
             lambda of: samples.split(equation.iterate(samples.join(of))),
         )
-        found = self._blocks.solve(equations, rows[2:], lost)
+        found = self._blocks.solve(equations, rows[2:], lost, persists)
         if any_of(found.failed) and (self._on_failure == "raise" or self._is_retried or samples.count == 1):
             failed = found.failed if samples.count > 1 else None
             raise NotSolvedError(self._complaint_of(samples, x, found, where()), failed)
@@ -174,13 +185,13 @@ class ImplicitSolver:
         return samples.join(found.d.masked_fill(gone, torch.nan)), samples.join(found.f.masked_fill(gone, torch.nan))
 
     def _solve_krylov(
-        self, equation: Equation, starts: list[Tensor], where: Callable[[], str]
+        self, equation: Equation, starts: list[Tensor], where: Callable[[], str], persists: bool
     ) -> tuple[Tensor, Tensor]:
         if self._krylov is None:
             jacobian = Jacobian(self._differentiable)
             corrector = corrector_of(jacobian, self._options, self._known, self._precision, self._on_jacobian)
             self._krylov = KrylovNewton(self._rtol, self._atol, self._precision, self._options, corrector)
-        found = self._krylov.solve(equation, starts)
+        found = self._krylov.solve(equation, starts, persists)
         size = to_real(equation.x).numel()
         self._uses_matrix |= size <= self._options.largest_matrix and self._krylov.is_dear
         if not isinstance(found, Failure):
@@ -190,7 +201,7 @@ class ImplicitSolver:
             found = found._replace(entries=0)
         elif found.entry is not None and size <= self._options.largest_matrix:
             self._uses_matrix = True
-            return self._solve_blocks(Samples((equation.x.shape,), 0), equation, starts, where)
+            return self._solve_blocks(Samples((equation.x.shape,), 0), equation, starts, where, persists)
         raise NotSolvedError(self._complaint(found, where()))
 
     def _complaint_of(self, samples: Samples, x: Tensor, found: Outcome, where: str) -> str:

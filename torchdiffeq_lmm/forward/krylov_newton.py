@@ -48,12 +48,13 @@ class KrylovNewton:
         """Whether a matrix of the Jacobian would have cost less."""
         return self._corrector.is_dear
 
-    def solve(self, equation: Equation, starts: list[Tensor]) -> "Solution | Failure":
+    def solve(self, equation: Equation, starts: list[Tensor], persists: bool) -> "Solution | Failure":
         """Solve one equation.
 
         Args:
             equation: see there.
             starts: first iterates d, in the order in which they are tried.
+            persists: whether more is tried than Newton's method from the first of them.
         """
         found: Solution | Failure | None = None
         jacobian = self._corrector.jacobian
@@ -64,11 +65,11 @@ class KrylovNewton:
                 starts = sorted(starts, key=equation.level)
         while not isinstance(found, Solution):
             self._uses_newton = True
-            for beginning in starts:
+            for beginning in starts if persists else starts[:1]:
                 if not isinstance(found, Solution):
                     found = self._newton(equation, beginning)
             if isinstance(found, Failure):
-                if found.entry is None or self.is_dear or not jacobian.is_exact:
+                if found.entry is None or self.is_dear or not (persists and jacobian.is_exact):
                     break
                 # What auto-differentiation does not see of func, differences do.
                 jacobian.use_differences()
