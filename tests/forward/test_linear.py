@@ -99,6 +99,25 @@ def test_stiff_equations_of_medium_size_are_solved_by_their_matrix() -> None:
     torch.testing.assert_close(found, dense_solution(matrix, rhs), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(("part", "is_solved"), [(1e-4, True), (1e-1, False)])
+def test_one_entry_is_less_exact_than_it_seems(part: float, is_solved: bool) -> None:
+    """As one of 73,728 in a network: its corrections, not its residual, tell how uncertain a solution is."""
+    size, newton = 300, Newton(fallback_limit=256)
+
+    def product(v: Tensor) -> Tensor:
+        largest, shifted = v.abs().max(), 0.5 * v.roll(1)
+        shifted[0] += part * largest * ((1e5 * v[0] / largest) % 1 - 0.5)
+        return shifted
+
+    rhs, eps = randn(size, dtype=torch.float32), torch.finfo(torch.float32).eps
+    if is_solved:
+        exact = dense_solution(0.5 * torch.eye(size, dtype=torch.float64).roll(1, 0), rhs)
+        torch.testing.assert_close(solve(product, rhs, eps, newton).double(), exact, rtol=0, atol=part)
+    else:
+        with pytest.raises(RuntimeError, match=f"linear equation in {size} unknowns was not solved"):
+            solve(product, rhs, eps, newton)
+
+
 def test_stiff_equations_of_large_size_are_given_up() -> None:
     size = FALLBACK_LIMIT + 1
     spectrum = -torch.logspace(-2, 8, size, dtype=torch.float64)

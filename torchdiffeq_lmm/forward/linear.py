@@ -266,9 +266,9 @@ class _LinearEquation:
         Args:
             restarts: see `gmres`.
             is_last: whether there is no other way: then a residual may be what rounding makes of terms of A z that
-                cancel, but no more than √ε.
+                cancel, but no more than √ε; or the last correction is as small as by factors.
         """
-        eps, rhs = self._eps, self.rhs
+        eps, rhs, uncertain = self._eps, self.rhs, torch.inf
         z, _ = gmres(self.product, rhs, 10 * eps + self._lowered(), self.dimension, restarts)
         for sweep in range(_SWEEPS + 1):
             # Anew, as rounding in large products has no part in what the Krylov space tells.
@@ -285,15 +285,19 @@ class _LinearEquation:
             if bool((residual.abs() <= bound).all()):
                 return z
             if sweep < _SWEEPS:
-                scaled, _ = gmres(
+                residual = residual / sizes
+                scaled, left = gmres(
                     lambda v, sizes=sizes: self.product(sizes * v) / sizes,  # type: ignore[misc]
-                    residual / sizes,
+                    residual,
                     _SWEPT,
                     self.dimension,
                     restarts,
                 )
                 z = z + sizes * scaled
-        return None
+                is_swept = float(left.norm()) <= _SWEPT * float(residual.norm())
+                uncertain = float(scaled.abs().max()) if is_swept else torch.inf
+        # One entry of many may be rounding by more than its bound.
+        return z if is_last and uncertain <= max(eps, self.precision) ** _UNCERTAIN else None
 
     def by_factors(self, factors: Factorised, is_own: bool) -> Tensor | None:
         """The solution by the factors of 1 - A, or of what is close to it, and by corrections with them.
