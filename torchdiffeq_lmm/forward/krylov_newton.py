@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .correctors import FAR, INEXACT, Corrector
-from .implicit_equation import CAUTION, NEAR, PROBE, ROUNDING, SHORTEST, SLOW, Equation, least
+from .implicit_equation import CAUTION, NEAR, PROBE, ROUNDING, SHORTEST, SLOW, Equation, excess_of, least
 from .linear import is_rounding, noise, to_real
 from .newton_options import Newton
 
@@ -271,6 +271,5 @@ def _solution(equation: Equation, d: Tensor) -> Solution:
 
 
 def _excess(correction: Tensor, tolerance: Tensor) -> Tensor:
-    """A correction in terms of the tolerance; nothing to correct is no excess, even over a tolerance of 0."""
-    excess = (correction.abs() / tolerance).where(correction != 0, 0.0)
-    return excess.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    """As `excess_of`; infinite where it is not a number."""
+    return excess_of(correction.abs(), tolerance).nan_to_num_(nan=torch.inf, posinf=torch.inf)
