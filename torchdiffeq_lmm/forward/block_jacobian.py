@@ -7,9 +7,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from math import sqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .implicit_equation import Flags
 from .linear import noise
 
 _FEW = 16
@@ -45,7 +47,8 @@ class BlockJacobian:
     """The blocks at one state after another, by auto-differentiation for as long as func allows, else by differences.
 
     Where other samples have a part in f of a sample, there are no blocks. With auto-differentiation that is seen by a
-    random product, which is compared with that of the blocks; with differences, by changing half of the samples.
+    random product, which is compared with that of the blocks; with differences, by changing no more than half of the
+    samples.
 
     Args:
         differentiable: whether auto-differentiation may be tried: func is then given a state that requires a gradient.
@@ -94,13 +97,16 @@ class BlockJacobian:
             _check_agreement(found, wanted, self._precision**0.5 * terms)
         return f, blocks
 
-    def differences(self, slope: Callable[[Tensor], Tensor], x: Tensor, f: Tensor, sizes: Tensor) -> Tensor:
-        """The same blocks by differences.
+    def differences(
+        self, slope: Callable[[Tensor], Tensor], x: Tensor, f: Tensor, sizes: Tensor, samples: Flags
+    ) -> Tensor:
+        """The same blocks by differences; 0 for samples that are not asked for.
 
         Args:
             slope, x: see above.
             f: f there.
             sizes: what size the entries of a state and its corrections are of, of shape (S, D), real.
+            samples: those asked for.
 
         Raises:
             CoupledError: see above.
@@ -109,18 +115,21 @@ class BlockJacobian:
             torch.complex(*(2 * [_increments(x, sizes)])) if x.is_complex() else _increments(x, sizes)
         )
         units = torch.eye(increments.shape[1], dtype=increments.dtype, device=increments.device)
-        start = real_rows(f)
+        start, asked = real_rows(f), torch.from_numpy(samples).to(x.device)[:, None]
 
-        def difference(change: Tensor) -> Tensor:
-            return real_rows(slope(x + rows_like(change, x))) - start
+        def difference(change: Tensor, changes: Tensor) -> Tensor:
+            return real_rows(slope(x + rows_like(torch.where(changes, change, 0.0), x))) - start
 
-        blocks = torch.stack([difference(increments * unit) for unit in units], 2) / increments[:, None, :]
+        columns = torch.stack([difference(increments * unit, asked) for unit in units], 2)
+        changes, left = asked, columns.abs().amax(2)
         if len(x) > 1:
-            # Where half of the samples change, nothing does in the others.
-            changes = noise(increments[:, :1], 1) > 0
-            left = difference(torch.where(changes, increments, 0.0)).masked_fill(changes, 0.0)
+            # Where some samples change, nothing does in the others. As many must be left for them to tell.
+            if 2 * np.count_nonzero(samples) > len(samples):
+                changes = noise(increments[:, :1], 1) > 0
+                left = difference(increments, changes)
+            left = left.masked_fill(changes, 0.0)
             _check_agreement(left, torch.zeros_like(left), _ROUNDING * self._precision * start.abs().amax(1))
-        return blocks
+        return columns.masked_fill(~asked[..., None], 0.0) / increments[:, None, :]
 
 
 class _NoGraphError(Exception):

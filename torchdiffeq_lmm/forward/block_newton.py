@@ -121,7 +121,7 @@ class BlockNewton:
         if self.evaluate(equations, y, samples) is None:
             sizes = torch.maximum(torch.maximum(y.abs(), d.abs()), equations.c.abs())
             sizes = torch.maximum(sizes, abs(equations.weight) * f.abs())
-            blocks = self._jacobian.differences(equations.slope, y, f, sizes)
+            blocks = self._jacobian.differences(equations.slope, y, f, sizes, samples)
             self._keep(blocks, equations.weight, samples)
 
     def update(self, residual: Rows, correction: Rows, direction: Tensor, samples: Flags, weight: float) -> None:

@@ -16,6 +16,9 @@ Rows = Tensor
 
 RowsFunction = Callable[[Rows], Rows]
 
+Point = tuple[Rows, Rows]
+"""Iterates d, and f there."""
+
 Flags = NDArray[np.bool_]
 Numbers = NDArray[np.float64]
 
@@ -139,43 +142,58 @@ def is_rounding(
     equations: Equations,
     tolerances: Tolerances,
     samples: Flags,
-    d: Rows,
-    f: Rows,
+    here: Point,
+    there: Point,
     residual: Rows,
     but_for: Tensor | None,
     probed: Flags,
-) -> Flags:
+    seen: Rows | None,
+) -> tuple[Flags, Rows]:
     """Which samples' residuals are no larger than what rounding makes of them: of the state, and of all that is added.
+
+    Beside them, what rounding of the state has been seen to make of f, entry by entry.
 
     Args:
         equations, tolerances: see there.
         samples: those asked for.
-        d, f, residual: iterates, f there and their residuals.
+        here: the iterates.
+        there: others; where the two are close, they tell what a change of the last place makes of f.
+        residual: of the first ones.
         but_for: entries that are not looked at.
         probed: samples for which f may be evaluated nearby.
+        seen: what was returned beside the flags before, of the same equations.
     """
     x, c, weight = equations.x, equations.c, equations.weight
+    (d, f), (other, f_there) = here, there
     y = x + d
     level = torch.maximum(x.abs(), y.abs())
     precision = tolerances.precision
     own = torch.finfo(x.dtype).eps * (level + d.abs() + c.abs()) + precision * abs(weight) * f.abs()
     own = ROUNDING * (own + least(x.dtype))
     sizes = residual.abs() if but_for is None else residual.abs().where(~but_for, 0.0)
-    largest = torch.zeros_like(own)
-    left = (~(sizes <= own)).sum(1).cpu().numpy()
+    places = ((d - other).abs() / (precision * level)).nan_to_num_(nan=0.0).amax(1, keepdim=True).clamp_(min=1.0)
+    largest = (ROUNDING / places * (f_there - f).abs()).nan_to_num_(nan=0.0, posinf=0.0)
+    if seen is not None:
+        largest = torch.maximum(largest, seen)
+
+    def left_of() -> Numbers:
+        return np.asarray((~(sizes <= own + abs(weight) * largest)).sum(1).cpu().numpy())
+
+    left = left_of()
     pending = samples & probed & (left > 0)
     found = samples & (left == 0)
     for seed in range(PROBES):
         if not any_of(pending):
             break
         nearby = y + 2 * PROBE * precision * level * noise(level[:1], seed)
-        changed = ROUNDING * abs(weight) / PROBE * (equations.slope(nearby) - f).abs()
-        largest = torch.maximum(largest, changed)
-        before, left = left, (~(sizes <= own + largest)).sum(1).cpu().numpy()
+        changed = ROUNDING / PROBE * (equations.slope(nearby) - f).abs()
+        # Those that are along with them are to know nothing of it.
+        largest = torch.where(torch.from_numpy(pending).to(f.device)[:, None], torch.maximum(largest, changed), largest)
+        before, left = left, left_of()
         found |= pending & (left == 0)
         # Entries where it has cancelled get fewer with every draw; others stay.
         pending &= (left > 0) & ((2 * left <= before) if seed else True)
-    return np.asarray(found)
+    return found, largest
 
 
 def levels_of(*residuals: Rows) -> Numbers:

@@ -15,6 +15,7 @@ from .implicit_equation import (
     Equations,
     Flags,
     Numbers,
+    Point,
     Rows,
     all_of,
     any_of,
@@ -86,6 +87,8 @@ class NewtonIteration:
         self._wanted: Flags = (solver.slow > 0) & solver.is_due
         self._ran_out: Flags = np.zeros(count, bool)
         self._scale = self._x_size
+        # What rounding makes of f, as far as it has been looked for.
+        self._rounding: Rows | None = None
         self._is_current = True
 
     @property
@@ -210,7 +213,8 @@ class NewtonIteration:
         unclear = near & ~solved
         if any_of(unclear):
             # Another iteration may tell; rounding is looked for by evaluations where the one before has not.
-            solved |= self._is_rounding(unclear, self.at, now.f, now.residual, now.known <= 1, unclear & self._unclear)
+            here, there = (self.at, now.f), (self._base, self._base_f)
+            solved |= self._is_rounding(unclear, here, there, now.residual, now.known <= 1, unclear & self._unclear)
         self._unclear = unclear
         self._was_unclear |= unclear
         return np.asarray(solved)
@@ -258,7 +262,7 @@ class NewtonIteration:
             self._is_fresh[advanced] = renewed[advanced]
             self.way[begins] = _NEWTON
         if any_of(worse):
-            worse &= ~self._ended_at_rounding(worse & self._is_new)
+            worse &= ~self._ended_at_rounding(worse & self._is_new, now)
             self._wanted[worse] = False
             shorter = worse & self._is_fresh & ~renewed
             self._damping[shorter] /= 2
@@ -293,10 +297,11 @@ class NewtonIteration:
         level = (value.abs() / self._scale).amax(1).nan_to_num_(nan=torch.inf, posinf=torch.inf)
         return np.asarray(level.cpu().numpy(), np.float64)
 
-    def _ended_at_rounding(self, samples: Flags) -> Flags:
+    def _ended_at_rounding(self, samples: Flags, now: Iterate) -> Flags:
         """Which samples are solved at the last iterate accepted, as its residual is rounding."""
         if any_of(samples):
-            samples = self._is_rounding(samples, self._base, self._base_f, self._base_residual)
+            here, there = (self._base, self._base_f), (self.at, now.f)
+            samples = self._is_rounding(samples, here, there, self._base_residual, None, samples)
             if any_of(samples):
                 self.at = self._rows(samples, self._base, self.at)
                 self._is_current = False
@@ -324,7 +329,8 @@ class NewtonIteration:
         slow &= samples & ~solved
         near = slow & (previous <= NEAR) & (size <= NEAR) & (rate <= CAUTION * SLOW)
         if any_of(near):
-            at_rounding = self._is_rounding(near, self.at, now.f, now.residual)
+            here, there = (self.at, now.f), (self._base, self._base_f)
+            at_rounding = self._is_rounding(near, here, there, now.residual, None, near)
             solved |= at_rounding
             slow &= ~at_rounding
         self._diverging = slow & ~(size < previous)
@@ -343,7 +349,7 @@ class NewtonIteration:
         self._iterations[samples] = 0
         if not any_of(self._diverging):
             return
-        diverging, start = self._diverging, self.first
+        diverging = self._diverging
         if self._two_starts:
             # One by the slope before a stiff step is far off, as a rule.
             there = self._rows(diverging, self.other, self.at)
@@ -351,12 +357,9 @@ class NewtonIteration:
             assert self._first_residual is not None
             levels = levels_of(missed, self._first_residual)
             swapped = diverging & (levels[0] < levels[1])
-            self.first, self.other = (
-                self._rows(swapped, self.other, self.first),
-                self._rows(swapped, self.first, self.other),
-            )
-            start = self.first
-        self.at = self._rows(diverging, start, self.at)
+            first, other = self.first, self.other
+            self.first, self.other = self._rows(swapped, other, first), self._rows(swapped, first, other)
+        self.at = self._rows(diverging, self.first, self.at)
 
     def _take(self, samples: Flags, f: Rows, value: Rows, substitutes: Flags) -> None:
         """Take what samples have come to for their solution."""
@@ -388,13 +391,10 @@ class NewtonIteration:
         return torch.where(self._mask(samples), new, old) if any_of(samples) else old
 
     def _is_rounding(
-        self,
-        samples: Flags,
-        d: Rows,
-        f: Rows,
-        residual: Rows,
-        but_for: Tensor | None = None,
-        probed: Flags | None = None,
+        self, samples: Flags, here: Point, there: Point, residual: Rows, but_for: Tensor | None, probed: Flags
     ) -> Flags:
-        d, probed = self._rows(samples, d, self.at), samples if probed is None else probed
-        return is_rounding(self.equations, self.solver.tolerances, samples, d, f, residual, but_for, probed)
+        here = self._rows(samples, here[0], self.at), here[1]
+        found, self._rounding = is_rounding(
+            self.equations, self.solver.tolerances, samples, here, there, residual, but_for, probed, self._rounding
+        )
+        return found
