@@ -40,6 +40,9 @@ ROUNDING = 8
 PROBE = 16
 """By so many times its rounding the state is changed for it, as the rounding of func has steps of its own."""
 
+PERIOD = 4
+"""So many steps may go by what the last ones have shown, of Jacobians and of rates of convergence."""
+
 PROBES = 8
 """So often, at most, rounding is looked for."""
 
@@ -105,12 +108,17 @@ class Tolerances:
         rtol, atol: torchdiffeq's, numbers or of shape (S, D).
         fraction: to this part of atol + rtol |y| equations are solved.
         precision: the relative precision of func's values.
+
+    Attributes:
+        precision: as given.
+        rounding: how much of a tolerance is rounding, at most.
     """
 
     def __init__(self, rtol: float | Tensor, atol: float | Tensor, fraction: float, precision: float) -> None:
         self._rtol, self._atol = rtol, atol
         self._part_of_rtol, self._part_of_atol = fraction * rtol, fraction * atol
         self.precision = precision
+        self.rounding = rounding_part(rtol, fraction, precision)
 
     def of(self, level: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
         """Of each entry of a correction of d, its own tolerance or its own rounding, whichever is more.
@@ -196,11 +204,35 @@ def is_rounding(
     return found, largest
 
 
+def rounding_part(rtol: float | Tensor, fraction: float, precision: float) -> float:
+    """How much of a tolerance, this fraction of atol + rtol |y|, is rounding of a relative precision, at most."""
+    part = fraction * float(rtol.min() if isinstance(rtol, Tensor) else rtol)
+    return min(1.0, ROUNDING * precision / part) if part > 0 else 1.0
+
+
+def is_substituted(size: Numbers | float, previous: Numbers | float, rate: Numbers | float) -> Flags:
+    """Whether nothing is left after the last correction of a substitution.
+
+    Args:
+        size, previous: of this correction and the one before it, in terms of the tolerance; infinite where there is
+            none.
+        rate: of convergence; infinite where it is unknown.
+    """
+    contracts = (rate < 1) | (previous <= 1) | ((size <= SLOW * previous) & (previous < np.inf))
+    return np.asarray((size == 0) | ((size <= 1) & contracts) | ((size <= NEAR) & (rate * size <= 1)))
+
+
 def levels_of(*residuals: Rows) -> Numbers:
     """The largest entry of each sample in each of some residuals, of shape (n, S)."""
     levels = torch.stack(residuals).abs().amax(2).nan_to_num(nan=torch.inf)
     # In half precision NumPy does not know them.
     return np.asarray(levels.cpu().double().numpy())
+
+
+def largest_in(value: Rows, scale: Tensor) -> Numbers:
+    """The largest entry of each sample in terms of a scale; infinite where one is not a number."""
+    level = (value.abs() / scale).amax(1).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    return np.asarray(level.cpu().numpy(), np.float64)
 
 
 def any_of(flags: Flags) -> bool:

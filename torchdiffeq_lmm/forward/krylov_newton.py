@@ -12,7 +12,20 @@ import torch
 from torch import Tensor
 
 from .correctors import FAR, INEXACT, Corrector
-from .implicit_equation import CAUTION, NEAR, PROBE, ROUNDING, SHORTEST, SLOW, Equation, excess_of, least
+from .implicit_equation import (
+    CAUTION,
+    NEAR,
+    PERIOD,
+    PROBE,
+    ROUNDING,
+    SHORTEST,
+    SLOW,
+    Equation,
+    excess_of,
+    is_substituted,
+    least,
+    rounding_part,
+)
 from .linear import is_rounding, noise, to_real
 from .newton_options import Newton
 
@@ -42,6 +55,8 @@ class KrylovNewton:
         self._corrector = corrector
         self._uses_newton = False
         self._lipschitz = torch.inf
+        self._rounding = rounding_part(rtol, newton.tolerance, precision)
+        self._unseen = 0
 
     @property
     def is_dear(self) -> bool:
@@ -78,17 +93,17 @@ class KrylovNewton:
     def _substitute(self, equation: Equation, d: Tensor) -> "Solution | None":
         weight = equation.weight
         previous = torch.inf
+        self._unseen += 1
         for _ in range(self._options.max_iterations):
             f = equation.iterate(equation.x + d)
             following = equation.c + weight * f
             size = self._size(equation, d, following - d)
             # Small corrections may be rounding, which tells nothing of the rate.
-            if NEAR < previous < torch.inf:
-                self._lipschitz = size / (previous * abs(weight))
+            if NEAR * self._rounding < previous < torch.inf:
+                self._lipschitz, self._unseen = size / (previous * abs(weight)), 0
             # What is left of the error is this correction times the rate, seen before if not now.
             rate = CAUTION * self._lipschitz * abs(weight)
-            is_solved = size == 0 or (size <= 1 and (rate < 1 or previous <= 1))
-            if is_solved or (size <= NEAR and rate * size <= 1):
+            if is_substituted(size, previous, rate if self._unseen <= PERIOD else torch.inf):
                 return Solution(following, f)
             if not size <= max(SLOW * previous, 1):
                 is_near = previous <= NEAR and size <= NEAR and rate <= CAUTION * SLOW

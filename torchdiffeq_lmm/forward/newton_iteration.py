@@ -10,6 +10,7 @@ from torch import Tensor
 from .implicit_equation import (
     CAUTION,
     NEAR,
+    PERIOD,
     SHORTEST,
     SLOW,
     Equations,
@@ -21,6 +22,8 @@ from .implicit_equation import (
     any_of,
     excess_of,
     is_rounding,
+    is_substituted,
+    largest_in,
     levels_of,
     size_of,
 )
@@ -226,7 +229,7 @@ class NewtonIteration:
         unlike = newton & renewed & ~lost & ~accepted
         if any_of(unlike):
             # By the Jacobian before, the last correction may have been small for another reason.
-            accepted |= unlike & (now.level < self._level_of_value(solver.correct(self._base_residual, unlike)))
+            accepted |= unlike & (now.level < largest_in(solver.correct(self._base_residual, unlike), self._scale))
         worse = newton & ~accepted
         lost &= first
         forgets, refreshed = begins, np.zeros(len(lost), bool)
@@ -287,15 +290,11 @@ class NewtonIteration:
         self.solver.refresh(self.equations, self._base, self._base_f, samples)
         value = self.solver.correct(self._base_residual, samples)
         self._base_value = self._rows(samples, value, self._base_value)
-        level = self._level_of_value(value)
+        level = largest_in(value, self._scale)
         self._seen = self._rows(samples, torch.full_like(self._seen, torch.inf), self._seen)
         self._base_level[samples] = level[samples]
         self._is_fresh[samples] = True
         return np.asarray(samples & (level == np.inf))
-
-    def _level_of_value(self, value: Rows) -> Numbers:
-        level = (value.abs() / self._scale).amax(1).nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        return np.asarray(level.cpu().numpy(), np.float64)
 
     def _ended_at_rounding(self, samples: Flags, now: Iterate) -> Flags:
         """Which samples are solved at the last iterate accepted, as its residual is rounding."""
@@ -315,12 +314,12 @@ class NewtonIteration:
         if self._first_residual is None:
             self._first_residual = now.residual
         # Small corrections may be rounding, which tells nothing of the rate.
-        telling = samples & (previous > NEAR) & (previous < np.inf)
+        telling = samples & (previous > NEAR * solver.tolerances.rounding) & (previous < np.inf)
         solver.lipschitz[telling] = size[telling] / (previous[telling] * weight)
+        solver.unseen = np.where(telling, 0, solver.unseen + (previous == np.inf))
         # What is left of the error is this correction times the rate, seen before if not now.
         rate = CAUTION * solver.lipschitz * weight
-        solved = (size == 0) | ((size <= 1) & ((rate < 1) | (previous <= 1)))
-        solved |= (size <= NEAR) & (rate * size <= 1)
+        solved = is_substituted(size, previous, np.where(solver.unseen <= PERIOD, rate, np.inf))
         slow = ~(size <= np.maximum(SLOW * previous, 1)) | (self._iterations >= self.solver.max_iterations)
         if solver.is_due and any_of(telling):
             # More iterations are to come than there should be.
@@ -329,8 +328,9 @@ class NewtonIteration:
         slow &= samples & ~solved
         near = slow & (previous <= NEAR) & (size <= NEAR) & (rate <= CAUTION * SLOW)
         if any_of(near):
-            here, there = (self.at, now.f), (self._base, self._base_f)
-            at_rounding = self._is_rounding(near, here, there, now.residual, None, near)
+            at_rounding = self._is_rounding(
+                near, (self.at, now.f), (self._base, self._base_f), now.residual, None, near
+            )
             solved |= at_rounding
             slow &= ~at_rounding
         self._diverging = slow & ~(size < previous)

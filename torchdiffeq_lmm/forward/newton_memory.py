@@ -35,6 +35,7 @@ class Memory(Protocol):
         uses_newton: whether substitution has failed for a sample, or would take longer.
         slow: for so many steps a Jacobian is to be made at the start, as a sample's steps took many iterations.
         lipschitz: of f, as seen by substitution.
+        unseen: so many steps ago, at least.
     """
 
     tolerances: Tolerances
@@ -42,6 +43,7 @@ class Memory(Protocol):
     uses_newton: Flags
     slow: Numbers
     lipschitz: Numbers
+    unseen: Numbers
 
     @property
     def is_exact(self) -> bool:
