@@ -322,7 +322,8 @@ class TestWhatCountsAsSamples:
         wanted = states[-1]
         torch.testing.assert_close(y[-1], wanted.expand(count, size), rtol=1e-4, atol=1e-6)
 
-    def test_samples_that_become_coupled(self) -> None:
+    @pytest.mark.parametrize("without_graph", [False, True])
+    def test_samples_that_become_coupled(self, without_graph: bool) -> None:
         """After they were not: the Jacobian of then is no more than slow, or noticed."""
         y0 = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
         t = torch.linspace(0, 1, 21, dtype=torch.float64)
@@ -330,7 +331,8 @@ class TestWhatCountsAsSamples:
         def func(t: Tensor, y: Tensor) -> Tensor:
             return -100 * y if t < 0.5 else -100 * (y - y.flip(0))
 
-        y = solve(func, y0, t, "bdf1")
+        with torch.set_grad_enabled(not without_graph):
+            y = solve(func, y0, t, "bdf1")
         h = 0.05
         wanted = y0
         for n in range(1, 21):

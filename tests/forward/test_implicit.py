@@ -11,7 +11,7 @@ from scipy.optimize import brentq, fsolve
 from torch import Tensor
 
 from torchdiffeq_lmm.forward import implicit
-from torchdiffeq_lmm.forward.implicit_equation import Equation
+from torchdiffeq_lmm.forward.implicit_equation import Equation, Equations, Tolerances, is_rounding
 from torchdiffeq_lmm.forward.newton_options import Newton
 
 Slope = Callable[[Tensor], Tensor]
@@ -221,6 +221,41 @@ def test_a_good_guess_is_one_iterate_once_the_rate_is_known() -> None:
     d, _ = solved(solver, f, x, 0.2, guess=-5 / 6 * x)
     assert d.tolist() == pytest.approx([-1 / 6] * 2, rel=1e-12)
     assert (f.iterates, f.slopes) == (1, 0)
+
+
+@pytest.mark.parametrize("size", [2, LIMIT + 1])
+def test_a_rate_is_trusted_for_a_few_steps_though_corrections_are_small(size: int) -> None:
+    """f grows stiff while good guesses leave next to nothing to correct: that is noticed before it matters."""
+    x, solver = torch.ones(size, dtype=torch.float64), ImplicitSolver(1e-2, 0.0, EPS, name)
+    iterates = []
+    for step in range(24):
+        rate = -1.0 if step < 12 else -1e6
+        f = Counted(lambda x, rate=rate: rate * x)  # type: ignore[misc]
+        exact = 0.1 * rate * x / (1 - 0.1 * rate)
+        # By less than the tolerance, but by much more than rounding.
+        d, _ = solved(solver, f, x, 0.1, guess=10 * exact * (1 + 1e-8))
+        iterates.append(f.iterates)
+        torch.testing.assert_close(d, exact, rtol=3e-2 * 1e-4, atol=0)
+    assert sum(iterates[:12]) <= 15
+    assert max(iterates[12:]) > 1
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(-1e6, True), (-1e5, False)])
+@pytest.mark.parametrize("places", [4, 400])
+def test_two_iterates_near_by_tell_what_rounding_makes_of_func(places: int, rate: float, expected: bool) -> None:
+    """If the last place of the state changes f by as much as the residual, no evaluation is needed to tell."""
+    x = torch.ones(1, 2, dtype=torch.float64)
+
+    def never(y: Tensor) -> Tensor:
+        raise AssertionError(f"evaluated at {y}")
+
+    equations = Equations(x, torch.zeros_like(x), 1.0, never, never)
+    tolerances, all_of_them = Tolerances(1e-7, 0.0, 1e-4, EPS), np.ones(1, bool)
+    here, there = torch.zeros_like(x), torch.full_like(x, places * EPS)
+    residual = torch.full_like(x, 4e6 * EPS)
+    points = (here, rate * (x + here)), (there, rate * (x + there))
+    found, _ = is_rounding(equations, tolerances, all_of_them, *points, residual, None, ~all_of_them, None)
+    assert found.tolist() == [expected]
 
 
 def test_the_jacobian_is_kept_as_long_as_it_serves() -> None:
