@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from .block_jacobian import BlockJacobian, real_rows, rows_like
-from .implicit_equation import PERIOD, Equations, Flags, Numbers, Rows, Tolerances, all_of, any_of
+from .implicit_equation import TRUSTED, Equations, Flags, Numbers, Rows, Tolerances, all_of, any_of
 from .newton_iteration import NewtonIteration
 from .newton_memory import Outcome
+
+_PERIOD = 4
+"""Jacobians are made at once for all samples that want one, in every step of this number."""
 
 
 class BlockNewton:
@@ -48,7 +51,6 @@ class BlockNewton:
         self.uses_newton: Flags = np.zeros(count, bool)
         self.slow: Numbers = np.zeros(count)
         self.lipschitz: Numbers = np.full(count, np.inf)
-        self.unseen: Numbers = np.zeros(count)
         self._has_block: Flags = np.zeros(count, bool)
         self._steps = 0
         self._blocks: Tensor | None = None
@@ -94,8 +96,13 @@ class BlockNewton:
 
     @property
     def is_due(self) -> bool:
-        """Whether, in this step, Jacobians may be made anew before they fail: for all samples that want one at once."""
-        return self._steps % PERIOD == 0
+        """Whether Jacobians may be made anew before they fail."""
+        return self._steps % _PERIOD == 0
+
+    @property
+    def is_rate_due(self) -> bool:
+        """Whether rates of substitution are to be seen anew: of all samples at once, as it takes an evaluation."""
+        return self._steps % TRUSTED == 0
 
     def correct(self, residual: Rows, newton: Flags) -> Rows:
         """The Newton correction for a residual, of some samples; of the others the residual itself."""

@@ -31,6 +31,9 @@ NEAR = 30
 CAUTION = 2
 """By so much the rate of convergence may have grown since it was seen."""
 
+TRUSTED = 16
+"""For so many steps a rate of convergence is trusted; it is seen again by a second iterate."""
+
 SHORTEST = 1e-4
 """A Newton correction that has to be damped by more leads nowhere."""
 
@@ -39,9 +42,6 @@ ROUNDING = 8
 
 PROBE = 16
 """By so many times its rounding the state is changed for it, as the rounding of func has steps of its own."""
-
-PERIOD = 4
-"""So many steps may go by what the last ones have shown, of Jacobians and of rates of convergence."""
 
 PROBES = 8
 """So often, at most, rounding is looked for."""

@@ -15,11 +15,11 @@ from .correctors import FAR, INEXACT, Corrector
 from .implicit_equation import (
     CAUTION,
     NEAR,
-    PERIOD,
     PROBE,
     ROUNDING,
     SHORTEST,
     SLOW,
+    TRUSTED,
     Equation,
     excess_of,
     is_substituted,
@@ -56,7 +56,7 @@ class KrylovNewton:
         self._uses_newton = False
         self._lipschitz = torch.inf
         self._rounding = rounding_part(rtol, newton.tolerance, precision)
-        self._unseen = 0
+        self._steps = 0
 
     @property
     def is_dear(self) -> bool:
@@ -93,17 +93,18 @@ class KrylovNewton:
     def _substitute(self, equation: Equation, d: Tensor) -> "Solution | None":
         weight = equation.weight
         previous = torch.inf
-        self._unseen += 1
+        self._steps += 1
         for _ in range(self._options.max_iterations):
             f = equation.iterate(equation.x + d)
             following = equation.c + weight * f
             size = self._size(equation, d, following - d)
             # Small corrections may be rounding, which tells nothing of the rate.
             if NEAR * self._rounding < previous < torch.inf:
-                self._lipschitz, self._unseen = size / (previous * abs(weight)), 0
+                self._lipschitz = size / (previous * abs(weight))
             # What is left of the error is this correction times the rate, seen before if not now.
             rate = CAUTION * self._lipschitz * abs(weight)
-            if is_substituted(size, previous, rate if self._unseen <= PERIOD else torch.inf):
+            is_known = previous < torch.inf or self._steps % TRUSTED > 0
+            if is_substituted(size, previous, rate if is_known else torch.inf):
                 return Solution(following, f)
             if not size <= max(SLOW * previous, 1):
                 is_near = previous <= NEAR and size <= NEAR and rate <= CAUTION * SLOW

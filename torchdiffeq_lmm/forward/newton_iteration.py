@@ -10,7 +10,6 @@ from torch import Tensor
 from .implicit_equation import (
     CAUTION,
     NEAR,
-    PERIOD,
     SHORTEST,
     SLOW,
     Equations,
@@ -316,10 +315,10 @@ class NewtonIteration:
         # Small corrections may be rounding, which tells nothing of the rate.
         telling = samples & (previous > NEAR * solver.tolerances.rounding) & (previous < np.inf)
         solver.lipschitz[telling] = size[telling] / (previous[telling] * weight)
-        solver.unseen = np.where(telling, 0, solver.unseen + (previous == np.inf))
         # What is left of the error is this correction times the rate, seen before if not now.
         rate = CAUTION * solver.lipschitz * weight
-        solved = is_substituted(size, previous, np.where(solver.unseen <= PERIOD, rate, np.inf))
+        is_known = (previous < np.inf) | (not solver.is_rate_due)
+        solved = is_substituted(size, previous, np.where(is_known, rate, np.inf))
         slow = ~(size <= np.maximum(SLOW * previous, 1)) | (self._iterations >= self.solver.max_iterations)
         if solver.is_due and any_of(telling):
             # More iterations are to come than there should be.

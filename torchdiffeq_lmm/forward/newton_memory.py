@@ -35,7 +35,6 @@ class Memory(Protocol):
         uses_newton: whether substitution has failed for a sample, or would take longer.
         slow: for so many steps a Jacobian is to be made at the start, as a sample's steps took many iterations.
         lipschitz: of f, as seen by substitution.
-        unseen: so many steps ago, at least.
     """
 
     tolerances: Tolerances
@@ -43,7 +42,6 @@ class Memory(Protocol):
     uses_newton: Flags
     slow: Numbers
     lipschitz: Numbers
-    unseen: Numbers
 
     @property
     def is_exact(self) -> bool:
@@ -52,6 +50,10 @@ class Memory(Protocol):
     @property
     def is_due(self) -> bool:
         """Whether in this step Jacobians may be made anew before they fail."""
+
+    @property
+    def is_rate_due(self) -> bool:
+        """Whether in this step the rates of convergence of substitution are to be seen anew."""
 
     def correct(self, residual: Rows, newton: Flags) -> Rows:
         """Return the Newton correction for a residual, of some samples; of the others the residual itself."""
