@@ -191,7 +191,7 @@ def test_checkpoints_give_the_gradient_of_autograd(method: str) -> None:
         found = gradients(problem, method, rtol, backward=backward)
         for one, other in zip(found, plain, strict=True):
             # Implicit equations are solved once more, to the tolerance.
-            assert relative(one, other) < (1e-11 if method == "adams" else 10 * rtol)
+            assert relative(one, other) < (1e-11 if method == "adams" else 20 * rtol)
 
 
 @pytest.mark.parametrize("backward", ["autograd", "checkpoint"])

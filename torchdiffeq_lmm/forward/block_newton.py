@@ -124,9 +124,7 @@ class BlockNewton:
         """Make the Jacobians of some samples anew, at d."""
         y = equations.x + d
         if self.evaluate(equations, y, samples) is None:
-            sizes = torch.maximum(torch.maximum(y.abs(), d.abs()), equations.c.abs())
-            sizes = torch.maximum(sizes, abs(equations.weight) * f.abs())
-            blocks = self._jacobian.differences(equations.slope, y, f, sizes, samples)
+            blocks = self._jacobian.differences(equations.slope, y, f, equations.sizes(d, f), samples)
             self._keep(blocks, equations.weight, samples)
 
     def update(self, residual: Rows, correction: Rows, direction: Tensor, samples: Flags, weight: float) -> None:

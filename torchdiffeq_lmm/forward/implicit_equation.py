@@ -48,7 +48,21 @@ PROBES = 8
 
 
 @dataclass(frozen=True)
-class Equation:
+class _Given:
+    """What is given of d = c + b* f(x + d); see `Equation` and `Equations`."""
+
+    x: Tensor
+    c: Tensor
+    weight: float
+
+    def sizes(self, d: Tensor, f: Tensor) -> Tensor:
+        """What size the entries of a state and its corrections are of; f is that at x + d."""
+        sizes = torch.maximum((self.x + d).abs(), d.abs())
+        return torch.maximum(torch.maximum(sizes, self.c.abs()), abs(self.weight) * f.abs())
+
+
+@dataclass(frozen=True)
+class Equation(_Given):
     """d = c + b* f(x + d), of a whole state.
 
     Attributes:
@@ -60,9 +74,6 @@ class Equation:
         time: what func is given for it; needed where something is known of the Jacobian.
     """
 
-    x: Tensor
-    c: Tensor
-    weight: float
     slope: Slope
     iterate: Slope
     time: Tensor | None = None
@@ -76,14 +87,9 @@ class Equation:
         residual = self.residual(d, self.slope(self.x + d)).abs()
         return float(residual.nan_to_num(nan=torch.inf).max()) if residual.numel() else 0.0
 
-    def sizes(self, d: Tensor, f: Tensor) -> Tensor:
-        """What size the entries of a state and its corrections are of."""
-        sizes = torch.maximum((self.x + d).abs(), d.abs())
-        return torch.maximum(torch.maximum(sizes, self.c.abs()), abs(self.weight) * f.abs())
-
 
 @dataclass(frozen=True)
-class Equations:
+class Equations(_Given):
     """d = c + b* f(x + d), for each sample.
 
     Attributes:
@@ -94,9 +100,6 @@ class Equations:
         iterate: f again, called at every iterate; the last call is at the solution, up to the tolerance.
     """
 
-    x: Rows
-    c: Rows
-    weight: float
     slope: RowsFunction
     iterate: RowsFunction
 
@@ -118,7 +121,8 @@ class Tolerances:
         self._rtol, self._atol = rtol, atol
         self._part_of_rtol, self._part_of_atol = fraction * rtol, fraction * atol
         self.precision = precision
-        self.rounding = rounding_part(rtol, fraction, precision)
+        part = fraction * float(rtol.min() if isinstance(rtol, Tensor) else rtol)
+        self.rounding = min(1.0, ROUNDING * precision / part) if part > 0 else 1.0
 
     def of(self, level: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
         """Of each entry of a correction of d, its own tolerance or its own rounding, whichever is more.
@@ -202,12 +206,6 @@ def is_rounding(
         # Entries where it has cancelled get fewer with every draw; others stay.
         pending &= (left > 0) & ((2 * left <= before) if seed else True)
     return found, largest
-
-
-def rounding_part(rtol: float | Tensor, fraction: float, precision: float) -> float:
-    """How much of a tolerance, this fraction of atol + rtol |y|, is rounding of a relative precision, at most."""
-    part = fraction * float(rtol.min() if isinstance(rtol, Tensor) else rtol)
-    return min(1.0, ROUNDING * precision / part) if part > 0 else 1.0
 
 
 def is_substituted(size: Numbers | float, previous: Numbers | float, rate: Numbers | float) -> Flags:

@@ -21,10 +21,11 @@ from .implicit_equation import (
     SLOW,
     TRUSTED,
     Equation,
+    Tolerances,
     excess_of,
     is_substituted,
     least,
-    rounding_part,
+    size_of,
 )
 from .linear import is_rounding, noise, to_real
 from .newton_options import Newton
@@ -55,7 +56,7 @@ class KrylovNewton:
         self._corrector = corrector
         self._uses_newton = False
         self._lipschitz = torch.inf
-        self._rounding = rounding_part(rtol, newton.tolerance, precision)
+        self._tolerances = Tolerances(rtol, atol, newton.tolerance, precision)
         self._steps = 0
 
     @property
@@ -99,7 +100,7 @@ class KrylovNewton:
             following = equation.c + weight * f
             size = self._size(equation, d, following - d)
             # Small corrections may be rounding, which tells nothing of the rate.
-            if NEAR * self._rounding < previous < torch.inf:
+            if NEAR * self._tolerances.rounding < previous < torch.inf:
                 self._lipschitz = size / (previous * abs(weight))
             # What is left of the error is this correction times the rate, seen before if not now.
             rate = CAUTION * self._lipschitz * abs(weight)
@@ -116,11 +117,8 @@ class KrylovNewton:
 
     def _tolerance(self, equation: Equation, d: Tensor) -> Tensor:
         """Of each entry of a correction of d, its own tolerance or its own rounding, whichever is more."""
-        x, change = equation.x, (d - equation.c).abs()
-        # In the precision of a norm, for a small state may underflow in its own.
-        level = torch.maximum(x.abs(), (x + d).abs()).to(torch.promote_types(x.dtype.to_real(), torch.float32))
-        rounding = ROUNDING * (torch.finfo(x.dtype).eps * level + self._precision * change + least(x.dtype))
-        return torch.maximum(self._options.tolerance * (self._atol + self._rtol * level), rounding)
+        level = torch.maximum(size_of(equation.x), size_of(equation.x + d))
+        return self._tolerances.of(level, (d - equation.c).abs(), equation.x.dtype)
 
     def _size(self, equation: Equation, d: Tensor, correction: Tensor) -> float:
         """The largest entry of a correction of d in terms of its tolerance; infinite where one is not a number."""
@@ -194,7 +192,7 @@ class KrylovNewton:
     def _scale(self, equation: Equation, d: Tensor) -> Tensor:
         """Sizes by which corrections are compared, nowhere 0."""
         x = equation.x
-        level = torch.maximum(x.abs(), (x + d).abs()).to(torch.promote_types(x.dtype.to_real(), torch.float32))
+        level = torch.maximum(size_of(x), size_of(x + d))
         rounding = torch.finfo(x.dtype).eps * torch.maximum(level, torch.maximum(d.abs(), equation.c.abs()))
         if not x.numel():
             return rounding
