@@ -133,7 +133,7 @@ def test_against_radau(name: str, method: str, parts: int, accuracy: float) -> N
 @pytest.mark.slow
 def test_gradient_of_a_stiff_solve_is_that_of_the_flow() -> None:
     """∂y(T)/∂k for Robertson's fastest rate k, against differences of Radau; with the filter and without."""
-    nodes = refined(coarse_grid("Robertson"), 5)
+    nodes = refined(coarse_grid("Robertson"), 3)
 
     def with_rate(k: Tensor | float) -> Callable[..., Any]:
         def f(y: Any, lib: Any = torch) -> Any:
@@ -337,7 +337,7 @@ def test_without_gradients_func_is_given_no_graph(size: int) -> None:
     copy.deepcopy(func)
 
 
-@pytest.mark.parametrize(("size", "steps"), slow_but([(8, 30)], [(8, 30), (300, 30), (1025, 5)]))
+@pytest.mark.parametrize(("size", "steps"), slow_but([(8, 30)], [(8, 30), (300, 30), (1025, 3)]))
 def test_a_stiff_system_of_any_size(size: int, steps: int) -> None:
     """The heat equation in `size` points: by its matrix where it is small, matrix-free where it is large."""
     width = 1 / (size + 1)
