@@ -107,19 +107,16 @@ def assert_ends_as_radau(name: str, end: Tensor, accuracy: float) -> None:
     assert (np.abs(found - exact) <= accuracy * (np.abs(exact) + 1e-6)).all(), found / exact - 1
 
 
+# The methods share the problems out; bdf4 has the hardest one beside.
 AGAINST_RADAU = [
     ("van der Pol", "bdf4", 8, 1e-5),
     ("Robertson", "bdf1", 4, 4e-2),
-    ("Robertson", "bdf2", 4, 4e-3),
     ("Robertson", "bdf3", 4, 6.4e-4),
-    ("Robertson", "bdf4", 4, 1.28e-4),
     ("Robertson", "bdf5", 8, 1e-6),
     ("Robertson", "bdf6", 16, 5e-9),
     ("Robertson", "am2", 4, 1.6e-3),
     ("HIRES", "bdf2", 4, 1.6e-2),
-    ("HIRES", "bdf3", 4, 8e-4),
     ("HIRES", "bdf4", 4, 4e-5),
-    ("HIRES", "bdf5", 4, 1.6e-5),
 ]
 
 
