@@ -184,9 +184,9 @@ class Balance(nn.Module):
         nodes = self.source.nodes.numpy()
         return nodes[: len(self.source.values)] + self.gradient.offset * self.step
 
-    def refined(self) -> "Balance":
-        """The same balance with its source interpolated linearly, by a Runge–Kutta method of eighth steps."""
-        nodes = torch.linspace(0, YEARS, len(self.source.nodes) * 8 - 7, dtype=torch.float64)
+    def refined(self, finer: int) -> "Balance":
+        """The same balance with its source interpolated linearly, by a Runge–Kutta method of so much smaller steps."""
+        nodes = torch.linspace(0, YEARS, (len(self.source.nodes) - 1) * finer + 1, dtype=torch.float64)
         source = GridParameter(self.source.values, torch.tensor(self.row_times()), "linear")(nodes)
         return Balance(Gradient(_fine, "linear", 0.0), nodes, torch.cat([source, self.begin, self.cycle]).detach())
 
@@ -222,8 +222,8 @@ def oscillation_of(balance: Balance, series: Series) -> float:
     return oscillation(gradient, balance.source.widths).index
 
 
-def measure(series: Series, balance: Balance, penalty: Penalty, reference: Balance) -> dict:
-    """What the tables need of a fit; the reference is that of an accurate solver."""
+def measure(series: Series, balance: Balance, penalty: Penalty, reference: Balance, finer: int) -> dict:
+    """What the tables need of a fit; the reference is that of an accurate solver, `finer` is for `refined`."""
     source, times = balance.source.values.detach()[:, 0].numpy(), balance.row_times()
     accurate = np.interp(times, reference.row_times(), reference.source.values.detach()[:, 0].numpy())
     # Nothing tells the source at the very ends.
@@ -236,7 +236,7 @@ def measure(series: Series, balance: Balance, penalty: Penalty, reference: Balan
         "variation": float(np.abs(np.diff(source)).sum()),
         "distance": root_mean_square((source - accurate)[inside]),
     }
-    for name, of in (("reported", balance), ("true", balance.refined())):
+    for name, of in (("reported", balance), ("true", balance.refined(finer))):
         with torch.no_grad():
             off = of(torch.tensor(series.times))[:, 0].numpy() - series.values
             misfit = 0.5 * np.square(off[series.use == 0] / NOISE).sum()
@@ -318,7 +318,7 @@ def main() -> None:
             for steps in grids:
                 for gradient in gradients:
                     fitted = fit(series[name], GRADIENTS[gradient], steps, penalty)
-                    runs[steps][gradient] = measure(series[name], fitted, penalty, reference)
+                    runs[steps][gradient] = measure(series[name], fitted, penalty, reference, 2 if args.quick else 8)
                     progress.update()
     for name, by_penalty in results.items():
         for penalty, found in by_penalty.items():

@@ -4,11 +4,11 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-from matplotlib.figure import Figure
+# Not every example draws, and the import takes a second.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Distinguishable to the colour-blind.
 COLORS = {
@@ -45,7 +45,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def write(output: Path, name: str, results: object, figures: Mapping[str, Figure]) -> None:
+def write(output: Path, name: str, results: object, figures: "Mapping[str, Figure]") -> None:
     """Write the results as ``name.json`` and each figure as a PNG of its own name, and say where."""
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"{name}.json"]

@@ -449,7 +449,7 @@ def draw(known: Experiments, offsets: Tensor, reaction: Reaction, found: dict) -
 def main() -> None:
     args = arguments(__doc__, "few experiments, a coarse grid, few iterations", seed=0)
     if args.quick:
-        number, ways, iterations, most_steps = 4, [("bdf3", 8)], (7, 4), 60
+        number, ways, iterations, most_steps = 4, [("bdf3", 8)], (8, 1), 60
     else:
         number, ways, iterations, most_steps = 256, [("bdf2", 20), ("bdf3", 20)], (12, 16), 5_000
     known, offsets = experiments(number, args.seed)
@@ -457,7 +457,7 @@ def main() -> None:
     found = {
         "experiments": number,
         "fits": [run for _, run in fits],
-        "gradients": gradients(known, ways, min(number, 32)),
+        "gradients": gradients(known, ways, min(number // 2, 32)),
         "dopri5": explicit(known, most_steps),
     }
     print(report(found))

@@ -32,14 +32,17 @@ class Field(nn.Module):
     """A layer with a value of its own for every step, on 23 steps from 0 to 1.
 
     It has few operations, for each takes milliseconds to trace.
+
+    Args:
+        width: of the states.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(2, 2, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.randn(width, width, dtype=torch.float64))
         nodes = torch.linspace(0, 1, 24, dtype=torch.float64)
-        self.theta = GridParameter(torch.randn(23, 2, dtype=torch.float64), nodes)
+        self.theta = GridParameter(torch.randn(23, width, dtype=torch.float64), nodes)
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         return torch.tanh(y @ self.weight) * t.cos() + self.theta(t)
@@ -56,9 +59,9 @@ class Light(nn.Module):
         return (y.flip(-1) * self.weight).tanh() * t
 
 
-def start(batch: int = 3) -> Tensor:
-    """An initial state, of shape (batch, 2)."""
-    return torch.linspace(-1, 1, 2 * batch, dtype=torch.float64).reshape(batch, 2)
+def start(batch: int = 3, width: int = 2) -> Tensor:
+    """An initial state, of shape (batch, width)."""
+    return torch.linspace(-1, 1, width * batch, dtype=torch.float64).reshape(batch, width)
 
 
 def solved(func: nn.Module, y0: Tensor, t: Tensor, method: str, **keywords: Any) -> list[Tensor]:

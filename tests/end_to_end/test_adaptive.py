@@ -40,7 +40,6 @@ ACCURACY = [
     ("Robertson", "bdf", 1e-4, 3),
     ("HIRES", "bdf", 1e-4, 25),
     ("HIRES", "bdf", 1e-6, 25),
-    ("van der Pol", "bdf", 1e-4, 20),
     ("van der Pol", "bdf", 1e-6, 20),
     ("pendulum", "adams", 1e-4, 20),
     ("pendulum", "adams", 1e-7, 20),

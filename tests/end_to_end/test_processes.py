@@ -34,17 +34,20 @@ def test_two_processes_have_the_losses_of_one_and_say_what_is_refused(tmp_path: 
     printed = run_alone(EXAMPLES / "processes.py", "--quick", "--output", tmp_path)
     found = json.loads((tmp_path / "processes.json").read_text(encoding="utf-8"))
     assert found.keys() == REFUSED.keys()
+    seen: set[str] = set()
     for way, refused in REFUSED.items():
         assert f"| `{way}` |" in printed
         of_way = found[way]
         assert of_way["losses"] == sorted(of_way["losses"], reverse=True), way
         assert max(of_way["model"].values()) < 1e-12, way
+        seen.update(of_way["model"])
         for column, got in of_way["func"].items():
             if column in refused:
                 assert refused[column] in got, (way, column)
                 assert got in printed, (way, column)
             else:
                 assert got < 1e-12, (way, column)
+    assert seen == {"DDP", "fully_shard"}
     # The first step is the same one; then the filter has changed the parameters.
     plain, filtered = found["plain"]["losses"], found['grad_filter="auto"']["losses"]
     assert filtered[0] == pytest.approx(plain[0], rel=1e-12)

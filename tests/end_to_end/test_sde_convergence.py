@@ -148,7 +148,9 @@ def test_weak_order_one(method: str) -> None:
     path = Path(160_000, 1, 64)
     exact = geometric(path).square()
     # Minus the exact solution on the same paths, so that chance is mostly the same in both.
-    order, margin = weak_order([end(Linear(), path, method, n).square() - exact for n in (8, 16, 32, 64)])
+    # The errors of leapfrog come to their order late.
+    numbers = (8, 16, 32, 64) if method == "leapfrog" else (8, 16, 32)
+    order, margin = weak_order([end(Linear(), path, method, n).square() - exact for n in numbers])
     assert margin < 0.2
     assert abs(order - 1) < 0.1 + margin
 

@@ -107,19 +107,16 @@ def assert_ends_as_radau(name: str, end: Tensor, accuracy: float) -> None:
     assert (np.abs(found - exact) <= accuracy * (np.abs(exact) + 1e-6)).all(), found / exact - 1
 
 
+# The methods share the problems out; bdf4 has the hardest one beside.
 AGAINST_RADAU = [
     ("van der Pol", "bdf4", 8, 1e-5),
     ("Robertson", "bdf1", 4, 4e-2),
-    ("Robertson", "bdf2", 4, 4e-3),
     ("Robertson", "bdf3", 4, 6.4e-4),
-    ("Robertson", "bdf4", 4, 1.28e-4),
     ("Robertson", "bdf5", 8, 1e-6),
     ("Robertson", "bdf6", 16, 5e-9),
     ("Robertson", "am2", 4, 1.6e-3),
     ("HIRES", "bdf2", 4, 1.6e-2),
-    ("HIRES", "bdf3", 4, 8e-4),
     ("HIRES", "bdf4", 4, 4e-5),
-    ("HIRES", "bdf5", 4, 1.6e-5),
 ]
 
 
@@ -133,7 +130,7 @@ def test_against_radau(name: str, method: str, parts: int, accuracy: float) -> N
 @pytest.mark.slow
 def test_gradient_of_a_stiff_solve_is_that_of_the_flow() -> None:
     """∂y(T)/∂k for Robertson's fastest rate k, against differences of Radau; with the filter and without."""
-    nodes = refined(coarse_grid("Robertson"), 5)
+    nodes = refined(coarse_grid("Robertson"), 3)
 
     def with_rate(k: Tensor | float) -> Callable[..., Any]:
         def f(y: Any, lib: Any = torch) -> Any:
@@ -337,7 +334,7 @@ def test_without_gradients_func_is_given_no_graph(size: int) -> None:
     copy.deepcopy(func)
 
 
-@pytest.mark.parametrize(("size", "steps"), slow_but([(8, 30)], [(8, 30), (300, 30), (1025, 5)]))
+@pytest.mark.parametrize(("size", "steps"), slow_but([(8, 30)], [(8, 30), (300, 30), (1025, 3)]))
 def test_a_stiff_system_of_any_size(size: int, steps: int) -> None:
     """The heat equation in `size` points: by its matrix where it is small, matrix-free where it is large."""
     width = 1 / (size + 1)

@@ -157,7 +157,7 @@ def test_odeint_adjoint(name: str, direction: int, as_list: bool) -> None:
     results = []
     for odeint, method, options in (
         (torchdiffeq.odeint, "dopri5", {"jump_t": f64(*jumps)}),
-        (torchdiffeq.odeint_adjoint, name, {"jump_t": jumps if as_list else f64(*jumps), "step_size": 1 / 96}),
+        (torchdiffeq.odeint_adjoint, name, {"jump_t": jumps if as_list else f64(*jumps), "step_size": 1 / 48}),
     ):
         field, y0 = Field(), f64(1.0, 0.2, requires_grad=True)
         states = odeint(field, y0, t, method=method, options=options, rtol=1e-9, atol=1e-10)

@@ -41,10 +41,10 @@ def test_an_sde_without_noise_is_the_ode(name: str, grad_filter: object) -> None
         sde, y0 = JumpingDrift(0.0), f64(1.0, 0.7).reshape(1, 2).requires_grad_()
         options = {"jump_t": jumps} if grad_filter is None else {"jump_t": jumps, "grad_filter": grad_filter}
         if is_sde:
-            y = torchsde.sdeint(sde, y0, ts, method=name, dt=0.03, rtol=1e-9, atol=1e-11, options=options)
+            y = torchsde.sdeint(sde, y0, ts, method=name, dt=0.05, rtol=1e-9, atol=1e-11, options=options)
         else:
             y = torchdiffeq.odeint(
-                sde.f, y0, ts, method=name, options={**options, "step_size": 0.03}, rtol=1e-9, atol=1e-11
+                sde.f, y0, ts, method=name, options={**options, "step_size": 0.05}, rtol=1e-9, atol=1e-11
             )
         y.square().sum().backward()
         results.append((y.detach(), y0.grad))

@@ -55,7 +55,7 @@ def test_event_and_its_gradients(backwards: bool, interp: str, is_tuple: bool, i
         reverse_time=backwards,
         odeint_interface=interface,
         method="leapfrog",
-        options={"step_size": 0.0005, "interp": interp},
+        options={"step_size": 0.00075, "interp": interp},
     )
     expected = t0 + landing(height, velocity, fall.gravity, backwards)
     torch.testing.assert_close(event_t, expected, rtol=1e-4, atol=1e-4)
