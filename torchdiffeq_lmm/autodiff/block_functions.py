@@ -16,6 +16,7 @@ from torchdiffeq_lmm.schemes.block_rows import Pattern
 from torchdiffeq_lmm.schemes.weighted_sum import weighted_sum
 
 from .block_values import AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
+from .state_layout import laid_out
 
 Slope = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
 """From the time, the state and the tensors that func depends on to the slope."""
@@ -65,7 +66,7 @@ def reversed_block(
         ((_, e),), ((_, b),) = row.increments, row.slopes
         x = x - difference
         difference = weighted_sum((1 / e, -b / e), (difference, field(number, x)))
-    return _dense((x, difference))
+    return _laid_out((x, difference), x)
 
 
 def block_and_adjoint(
@@ -110,7 +111,8 @@ def block_and_adjoint(
         of_lookups = grads[len(kind.wanted) :]
         sums = tuple(_strided_as(total + grad, total) for total, grad in zip(cotangents.sums, grads, strict=False))
     later = later[: len(cotangents.later)]
-    values = AdjointValues(_dense(of_window), sums, tuple(of_numbers), _dense(of_lookups), _dense(later))
+    past, following = (_laid_out(given, end) for given in (of_window, later))
+    values = AdjointValues(past, sums, tuple(of_numbers), _dense(of_lookups), following)
     return *_outputs(marched), values
 
 
@@ -164,7 +166,9 @@ def _marched(field: _Field, pattern: Pattern, window: Sequence[Tensor]) -> _Marc
 
 
 def _outputs(marched: _Marched) -> tuple[tuple[Tensor, ...], Tensor]:
-    return _dense([tensor.detach() for tensor in marched.window]), torch.stack(marched.nodes).detach()
+    x = marched.window[0]
+    window = _laid_out([tensor.detach() for tensor in marched.window], x)
+    return window, laid_out(torch.stack(marched.nodes).detach(), x)
 
 
 class _Jacobians:
@@ -304,8 +308,12 @@ def _filled(tensors: Sequence[Tensor], count: int, like: Tensor) -> list[Tensor]
     return [*tensors[:count], *(torch.zeros_like(like) for _ in range(count - len(tensors)))]
 
 
-def _dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _laid_out(states: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
     # What is compiled takes its inputs for what they were when it was traced, and does not look.
+    return tuple(laid_out(state, x) for state in states)
+
+
+def _dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in tensors)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
@@ -38,6 +38,9 @@ def repeatedly_differentiable() -> Iterator[None]:
         return
     import torch._functorch.config as config
 
-    # Before torch 2.6 no buffers are donated.
-    with config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext():
+    # Before torch 2.6 no buffers are donated. To change a setting takes as long as some steps.
+    if not getattr(config, "donated_buffer", False):
+        yield
+        return
+    with config.patch(donated_buffer=False):
         yield

@@ -88,8 +88,13 @@ class Compile:
         return CudaGraphs(made) if is_on_gpu and wants_graphs else made
 
 
-_ON_CPU = {"cpp_wrapper": True, "aot_inductor.compile_wrapper_opt_level": "O0"}
-"""The wrapper has little to do, and to optimise it takes as long as all the rest."""
+_ON_CPU = {
+    "cpp_wrapper": True,
+    # The wrapper has little to do, and to optimise it takes as long as all the rest.
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    # A block is one loop where it can be; what lies between two loops is a buffer.
+    "max_fusion_size": 100_000,
+}
 
 _SHORTEST = 5
 """A block has as many steps as any method looks back."""

@@ -16,9 +16,11 @@ from torchdiffeq_lmm.schemes.block_rows import Pattern
 from .block_functions import block_and_adjoint, forward_block, reversed_block
 from .block_values import AROUND, AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
 from .compile_settings import Compile, Traced
+from .components import taken_apart
 from .func_capture import CapturedFunc, Dependencies
 from .kept_products import adjoint_alone, halves
 from .small_products import SMALL_PRODUCTS
+from .state_layout import component_axis, laid_out
 
 compilations = 0
 """How many functions have been compiled by this process."""
@@ -150,8 +152,8 @@ def _called(run: Traced, pattern: Pattern) -> Forward:
     def call(
         window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
-        end, (nodes,), kept = _parts(run(*window, *numbers.flat, *tensors), (size, 1))
-        return end, nodes, kept
+        found = run(*window, *numbers.flat, *tensors)
+        return tuple(found[:size]), found[size], tuple(found[size + 1 :])
 
     return call
 
@@ -301,7 +303,8 @@ class _Fakes:
         return self.states()
 
     def states(self, *count: int) -> Tensor:
-        return self.empty(*count, *self._x.shape, dtype=self._x.dtype)
+        with self._mode:
+            return laid_out(self.empty(*count, *self._x.shape, dtype=self._x.dtype), self._x)
 
     def window(self, known: tuple[int, int]) -> list[Tensor]:
         return [self.state() for _ in range(1 + sum(known))]
@@ -321,7 +324,8 @@ class _Fakes:
     def traced(self, run: Callable[..., Any], inputs: list[Any]) -> _TracedBlock:
         try:
             with self._mode:
-                graph = make_fx(run, decomposition_table=SMALL_PRODUCTS)(*inputs)
+                products = {} if component_axis(self._x) else SMALL_PRODUCTS
+                graph = taken_apart(make_fx(run, decomposition_table=products)(*inputs), self._x)
         except Exception as error:
             raise RuntimeError(
                 f"compile cannot trace func and its derivative, {type(error).__name__}: {error}. Solve without compile"

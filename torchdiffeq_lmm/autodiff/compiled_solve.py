@@ -12,6 +12,7 @@ from .block_values import AdjointKind, BlockNumbers, Cotangents, FilterNumbers
 from .compiled_blocks import CompiledBlocks, RecordedBlock
 from .compiled_reversal import CompiledReversal
 from .reversal import DriftError, Reversible
+from .state_layout import laid_out
 
 Made = TypeVar("Made")
 
@@ -78,9 +79,10 @@ class CompiledSolve:
             tensors: what func depends on.
             keeps: of which blocks; None where there is no backward pass.
         """
-        window = (y0.contiguous(), *_zeros(y0, sum(self.schedule.blocks[0].block.pattern.begins)))
+        x = laid_out(y0, y0)
+        window = (x, *_zeros(x, sum(self.schedule.blocks[0].block.pattern.begins)))
         kept, found = [], []
-        nodes = y0
+        nodes = x
         recorded = self._recorded()
         forwards = _once(
             lambda scheduled: (
@@ -100,7 +102,7 @@ class CompiledSolve:
                 found.append(nodes if len(scheduled.seen) == len(nodes) else nodes.index_select(0, scheduled.seen))
             if scheduled.sees_end:
                 found.append(window[0].unsqueeze(0))
-        return found[0] if len(found) == 1 else torch.cat(found), kept
+        return (found[0] if len(found) == 1 else torch.cat(found)).contiguous(), kept
 
     def backward(
         self,
@@ -154,18 +156,21 @@ class CompiledSolve:
         )
         by_block: list[tuple[Tensor, ...]] = []
         recorded = self._recorded()
-        unseen = _once(lambda scheduled: like.new_zeros(scheduled.block.pattern.steps, *like.shape))
+        unseen = _once(lambda scheduled: laid_out(like.new_zeros(scheduled.block.pattern.steps, *like.shape), like))
         end, flat = len(seen), seen.reshape(len(seen), -1)
         of_observed = (seen,) if states is None else (seen, states)
         for scheduled, of_block, given in zip(self.schedule.blocks[::-1], kept, numbers[::-1], strict=True):
             if scheduled.sees_end:
                 end -= 1
                 cotangents = cotangents._replace(window=(seen[end], *cotangents.window[1:]))
-            seen_here = 0 if scheduled.seen is None else len(scheduled.seen)
-            of_nodes, *of_states = (
-                _spread(unseen(scheduled), scheduled.seen, observed[end - seen_here : end]) for observed in of_observed
-            )
-            end -= seen_here
+            of_nodes, *of_states = (unseen(scheduled),) * len(of_observed)
+            if scheduled.seen is not None:
+                begin = end - len(scheduled.seen)
+                of_nodes, *of_states = (
+                    laid_out(unseen(scheduled).index_copy(0, scheduled.seen, observed[begin:end]), like)
+                    for observed in of_observed
+                )
+                end = begin
             earlier_count = 1 + len(given.looked_up) if scheduled.earlier else 0
             window, earlier, products = _cut(of_block, 1 + sum(scheduled.block.pattern.begins), earlier_count)
             filters = None
@@ -175,7 +180,7 @@ class CompiledSolve:
             found = recorded(scheduled).adjoint(window, given, tensors, given_cotangents, filters, products)
             cotangents = Cotangents(found.window, of_nodes, (), found.sums, found.later)
             by_block.append((*found.numbers, *found.looked_up))
-        return Gradients(cotangents.window[0], by_block[::-1], cotangents.sums)
+        return Gradients(cotangents.window[0].contiguous(), by_block[::-1], cotangents.sums)
 
     def keeps(self) -> Callable[[int], bool]:
         """Tells of a block whether the past before it is kept for the backward pass."""
@@ -292,9 +297,9 @@ class _CompiledSolve(torch.autograd.Function):
         solve, (count, lookups) = ctx.solve, ctx.counts
         tensors, looked_up, rest = saved[:count], saved[count : count + lookups], iter(saved[count + lookups :])
         kept = [tuple(next(rest) for _ in range(size)) for size in ctx.sizes]
-        seen = states = _dense(of_states)
+        seen = states = laid_out(_dense(of_states), of_states[0])
         for cotangent in of_slopes:
-            seen = states + _dense(cotangent)
+            seen = states + laid_out(_dense(cotangent), of_states[0])
         numbers = _with_looked_up(solve, ctx.numbers, looked_up)
         of_y0, by_block, sums = solve.backward(seen, states if of_slopes else None, kept, numbers, tensors)
         of_weights = of_times = None
@@ -321,10 +326,6 @@ def _cut(
     return tensors[:first], tensors[first : first + second], tensors[first + second :]
 
 
-def _spread(unseen: Tensor, places: Tensor | None, observed: Tensor) -> Tensor:
-    return unseen if places is None else unseen.index_copy(0, places, observed)
-
-
 def _filters(
     filtered: FilteredBlock, seen: Tensor, like: Tensor, earlier: Sequence[Tensor], times: Tensor
 ) -> FilterNumbers:
@@ -333,7 +334,7 @@ def _filters(
     shape = len(filtered.value), *like.shape
     of_observed = filtered.observed_value, filtered.observed_slope
     value, slope = (
-        like.new_zeros(shape) if weights is None else (weights.to(seen.dtype) @ seen).reshape(shape)
+        laid_out(like.new_zeros(shape) if weights is None else (weights.to(seen.dtype) @ seen).reshape(shape), like)
         for weights in of_observed
     )
     numbers = FilterNumbers(filtered.value, filtered.products, value, slope)
@@ -365,4 +366,4 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _zeros(like: Tensor, count: int) -> list[Tensor]:
-    return [torch.zeros_like(like, memory_format=torch.contiguous_format) for _ in range(count)]
+    return [torch.zeros_like(like) for _ in range(count)]

@@ -13,7 +13,8 @@ _ASSUMED = 64
 """What a size that is not known is taken for."""
 
 
-def _is_small(a: Tensor, b: Tensor) -> bool:
+def is_small(a: Tensor, b: Tensor) -> bool:
+    """Whether a product is."""
     rows, inner = a.shape
     count = 1
     for size in (rows, inner, b.shape[1]):
@@ -26,11 +27,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mm(a: Tensor, b: Tensor) -> Any:
-    return _product(a, b) if _is_small(a, b) else NotImplemented
+    return _product(a, b) if is_small(a, b) else NotImplemented
 
 
 def _addmm(c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Any:
-    if (beta, alpha) != (1, 1) or not _is_small(a, b):
+    if (beta, alpha) != (1, 1) or not is_small(a, b):
         return NotImplemented
     return c + _product(a, b)
 
