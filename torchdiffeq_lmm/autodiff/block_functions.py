@@ -39,7 +39,12 @@ class _Marched(NamedTuple):
 
 
 def forward_block(
-    slope: Slope, pattern: Pattern, window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]
+    slope: Slope,
+    pattern: Pattern,
+    window: Sequence[Tensor],
+    numbers: BlockNumbers,
+    tensors: Sequence[Tensor],
+    axis: int,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The past at the end of a block, and the states at the beginnings of its steps.
 
@@ -49,12 +54,18 @@ def forward_block(
         window: the past at its beginning: the state, the increments, the slopes.
         numbers: of the block.
         tensors: what f depends on.
+        axis: see `laid_out`.
     """
-    return _outputs(_marched(_Field(slope, numbers, tensors), pattern, window))
+    return _outputs(_marched(_Field(slope, numbers, tensors), pattern, window), axis)
 
 
 def reversed_block(
-    slope: Slope, pattern: Pattern, window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]
+    slope: Slope,
+    pattern: Pattern,
+    window: Sequence[Tensor],
+    numbers: BlockNumbers,
+    tensors: Sequence[Tensor],
+    axis: int,
 ) -> tuple[Tensor, ...]:
     """The past at the beginning of a block from that at its end, by a method that can be run backwards.
 
@@ -66,7 +77,7 @@ def reversed_block(
         ((_, e),), ((_, b),) = row.increments, row.slopes
         x = x - difference
         difference = weighted_sum((1 / e, -b / e), (difference, field(number, x)))
-    return _laid_out((x, difference), x)
+    return _laid_out((x, difference), x, axis)
 
 
 def block_and_adjoint(
@@ -76,6 +87,7 @@ def block_and_adjoint(
     window: Sequence[Tensor],
     numbers: BlockNumbers,
     tensors: Sequence[Tensor],
+    axis: int,
     cotangents: Cotangents,
     filters: FilterNumbers | None,
 ) -> tuple[tuple[Tensor, ...], Tensor, AdjointValues]:
@@ -111,9 +123,9 @@ def block_and_adjoint(
         of_lookups = grads[len(kind.wanted) :]
         sums = tuple(_strided_as(total + grad, total) for total, grad in zip(cotangents.sums, grads, strict=False))
     later = later[: len(cotangents.later)]
-    past, following = (_laid_out(given, end) for given in (of_window, later))
+    past, following = (_laid_out(given, end, axis) for given in (of_window, later))
     values = AdjointValues(past, sums, tuple(of_numbers), _dense(of_lookups), following)
-    return *_outputs(marched), values
+    return *_outputs(marched, axis), values
 
 
 class _Field:
@@ -165,10 +177,10 @@ def _marched(field: _Field, pattern: Pattern, window: Sequence[Tensor]) -> _Marc
     return _Marched((history.x, *past), nodes[:-1], made, arguments)
 
 
-def _outputs(marched: _Marched) -> tuple[tuple[Tensor, ...], Tensor]:
+def _outputs(marched: _Marched, axis: int) -> tuple[tuple[Tensor, ...], Tensor]:
     x = marched.window[0]
-    window = _laid_out([tensor.detach() for tensor in marched.window], x)
-    return window, laid_out(torch.stack(marched.nodes).detach(), x)
+    window = _laid_out([tensor.detach() for tensor in marched.window], x, axis)
+    return window, laid_out(torch.stack(marched.nodes).detach(), x.ndim, axis)
 
 
 class _Jacobians:
@@ -308,9 +320,9 @@ def _filled(tensors: Sequence[Tensor], count: int, like: Tensor) -> list[Tensor]
     return [*tensors[:count], *(torch.zeros_like(like) for _ in range(count - len(tensors)))]
 
 
-def _laid_out(states: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+def _laid_out(states: Sequence[Tensor], x: Tensor, axis: int) -> tuple[Tensor, ...]:
     # What is compiled takes its inputs for what they were when it was traced, and does not look.
-    return tuple(laid_out(state, x) for state in states)
+    return tuple(laid_out(state, x.ndim, axis) for state in states)
 
 
 def _dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

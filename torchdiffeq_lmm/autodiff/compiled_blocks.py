@@ -1,26 +1,17 @@
 """Blocks of a captured func, traced and compiled once: then they serve for any steps, times, values and batch sizes."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from torchdiffeq_lmm.filters.shifted_past import product_places
 from torchdiffeq_lmm.schemes.block_rows import Pattern
 
-from .block_functions import block_and_adjoint, forward_block, reversed_block
-from .block_values import AROUND, AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
+from .block_tracing import Shapes, TracedBlock, axis_apart, parts_of, trace_adjoint, trace_backwards, trace_forward
+from .block_values import AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
 from .compile_settings import Compile, Traced
-from .components import taken_apart
-from .func_capture import CapturedFunc, Dependencies
-from .kept_products import adjoint_alone, halves
-from .small_products import SMALL_PRODUCTS
-from .state_layout import component_axis, laid_out
+from .func_capture import Dependencies
 
 compilations = 0
 """How many functions have been compiled by this process."""
@@ -28,27 +19,6 @@ compilations = 0
 
 Forward = Callable[..., tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]]
 """From the window, the numbers and the tensors to what `forward_block` returns, and what is kept for the adjoint."""
-
-
-class Shapes(NamedTuple):
-    """Of what blocks are compiled for.
-
-    Attributes:
-        x: a state.
-        time: what func is given for a time.
-        tensors: what func depends on.
-        looked_up: what it looks up by the time: see `time_lookups`.
-    """
-
-    x: Tensor
-    time: Tensor
-    tensors: tuple[Tensor, ...]
-    looked_up: tuple[Tensor, ...]
-
-    @property
-    def numbers(self) -> int:
-        """Of how many tensors `BlockNumbers` are."""
-        return 3 + len(self.looked_up)
 
 
 class CompiledBlocks:
@@ -59,6 +29,9 @@ class CompiledBlocks:
         settings: how to compile.
         keeps: whether matrix products are kept for adjoints: see `kept_products`.
         x, time: a state and a time, whose values do not matter.
+
+    Attributes:
+        axis: of the components of states, as `laid_out` takes it.
     """
 
     def __init__(self, dependencies: Dependencies, settings: Compile, x: Tensor, time: Tensor, keeps: bool) -> None:
@@ -71,15 +44,21 @@ class CompiledBlocks:
         self._like = Shapes(x.detach(), time.detach(), dependencies.tensors, tuple(looked_up))
         self._batch = len(x) if self._func.is_dynamic else 0
         self._key = (settings.key, x.shape[1:] if self._func.is_dynamic else x.shape, x.dtype, x.device)
+        key = self._key, "axis"
+        if key not in self._func.made:
+            with torch.no_grad():
+                self._func.made[key] = axis_apart(self._func, self._like)
+        self.axis: int = self._func.made[key]
+        self._like = self._like._replace(axis=self.axis)
 
     def forward(self, pattern: Pattern) -> Forward:
         """`forward_block`, without the func and the pattern."""
-        run, _ = self._made((pattern, None), lambda: _forward(self._func, pattern, self._like))
+        run, _ = self._made((pattern, None), lambda: trace_forward(self._func, pattern, self._like))
         return _called(run, pattern)
 
     def backwards(self, pattern: Pattern) -> Callable[..., tuple[Tensor, ...]]:
         """`reversed_block`, without the func and the pattern."""
-        run, _ = self._made((pattern, "backwards"), lambda: _backwards(self._func, pattern, self._like))
+        run, _ = self._made((pattern, "backwards"), lambda: trace_backwards(self._func, pattern, self._like))
 
         def call(window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             return tuple(run(*window, *numbers.flat, *tensors))
@@ -89,7 +68,7 @@ class CompiledBlocks:
     def recorded(self, pattern: Pattern, kind: AdjointKind) -> "RecordedBlock":
         """A block for a solve that is differentiated: see `block_and_adjoint`."""
         key = pattern, kind, self._keeps
-        run, block = self._made(key, lambda: _adjoint(self._func, pattern, kind, self._like, self._keeps))
+        run, block = self._made(key, lambda: trace_adjoint(self._func, pattern, kind, self._like, self._keeps))
         half = block.forward
         forward = (
             self.forward(pattern) if half is None else _called(self._made((*key, "forward"), lambda: half)[0], pattern)
@@ -116,11 +95,11 @@ class CompiledBlocks:
                 *(() if filters is None else filters.flat),
                 *kept,
             )
-            return AdjointValues(*_parts(found, sizes))
+            return AdjointValues(*parts_of(found, sizes))
 
         return RecordedBlock(forward, adjoint)
 
-    def _made(self, key: object, traced: Callable[[], "_TracedBlock"]) -> tuple[Traced, "_TracedBlock"]:
+    def _made(self, key: object, traced: Callable[[], TracedBlock]) -> tuple[Traced, TracedBlock]:
         global compilations
         made = self._func.made
         if (self._key, key) not in made:
@@ -128,7 +107,7 @@ class CompiledBlocks:
                 block = traced()
                 made[self._key, key] = self._settings.compiled(block.graph, block.inputs), block
             compilations += 1
-        found: tuple[Traced, _TracedBlock] = made[self._key, key]
+        found: tuple[Traced, TracedBlock] = made[self._key, key]
         found[1].check(self._batch)
         return found
 
@@ -156,230 +135,3 @@ def _called(run: Traced, pattern: Pattern) -> Forward:
         return tuple(found[:size]), found[size], tuple(found[size + 1 :])
 
     return call
-
-
-@dataclass(frozen=True)
-class _TracedBlock:
-    """A block that has been traced.
-
-    Attributes:
-        graph: of it.
-        inputs: those that it was traced with.
-        shapes: what was taken for granted of symbols.
-        batch: the symbol of the first dimension of a state; None where it is a number.
-        forward: of an adjoint, the block itself where it keeps anything for it.
-    """
-
-    graph: torch.fx.GraphModule
-    inputs: list[Any]
-    shapes: ShapeEnv
-    batch: Any
-    forward: "_TracedBlock | None" = None
-
-    def check(self, size: int) -> None:
-        """Raise a RuntimeError where it was not traced for a size of the batch."""
-        if self.batch is None:
-            return
-        wanted = [guard.expr.subs({self.batch: size}) for guard in self.shapes.guards]
-        fixed = self.shapes.replacements.get(self.batch, size)
-        if not all(wanted) or fixed != size:
-            raise RuntimeError(
-                f"compile has made a function for batch sizes with {[str(g.expr) for g in self.shapes.guards]}, "
-                f"got one of {size}, for func, or Inductor, takes sizes for special; give Compile(dynamic=False)"
-            )
-
-
-def _forward(func: CapturedFunc, pattern: Pattern, like: Shapes) -> _TracedBlock:
-    def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        window, numbers, tensors = _parts(flat, (1 + sum(pattern.begins), like.numbers))
-        end, nodes = forward_block(func, pattern, window, BlockNumbers.of(*numbers), tensors)
-        return (*end, nodes)
-
-    fakes = _Fakes(like, func.is_dynamic)
-    return fakes.traced(run, [*fakes.window(pattern.begins), *fakes.numbers(pattern).flat, *fakes.tensors])
-
-
-def _backwards(func: CapturedFunc, pattern: Pattern, like: Shapes) -> _TracedBlock:
-    def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        window, numbers, tensors = _parts(flat, (1 + sum(pattern.ends), like.numbers))
-        return reversed_block(func, pattern, window, BlockNumbers.of(*numbers), tensors)
-
-    fakes = _Fakes(like, func.is_dynamic)
-    return fakes.traced(run, [*fakes.window(pattern.ends), *fakes.numbers(pattern).flat, *fakes.tensors])
-
-
-def _adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like: Shapes, keeps: bool) -> _TracedBlock:
-    sizes = (
-        1 + sum(pattern.begins),
-        like.numbers,
-        len(like.tensors),
-        1 + sum(pattern.ends),
-        1,
-        kind.slopes,
-        len(kind.wanted),
-        kind.later,
-    )
-
-    def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        window, numbers, tensors, of_window, (seen,), states, sums, of_later, filters = _parts(flat, sizes)
-        end, nodes, found = block_and_adjoint(
-            func,
-            pattern,
-            kind,
-            window,
-            BlockNumbers.of(*numbers),
-            tensors,
-            Cotangents(of_window, seen, states, sums, of_later),
-            FilterNumbers.of(*filters) if filters else None,
-        )
-        return (*end, nodes, *(tensor for part in found for tensor in part))
-
-    fakes, rows = _Fakes(like, func.is_dynamic), len(pattern.rows)
-    filters: list[Tensor] = []
-    if kind.order:
-        filters.append(fakes.empty(rows, AROUND + pattern.reach, dtype=torch.float64))
-    if products := len(product_places(kind.order)):
-        weights = fakes.empty(rows, products, pattern.reach + products, dtype=torch.float64)
-        filters += [weights, fakes.states(rows), fakes.states(rows)]
-    if kind.earlier:
-        filters += [fakes.states(kind.earlier), fakes.empty(kind.earlier, dtype=like.time.dtype)]
-        filters += fakes.looked_up(kind.earlier)
-    inputs = [
-        *fakes.window(pattern.begins),
-        *fakes.numbers(pattern).flat,
-        *fakes.tensors,
-        *fakes.window(pattern.ends),
-        fakes.states(pattern.steps),
-        *(fakes.states(pattern.steps) for _ in range(kind.slopes)),
-        *fakes.like(fakes.tensors[i] for i in kind.wanted),
-        *(fakes.state() for _ in range(kind.later)),
-        *filters,
-    ]
-    joint, known, outputs = fakes.traced(run, inputs), sum(sizes[:3]), 2 + sum(pattern.ends)
-    parts = halves(joint.graph, known, outputs) if keeps else None
-    if parts is None:
-        return replace(joint, graph=adjoint_alone(joint.graph, outputs))
-    forward = replace(joint, graph=parts.forward, inputs=inputs[:known])
-    return replace(joint, graph=parts.adjoint, inputs=[*inputs, *parts.kept], forward=forward)
-
-
-class _Fakes:
-    """Tensors without memory, to trace with.
-
-    Args:
-        like: their dtypes, devices and shapes.
-        is_dynamic: whether the size of the first dimension of a state is a symbol.
-    """
-
-    def __init__(self, like: Shapes, is_dynamic: bool) -> None:
-        from torch._dynamo.source import ConstantSource
-
-        self._shapes = ShapeEnv()
-        self._mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
-        context: StatelessSymbolicContext[Any, Any] | None = None
-        if is_dynamic:
-            static = [DimDynamic.STATIC] * (like.x.ndim - 1)
-            context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, *static])
-        self._x = self._mode.from_tensor(
-            torch.empty_like(like.x, memory_format=torch.contiguous_format),
-            static_shapes=None if is_dynamic else True,
-            symbolic_context=context,
-            source=ConstantSource("x"),
-        )
-        self._time = like.time
-        self._looked_up = like.looked_up
-        self.tensors = [self._mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in like.tensors]
-
-    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        with self._mode:
-            return torch.empty(shape, dtype=dtype, device=self._x.device)
-
-    def like(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        # Others, for one tensor in two places is one input.
-        with self._mode:
-            return [torch.empty_like(tensor) for tensor in tensors]
-
-    def state(self) -> Tensor:
-        return self.states()
-
-    def states(self, *count: int) -> Tensor:
-        with self._mode:
-            return laid_out(self.empty(*count, *self._x.shape, dtype=self._x.dtype), self._x)
-
-    def window(self, known: tuple[int, int]) -> list[Tensor]:
-        return [self.state() for _ in range(1 + sum(known))]
-
-    def numbers(self, pattern: Pattern) -> BlockNumbers:
-        rows = len(pattern.rows)
-        return BlockNumbers(
-            self.empty(pattern.weights, dtype=torch.float64),
-            self.empty(rows, dtype=self._time.dtype),
-            self.empty(rows, dtype=torch.bool),
-            self.looked_up(rows),
-        )
-
-    def looked_up(self, times: int) -> tuple[Tensor, ...]:
-        return tuple(self.empty(times, *rows.shape, dtype=rows.dtype) for rows in self._looked_up)
-
-    def traced(self, run: Callable[..., Any], inputs: list[Any]) -> _TracedBlock:
-        try:
-            with self._mode:
-                products = {} if component_axis(self._x) else SMALL_PRODUCTS
-                graph = taken_apart(make_fx(run, decomposition_table=products)(*inputs), self._x)
-        except Exception as error:
-            raise RuntimeError(
-                f"compile cannot trace func and its derivative, {type(error).__name__}: {error}. Solve without compile"
-            ) from error
-        _check(graph)
-        size = self._x.shape[0] if self._x.ndim else 0
-        return _TracedBlock(graph, inputs, self._shapes, size.node._expr if isinstance(size, torch.SymInt) else None)
-
-
-def _check(graph: torch.fx.GraphModule) -> None:
-    """Raise a RuntimeError where a graph does more than to compute its outputs."""
-    inputs = {node for node in graph.graph.nodes if node.op == "placeholder"}
-    for node in graph.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
-            raise RuntimeError(
-                f"compile does not support a func that draws random numbers, got one that calls {node.target}: the "
-                f"backward pass would draw others. Leave that out, with eval() perhaps, or solve without compile"
-            )
-        is_mutable = node.target._schema.is_mutable or node.target in _HIDDEN_UPDATES
-        if is_mutable and any(_base(given) in inputs for given in _updated(node)):
-            raise RuntimeError(
-                f"compile does not support a func that changes a buffer or another tensor in place, got one that calls "
-                f"{node.target}; leave that out, with eval() perhaps, or solve without compile"
-            )
-
-
-_HIDDEN_UPDATES = {
-    torch.ops.aten.native_batch_norm.default,
-    torch.ops.aten.cudnn_batch_norm.default,
-    torch.ops.aten.miopen_batch_norm.default,
-}
-"""Operations that change running_mean and running_var when they train, and do not say so."""
-
-
-def _updated(node: torch.fx.Node) -> Sequence[Any]:
-    """What an operation that changes tensors may change of its arguments."""
-    if node.target in _HIDDEN_UPDATES:
-        return node.args[3:5] if node.args[5] else ()
-    return [*node.args, *node.kwargs.values()]
-
-
-def _base(node: Any) -> Any:
-    """What a chain of views begins with."""
-    while isinstance(node, torch.fx.Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
-        node = node.args[0]
-    return node
-
-
-def _parts(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[tuple[Tensor, ...]]:
-    """A sequence in parts of given sizes, and the rest."""
-    parts, begin = [], 0
-    for size in sizes:
-        parts.append(tuple(flat[begin : begin + size]))
-        begin += size
-    return [*parts, tuple(flat[begin:])]

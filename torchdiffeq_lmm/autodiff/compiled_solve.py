@@ -79,7 +79,7 @@ class CompiledSolve:
             tensors: what func depends on.
             keeps: of which blocks; None where there is no backward pass.
         """
-        x = laid_out(y0, y0)
+        x = self._laid_out(y0, y0)
         window = (x, *_zeros(x, sum(self.schedule.blocks[0].block.pattern.begins)))
         kept, found = [], []
         nodes = x
@@ -146,6 +146,7 @@ class CompiledSolve:
         tensors: Sequence[Tensor],
     ) -> Gradients:
         """The same, with what is kept of each block from the last one on."""
+        seen, *of_rest = (self._laid_out(given, given[0]) for given in (seen, *(() if states is None else (states,))))
         like = seen[0]
         cotangents = Cotangents(
             window=tuple(_zeros(like, 1 + sum(self.schedule.blocks[-1].block.pattern.ends))),
@@ -156,9 +157,11 @@ class CompiledSolve:
         )
         by_block: list[tuple[Tensor, ...]] = []
         recorded = self._recorded()
-        unseen = _once(lambda scheduled: laid_out(like.new_zeros(scheduled.block.pattern.steps, *like.shape), like))
+        unseen = _once(
+            lambda scheduled: self._laid_out(like.new_zeros(scheduled.block.pattern.steps, *like.shape), like)
+        )
         end, flat = len(seen), seen.reshape(len(seen), -1)
-        of_observed = (seen,) if states is None else (seen, states)
+        of_observed = (seen, *of_rest)
         for scheduled, of_block, given in zip(self.schedule.blocks[::-1], kept, numbers[::-1], strict=True):
             if scheduled.sees_end:
                 end -= 1
@@ -167,7 +170,7 @@ class CompiledSolve:
             if scheduled.seen is not None:
                 begin = end - len(scheduled.seen)
                 of_nodes, *of_states = (
-                    laid_out(unseen(scheduled).index_copy(0, scheduled.seen, observed[begin:end]), like)
+                    self._laid_out(unseen(scheduled).index_copy(0, scheduled.seen, observed[begin:end]), like)
                     for observed in of_observed
                 )
                 end = begin
@@ -175,12 +178,33 @@ class CompiledSolve:
             window, earlier, products = _cut(of_block, 1 + sum(scheduled.block.pattern.begins), earlier_count)
             filters = None
             if scheduled.filtered is not None:
-                filters = _filters(scheduled.filtered, flat, like, earlier, self.schedule.times)
+                filters = self._filters(scheduled.filtered, flat, like, earlier)
             given_cotangents = cotangents._replace(seen=of_nodes, states=tuple(of_states))
             found = recorded(scheduled).adjoint(window, given, tensors, given_cotangents, filters, products)
             cotangents = Cotangents(found.window, of_nodes, (), found.sums, found.later)
             by_block.append((*found.numbers, *found.looked_up))
         return Gradients(cotangents.window[0].contiguous(), by_block[::-1], cotangents.sums)
+
+    def _filters(self, filtered: FilteredBlock, seen: Tensor, like: Tensor, earlier: Sequence[Tensor]) -> FilterNumbers:
+        if filtered.products is None:
+            return FilterNumbers(filtered.value)
+        shape = len(filtered.value), *like.shape
+        of_observed = filtered.observed_value, filtered.observed_slope
+        value, slope = (
+            like.new_zeros(shape) if weights is None else (weights.to(seen.dtype) @ seen).reshape(shape)
+            for weights in of_observed
+        )
+        numbers = FilterNumbers(
+            filtered.value, filtered.products, self._laid_out(value, like), self._laid_out(slope, like)
+        )
+        if filtered.earlier is None:
+            return numbers
+        states, *looked_up = earlier
+        times = self.schedule.times[filtered.earlier]
+        return numbers._replace(earlier=states, earlier_times=times, earlier_looked_up=tuple(looked_up))
+
+    def _laid_out(self, states: Tensor, x: Tensor) -> Tensor:
+        return laid_out(states, x.ndim, self.blocks.axis)
 
     def keeps(self) -> Callable[[int], bool]:
         """Tells of a block whether the past before it is kept for the backward pass."""
@@ -297,9 +321,9 @@ class _CompiledSolve(torch.autograd.Function):
         solve, (count, lookups) = ctx.solve, ctx.counts
         tensors, looked_up, rest = saved[:count], saved[count : count + lookups], iter(saved[count + lookups :])
         kept = [tuple(next(rest) for _ in range(size)) for size in ctx.sizes]
-        seen = states = laid_out(_dense(of_states), of_states[0])
+        seen = states = _dense(of_states)
         for cotangent in of_slopes:
-            seen = states + laid_out(_dense(cotangent), of_states[0])
+            seen = states + _dense(cotangent)
         numbers = _with_looked_up(solve, ctx.numbers, looked_up)
         of_y0, by_block, sums = solve.backward(seen, states if of_slopes else None, kept, numbers, tensors)
         of_weights = of_times = None
@@ -324,24 +348,6 @@ def _cut(
     tensors: Sequence[Tensor], first: int, second: int
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     return tensors[:first], tensors[first : first + second], tensors[first + second :]
-
-
-def _filters(
-    filtered: FilteredBlock, seen: Tensor, like: Tensor, earlier: Sequence[Tensor], times: Tensor
-) -> FilterNumbers:
-    if filtered.products is None:
-        return FilterNumbers(filtered.value)
-    shape = len(filtered.value), *like.shape
-    of_observed = filtered.observed_value, filtered.observed_slope
-    value, slope = (
-        laid_out(like.new_zeros(shape) if weights is None else (weights.to(seen.dtype) @ seen).reshape(shape), like)
-        for weights in of_observed
-    )
-    numbers = FilterNumbers(filtered.value, filtered.products, value, slope)
-    if filtered.earlier is None:
-        return numbers
-    states, *looked_up = earlier
-    return numbers._replace(earlier=states, earlier_times=times[filtered.earlier], earlier_looked_up=tuple(looked_up))
 
 
 def _once(make: Callable[[ScheduledBlock], Made]) -> Callable[[ScheduledBlock], Made]:

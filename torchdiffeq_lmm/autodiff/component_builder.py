@@ -24,6 +24,7 @@ class Builder:
         axis, shape: as given.
         of_samples: the shape of a component.
         mixes: whether anything has been made of other components than its own.
+        joins: whether an operation has needed components together.
         fits: whether all results lie in memory as they did when they were traced.
     """
 
@@ -32,18 +33,31 @@ class Builder:
         self.axis, self.shape = axis, list(shape)
         self.of_samples = self.shape[:]
         del self.of_samples[-axis]
-        self.mixes, self.fits = False, True
+        self.mixes, self.joins, self.fits = False, False, True
         self._slices: dict[tuple[Node, int, int], Node] = {}
         # With the value, for its number is another's once it is gone.
         self._whole: dict[int, tuple[Value, Node]] = {}
 
     def emitted(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new operation, on whole tensors."""
-        args, kwargs = map_aggregate((args, kwargs), self.whole)
+        args, kwargs = map_aggregate((args, kwargs), self._argument)
         node = self.graph.call_function(target, args, kwargs)
         of_args, of_kwargs = map_aggregate((args, kwargs), _traced)
         node.meta["val"] = target(*of_args, **of_kwargs)
         return node
+
+    def _argument(self, given: Any) -> Any:
+        self.joins |= self.has_samples(given)
+        return self.whole(given)
+
+    def has_samples(self, given: Any) -> bool:
+        """Whether something in parts is of samples, and not of parameters alone."""
+        if isinstance(given, Parts):
+            return any(self.has_samples(part) or self._is_component(part) for part in given.values)
+        return False
+
+    def _is_component(self, value: Value) -> bool:
+        return isinstance(value, Node) and described(shape_of(value)) == self.of_samples
 
     def whole(self, given: Any) -> Any:
         """A value as one tensor; anything else as it is."""
@@ -55,7 +69,7 @@ class Builder:
 
     def _made_whole(self, value: Parts | Zero | Sum) -> Node:
         if isinstance(value, Parts):
-            return self.emitted(_aten.stack.default, list(value.values), -value.axis)
+            return self.emitted(_aten.stack.default, [self.whole(part) for part in value.values], -value.axis)
         if isinstance(value, Zero):
             return self.emitted(_aten.zeros_like.default, value.like)
         total = self.emitted(_aten.sum.default, value.of)
@@ -90,7 +104,7 @@ class Builder:
 
     def _laid_out(self, states: Sequence[Parts], several: bool) -> Node:
         """As `state_layout` has it. All slices are joined at once, for a buffer of each state would take longer."""
-        found = self.emitted(_aten.stack.default, [part for state in states for part in state.values])
+        found = self.emitted(_aten.stack.default, [self.whole(part) for state in states for part in state.values])
         sizes = shape_of(found)[1:]
         dims = list(range(1, 1 + len(sizes)))
         dims.insert(len(dims) + 1 - self.axis, 0)

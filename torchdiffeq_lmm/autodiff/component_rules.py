@@ -252,12 +252,15 @@ def _product(builder: Builder, a: Value, b: Value) -> Any:
     (rows, inner), (_, columns) = shape_of(a), shape_of(b)
     if isinstance(a, Parts) and a.axis == 1 and isinstance(columns, int) and inner * columns <= _MOST_PRODUCTS:
         return Parts(1, [_weighted(builder, a.values, builder.part(b, 1, column)) for column in range(columns)])
+    if isinstance(b, Parts) and b.axis == 2 and isinstance(rows, int) and rows * inner <= _MOST_PRODUCTS:
+        return Parts(2, [_weighted(builder, b.values, builder.part(a, 2, row)) for row in range(rows)])
     over_samples = isinstance(a, Parts) and isinstance(b, Parts) and (a.axis, b.axis) == (2, 1)
     if over_samples and rows * columns <= _MOST_PRODUCTS:
         return Parts(2, [Parts(1, [_dot(builder, x, y) for y in b.values]) for x in a.values])  # type: ignore[union-attr]
     one, other = builder.whole(a), builder.whole(b)
     if not is_small(one.meta["val"], other.meta["val"]):
         return NotImplemented
+    builder.joins |= builder.has_samples(a) or builder.has_samples(b)
     # As `SMALL_PRODUCTS` has it.
     wide, high = (builder.emitted(_aten.unsqueeze.default, given, dim) for given, dim in ((one, 2), (other, 0)))
     return builder.emitted(_aten.sum.dim_IntList, builder.emitted(_aten.mul.Tensor, wide, high), [1])

@@ -20,23 +20,33 @@ from torch.fx.node import map_arg
 from .component_builder import Builder
 from .component_rules import RULES
 from .component_values import described
-from .state_layout import component_axis
 
 
-def taken_apart(traced: GraphModule, x: Tensor) -> GraphModule:
-    """The same function with the components of states apart, where it mixes them; else as it is.
+def taken_apart(traced: GraphModule, x: Tensor, axis: int) -> GraphModule:
+    """The same function with the components of states apart; as it is where another tensor shares memory with one.
 
     Args:
         traced: the function, whose outputs are tensors.
         x: a state, as it has been traced with.
+        axis: of its components, counted from the end.
     """
-    axis = component_axis(x)
+    builder = _rewritten(traced, x, axis)
+    return traced if builder is None or not builder.fits else GraphModule(traced, builder.graph)
+
+
+def gains_apart(traced: GraphModule, x: Tensor, axis: int) -> bool:
+    """Whether components are made of others, and no operation needs them together: see `taken_apart`."""
+    builder = _rewritten(traced, x, axis)
+    return builder is not None and builder.fits and builder.mixes and not builder.joins
+
+
+def _rewritten(traced: GraphModule, x: Tensor, axis: int) -> Builder | None:
     updates = {node: _returning(node) for node in traced.graph.nodes if _is_operation(node) and _changes(node)}
-    if axis == 0 or None in updates.values():
-        return traced
+    if None in updates.values():
+        return None
     builder = Builder(axis, described(x.shape))
     _rewrite(traced.graph, builder, updates)
-    return GraphModule(traced, builder.graph) if builder.mixes and builder.fits else traced
+    return builder
 
 
 def _is_operation(node: Node) -> bool:

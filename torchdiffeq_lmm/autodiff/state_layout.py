@@ -9,8 +9,8 @@ MOST_COMPONENTS = 4
 """States of more components are not taken apart: what is traced grows by this factor."""
 
 
-def component_axis(x: Tensor) -> int:
-    """The dimension of the few components of a state, counted from the end, the last one being 1; 0 for none."""
+def few_components(x: Tensor) -> int:
+    """The dimension of the components of a state, counted from the end, the last one being 1; 0 where they are many."""
     if x.ndim and x.device.type == "cpu":
         for axis in (1, x.ndim):
             size = x.shape[-axis]
@@ -19,15 +19,15 @@ def component_axis(x: Tensor) -> int:
     return 0
 
 
-def laid_out(states: Tensor, x: Tensor) -> Tensor:
+def laid_out(states: Tensor, ndim: int, axis: int) -> Tensor:
     """States with that layout.
 
     Args:
         states: of shape (..., *x.shape).
-        x: a state.
+        ndim: the number of dimensions of a state x.
+        axis: of its components, counted from the end; 0 for a layout without gaps in the order of the dimensions.
     """
-    axis = component_axis(x)
-    if axis in (0, x.ndim):
+    if axis in (0, ndim):
         return states.contiguous()
-    dim, first = states.ndim - axis, states.ndim - x.ndim
+    dim, first = states.ndim - axis, states.ndim - ndim
     return states.movedim(dim, first).contiguous().movedim(first, dim)
