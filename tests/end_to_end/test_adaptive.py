@@ -132,7 +132,8 @@ def test_the_order_of_outputs_on_equal_steps(method: str, order: int) -> None:
 
     On a circle all derivatives are of the same size. Adams methods correct by the formula of one order more.
     """
-    t = torch.linspace(0, 3, 50, dtype=torch.float64)
+    # Orders rise one by one: the higher ones come later.
+    t = torch.linspace(0, 1.5, 25, dtype=torch.float64) if order < 3 else torch.linspace(0, 3, 50, dtype=torch.float64)
     wanted = torch.stack([torch.cos(t), torch.sin(t)], -1)
     expected = order + (method == "adams")
     errors = []

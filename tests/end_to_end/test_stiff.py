@@ -70,7 +70,8 @@ def radau(problem: Stiff, rtol: float, atol: float) -> tuple[np.ndarray, np.ndar
         method="Radau",
         rtol=rtol,
         atol=atol,
-        jac=lambda t, y: torch.autograd.functional.jacobian(problem.f, torch.from_numpy(y)).numpy(),
+        # By steps along the imaginary axis, which are exact, and take a fraction of the time of autograd.
+        jac=lambda t, y: np.stack([problem.f(y + 1e-30j * row, np).imag for row in np.eye(len(y))], -1) / 1e-30,
     )
     return done.t, done.y[:, -1]
 
