@@ -65,28 +65,6 @@ def test_order_forward(name: str, grid: str) -> None:
     assert errors[-1] < 0.05
 
 
-@pytest.mark.parametrize("name", EVERY_METHOD)
-def test_evaluations_per_step(name: str) -> None:
-    calls = []
-
-    def func(t: Tensor, x: Tensor) -> Tensor:
-        calls.append(t)
-        return torch.sin(x) * torch.cos(t)
-
-    counts = []
-    for end in (1, 2):
-        calls.clear()
-        t = torch.linspace(0, end, 20 * end + 1, dtype=torch.float64)
-        torchdiffeq.odeint(func, torch.ones(2, dtype=torch.float64), t, method=name)
-        counts.append(len(calls))
-    per_step = (counts[1] - counts[0]) / 20
-    stated = method_info(name).evaluations
-    if stated is None:
-        assert 1 <= per_step <= 6
-    else:
-        assert per_step == stated
-
-
 # -------------------------------------------------------------------------------------------------- orders, gradient
 
 
