@@ -31,7 +31,7 @@ OBSERVED = (HORIZON / 2, HORIZON)
 # How many cells of equal length share the time from 0 to the end; multiples of 4.
 CELLS = (40, 80, 160, 320)
 QUICK_CELLS = (40, 80)
-QUICK_ORDER = 3
+QUICK_ORDER = 2
 SHOWN_CELLS = 40
 
 # One row of the picture each; the column is the number of values that the formula combines.
@@ -284,7 +284,7 @@ def draw_panel(axes: Axes, method: str, orders: dict[str, float], truth: Truth) 
 
 
 def main() -> None:
-    args = arguments(__doc__, "only up to 80 steps, and methods up to third order")
+    args = arguments(__doc__, "only up to 80 steps, and methods up to second order")
     cells = QUICK_CELLS if args.quick else CELLS
     # Those of higher order take most of the time.
     methods = [method for method in METHODS if theoretical_order(method) <= QUICK_ORDER or not args.quick]

@@ -168,7 +168,7 @@ def draw(results: dict, grids: tuple[int, ...]) -> Figure:
 def main() -> None:
     args = arguments(__doc__, "two kinds of noise, three grids, few paths", seed=0)
     noises = tuple(NOISES)[: 2 if args.quick else None]
-    grids, paths, finer = ((16, 32, 64), 8, 16) if args.quick else (STEPS, 256, 32)
+    grids, paths, finer = ((16, 32, 64), 8, 12) if args.quick else (STEPS, 256, 32)
     results = {noise: measure(NOISES[noise], grids, paths, finer, args.seed) for noise in noises}
     print(report(results, grids))
     write(args.output, "sde_gradients", results, {"sde_gradients": draw(results, grids)})

@@ -134,7 +134,7 @@ def draw(found: dict) -> Figure:
 
 def main() -> None:
     args = arguments(__doc__, "two sizes of the noise, three grids, few paths", seed=0)
-    extent = ((0.001, 0.1), (8, 16, 32), 64, 512) if args.quick else (NOISES, STEPS, 1024, 4096)
+    extent = ((0.001, 0.1), (8, 16, 32), 64, 256) if args.quick else (NOISES, STEPS, 1024, 4096)
     found = measure(*extent, args.seed)
     print(report(found))
     write(args.output, "small_noise", found, {"small_noise": draw(found)})

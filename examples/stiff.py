@@ -457,7 +457,7 @@ def main() -> None:
     found = {
         "experiments": number,
         "fits": [run for _, run in fits],
-        "gradients": gradients(known, ways, min(number // 2, 32)),
+        "gradients": gradients(known, ways, min(number // 4, 32)),
         "dopri5": explicit(known, most_steps),
     }
     print(report(found))

@@ -4,14 +4,15 @@ import gc
 from collections.abc import Iterator
 
 import pytest
-import torch
-from torchdiffeq._impl.odeint import SOLVERS
 
-import torchdiffeq_lmm
-from torchdiffeq_lmm.hosts import registration
+# PyTorch is imported where it is needed: the process that starts the workers imports nothing of it, as they wait.
 
-# Two workers with a thread each: with more threads than cores, each waits for the others.
-torch.set_num_threads(1)
+
+def pytest_collection() -> None:
+    """Give every worker one thread: with more threads than cores, each waits for the others."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,6 +41,11 @@ def _quick_collections() -> None:
 @pytest.fixture
 def _method_tables() -> Iterator[None]:
     """Leave torchdiffeq's and torchsde's tables, and the package's own, as every other test expects them."""
+    from torchdiffeq._impl.odeint import SOLVERS
+
+    import torchdiffeq_lmm
+    from torchdiffeq_lmm.hosts import registration
+
     tables = (SOLVERS, registration.ODE_SOLVERS, registration.SDE_SOLVERS)
     before = [dict(table) for table in tables]
     yield

@@ -109,27 +109,37 @@ class Reference:
             p = piece.y[:, -1]
         self.x0_gradient = p
 
-    def state(self, t: float) -> np.ndarray:
+    def state(self, t: float | np.ndarray) -> np.ndarray:
+        """x(t), of shape (2,); or of shape (2, n) for n times."""
         return self._flow(t)
 
     def costate(self, t: float, left_weight: float) -> np.ndarray:
         """p(t); at an observation inside the interval the mean of its limits, the one from the left so weighted."""
-        inside = [sol(t) for start, end, sol in self._pieces if start - 1e-9 <= t <= end + 1e-9]
-        right, left = inside[0], inside[-1]
-        return left_weight * left + (1 - left_weight) * right
+        return self.costates(np.array([t]), np.array([left_weight]))[:, 0]
+
+    def costates(self, times: np.ndarray, left_weights: np.ndarray) -> np.ndarray:
+        """`costate` at n times, of shape (2, n)."""
+        left, right = np.full((2, 2, len(times)), np.nan)
+        # From the last piece to the first one: of two at an observation the first one is on its right.
+        for start, end, sol in self._pieces:
+            inside = np.flatnonzero((start - 1e-9 <= times) & (times <= end + 1e-9))
+            if len(inside):
+                left[:, inside] = sol(times[inside])
+                fresh = inside[np.isnan(right[0, inside])]
+                right[:, fresh] = left[:, fresh]
+        return left_weights * left + (1 - left_weights) * right
 
     def density(self, nodes: Tensor, last: bool = False) -> Tensor:
         """The functional gradient (∂f/∂θ)ᵀ p at the nodes, of shape (N, 2), or (N + 1, 2) with the last one.
 
         At an observed node the limits of p have the weights of the steps that they belong to.
         """
-        steps = nodes.diff().tolist()
-        left_weights = [0.0, *(left / (left + right) for left, right in pairwise(steps)), *([1.0] if last else [])]
-        values = [
-            self.problem.theta_vjp(self.state(t), self.problem.theta(t), self.costate(t, weight))
-            for t, weight in zip(nodes.tolist(), left_weights, strict=False)
-        ]
-        return torch.tensor(np.array(values), dtype=torch.float64)
+        times, steps = nodes.numpy(), nodes.diff().numpy()
+        left_weights = np.concatenate([[0.0], steps[:-1] / (steps[:-1] + steps[1:]), [1.0]])
+        if not last:
+            times, left_weights = times[:-1], left_weights[:-1]
+        states, costates = self.state(times), self.costates(times, left_weights)
+        return torch.tensor(self.problem.theta_vjp(states, self.problem.theta(times), costates).T.copy())
 
 
 def derivative_of_a_shared_parameter(of: Reference) -> float:

@@ -98,7 +98,7 @@ class Dropping(Plain):
 @pytest.mark.parametrize(
     ("method", "interp"),
     slow_but(
-        [("leapfrog", "cubic"), ("abm3", "cubic")],
+        [("abm3", "cubic")],
         [("leapfrog", "linear"), *((method, "cubic") for method in EXPLICIT)],
     ),
 )

@@ -1,6 +1,7 @@
 """Gradients of solves with jump_t, against closed forms, differences and torchdiffeq."""
 
 import itertools
+from functools import cache
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def test_gradient_with_respect_to_the_jump(name: str, direction: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    slow_but([("abm3", WAYS[0]), ("ab3", WAYS[1]), ("ab3", WAYS[2])], itertools.product([*SOME, "ab3"], WAYS[:3])),
+    slow_but([("ab3", WAYS[1]), ("ab3", WAYS[2])], itertools.product([*SOME, "ab3"], WAYS[:3])),
     ids=str,
 )
 def test_gradients_are_those_of_the_discrete_solution(name: str, way: dict) -> None:
@@ -75,26 +76,25 @@ def test_gradients_with_respect_to_jumps_that_f_knows(name: str) -> None:
 @pytest.mark.parametrize("name", slow_but(["ab4"], ["ab4", "abm4", "am4", "bdf4"]))
 def test_gradients_are_torchdiffeqs(name: str, is_given: bool) -> None:
     """With respect to y0, a parameter, outputs (one of them at a jump) and jumps, beside dopri5's."""
-    results = []
-    for method in ("dopri5", name):
-        y0, k = f64(1.0, 0.5, requires_grad=True), f64(0.8, requires_grad=True)
-        jump = f64(0.5, requires_grad=True)
-        marks = f64(0.0, 0.25, 0.5, 0.875, 1.25, requires_grad=True)
-        grid = torch.linspace(0, 1.25, 161, dtype=torch.float64)
-        t = marks
-        if is_given:
-            # Of all nodes the marks alone are differentiated.
-            t = grid.index_copy(0, (marks.detach() * 128).round().long(), marks)
+    torch.testing.assert_close(gradients_by(name, is_given), gradients_by("dopri5", False), rtol=1e-4, atol=2e-3)
 
-        def func(t: Tensor, y: Tensor, k: Tensor = k, jump: Tensor = jump) -> Tensor:
-            return torch.where(t < jump, -k * y + torch.sin(t), 2 * torch.cos(3 * t) - 0.5 * y * k)
 
-        options = {"jump_t": jump} | ({} if method == "dopri5" or is_given else {"step_size": 1 / 128})
-        y = torchdiffeq.odeint(func, y0, t, method=method, options=options, **TIGHT)
-        y = y[(marks.detach() * 128).round().long()] if is_given else y
-        loss = (y * torch.arange(1, 6)[:, None]).square().sum()
-        results.append(torch.autograd.grad(loss, (y0, k, marks, jump)))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=2e-3)
+@cache
+def gradients_by(method: str, is_given: bool) -> tuple[Tensor, ...]:
+    y0, k = f64(1.0, 0.5, requires_grad=True), f64(0.8, requires_grad=True)
+    jump = f64(0.5, requires_grad=True)
+    marks = f64(0.0, 0.25, 0.5, 0.875, 1.25, requires_grad=True)
+    rows = (marks.detach() * 96).round().long()
+    # Of all nodes the marks alone are differentiated.
+    t = torch.linspace(0, 1.25, 121, dtype=torch.float64).index_copy(0, rows, marks) if is_given else marks
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return torch.where(t < jump, -k * y + torch.sin(t), 2 * torch.cos(3 * t) - 0.5 * y * k)
+
+    options = {"jump_t": jump} | ({} if method == "dopri5" or is_given else {"step_size": 1 / 96})
+    y = torchdiffeq.odeint(func, y0, t, method=method, options=options, **TIGHT)
+    loss = ((y[rows] if is_given else y) * torch.arange(1, 6)[:, None]).square().sum()
+    return torch.autograd.grad(loss, (y0, k, marks, jump))
 
 
 @pytest.mark.parametrize("name", ["ab2", "ab3", "abm3"])

@@ -147,7 +147,7 @@ def test_max_num_steps_counts_from_one_output_to_the_next(method: str) -> None:
 # -------------------------------------------------------------------------------------------------- step_t and jump_t
 
 
-@methods
+@fast_by_adams
 @directions
 @pytest.mark.parametrize("as_tensor", [True, False])
 def test_step_t_are_nodes(method: str, direction: int, as_tensor: bool) -> None:

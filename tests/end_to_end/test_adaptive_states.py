@@ -302,7 +302,9 @@ EVENTS = [
 
 
 @pytest.mark.parametrize("interface", [torchdiffeq.odeint, torchdiffeq.odeint_adjoint])
-@pytest.mark.parametrize(("method", "backwards", "is_tuple"), slow_but(EVENTS[:4], EVENTS))
+@pytest.mark.parametrize(
+    ("method", "backwards", "is_tuple"), slow_but([event for event in EVENTS[:4] if event[0] == "adams"], EVENTS)
+)
 def test_the_landing_of_a_ball_and_its_gradients(method: str, backwards: bool, is_tuple: bool, interface: Any) -> None:
     ball = Ball(is_tuple)
     height, velocity = (torch.tensor(v, dtype=F64, requires_grad=True) for v in (1.7, 0.6))

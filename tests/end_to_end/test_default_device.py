@@ -164,7 +164,9 @@ CONSTRUCTED = {"grid_constructor": constructor, "interp": "cubic", "perturb": Tr
 EVENT: dict[str, Any] = {"event_fn": lambda t, y: t - 0.53, "t": (0.0, 1.0)}
 LOOSE = {"rtol": 1e-4, "atol": 1e-6}
 ADAPTIVE = ["bdf", "adams"]
-FIXED = [name for name in ODE_SOLVERS if name not in ADAPTIVE]
+BETWEEN = {"ab2", "ab4", "abm3", "abm4", "am4", "bdf3", "bdf4", "bdf5"}
+"""Made as those of lower and of higher order in their families are."""
+FIXED = [name for name in ODE_SOLVERS if name not in {*ADAPTIVE, *BETWEEN}]
 SOME = ["leapfrog", "ab3", "abm3", "am3", "bdf2"]
 CASES: dict[str, Callable[[], Case]] = {
     **{f"{name}, filtered": lambda name=name: case(method=name, options=dict(CUBIC), grad_filter="auto")
@@ -203,7 +205,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "GridParameter of nodes": lambda: grid_parameter("linear"),
     "finished gradients": finished_gradients,
 }  # fmt: skip
-MANY = set(FIXED) - {"leapfrog", "abm3", "bdf2", "filtered_midpoint"}
+MANY = set(FIXED) - {"leapfrog", "abm2", "bdf2", "filtered_midpoint"}
 LONG = {"bdf, filtered", "adams, filtered", "bdf, event", "adams, event", "am3, again", "bdf2, again", "stiff", "jumps"}
 FAST = [
     name

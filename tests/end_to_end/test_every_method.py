@@ -32,8 +32,9 @@ def steps_of(name: str, grid: str = "uniform") -> tuple[int, int, int]:
         return (20, 40, 80)
     if name not in IMPLICIT:
         # Where the steps change, the errors of ab3 pass from its own order to that of the filter later than others.
-        return (80, 160, 320) if name == "ab3" and grid in ("random", "abrupt") else (40, 80, 160)
-    return {"random": (60, 120, 240), "abrupt": (40, 80, 160)}.get(grid, (16, 32, 64))
+        late = (80, 160, 320) if name == "ab3" else (40, 80, 160)
+        return late if grid in ("random", "abrupt") else (24, 48, 96)
+    return {"random": (60, 120, 240), "abrupt": (40, 80, 160)}.get(grid, (8, 16, 32))
 
 
 # --------------------------------------------------------------------------------------------------- orders, forward
@@ -62,28 +63,6 @@ def test_order_forward(name: str, grid: str) -> None:
         errors.append(float(np.abs(x[-1].numpy() - exact).max()))
     assert orders(errors)[-1] > ORDER[name] - 0.35, errors
     assert errors[-1] < 0.05
-
-
-@pytest.mark.parametrize("name", EVERY_METHOD)
-def test_evaluations_per_step(name: str) -> None:
-    calls = []
-
-    def func(t: Tensor, x: Tensor) -> Tensor:
-        calls.append(t)
-        return torch.sin(x) * torch.cos(t)
-
-    counts = []
-    for end in (1, 2):
-        calls.clear()
-        t = torch.linspace(0, end, 20 * end + 1, dtype=torch.float64)
-        torchdiffeq.odeint(func, torch.ones(2, dtype=torch.float64), t, method=name)
-        counts.append(len(calls))
-    per_step = (counts[1] - counts[0]) / 20
-    stated = method_info(name).evaluations
-    if stated is None:
-        assert 1 <= per_step <= 6
-    else:
-        assert per_step == stated
 
 
 # -------------------------------------------------------------------------------------------------- orders, gradient
@@ -119,7 +98,7 @@ def test_gradient_is_second_order_at_every_node(name: str, grid: str, observatio
 def test_unfiltered_gradient_does_not_converge(name: str) -> None:
     """In the worst node, be it at the observation alone; Euler's methods have weights 1 everywhere."""
     errors = []
-    for steps in steps_of(name):
+    for steps in (16, 32, 64) if name in IMPLICIT else steps_of(name):
         error, nodes = density_errors(name, None, "uniform", "at the end", PENDULUM, steps)
         errors.append(float(error[nodes].max()))
     if method_info(name).oscillation == "nowhere":
@@ -132,7 +111,7 @@ def test_unfiltered_gradient_does_not_converge(name: str) -> None:
 @pytest.mark.parametrize("name", slow_but(["ab3"], sorted(STRONGLY_STABLE)))
 def test_far_from_observations_the_methods_own_accuracy_stays(name: str) -> None:
     # The error of bdf6 is that of the filter, at fewer steps.
-    steps = 160 if name == "bdf6" or name not in IMPLICIT else steps_of(name)[-1]
+    steps = 160 if name == "bdf6" or name not in IMPLICIT else 64
     filtered, _ = density_errors(name, "auto", "uniform", "at the end", PENDULUM, steps)
     raw, _ = density_errors(name, None, "uniform", "at the end", PENDULUM, steps)
     inner = slice(10, steps // 2)
@@ -164,7 +143,7 @@ def test_where_steps_change_the_filter_is_second_order_though_auto_differentiati
         around = slice(steps // 2 - 8, steps // 2 + 8)
         return float(density_errors(name, grad_filter, "abrupt", "at the end", PENDULUM, steps)[0][around].max())
 
-    numbers = steps_of(name) if name in IMPLICIT else steps_of(name, "abrupt")
+    numbers = (16, 32, 64) if name in IMPLICIT else steps_of(name, "abrupt")
     filtered = [error(steps, "auto") for steps in numbers]
     assert orders(filtered)[-1] > min(2, ORDER[name]) - 0.2
     if ORDER[name] > 1:
@@ -178,7 +157,7 @@ def test_where_steps_change_the_filter_is_second_order_though_auto_differentiati
 def test_totals_of_shared_parameters_with_trapezoid_weights_are_second_order(name: str, grid: str) -> None:
     """θ_1(t) = 1 + φ sin 3t."""
     exact = derivative_of_a_shared_parameter(reference(PENDULUM, (PENDULUM.horizon,)))
-    errors, numbers = [], (12, 24, 48) if name in IMPLICIT else (30, 60, 90)
+    errors, numbers = [], (8, 16, 32) if name in IMPLICIT else (30, 60, 90)
     for steps in numbers:
         nodes = GRIDS[grid](steps, PENDULUM.horizon)
         phi = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)

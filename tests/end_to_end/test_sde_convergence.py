@@ -73,8 +73,8 @@ def end(sde: object, path: Path, method: str, steps: int) -> Tensor:
 @cache
 def fine(epsilon: float, paths: int) -> tuple[Path, Tensor]:
     """Paths, and the end of `Additive` on them by torchsde's midpoint, for which both calculi are the same."""
-    path = Path(paths, 1, 2048)
-    return path, end(Additive(epsilon, "stratonovich"), path, "midpoint", 2048)
+    path = Path(paths, 1, 1024)
+    return path, end(Additive(epsilon, "stratonovich"), path, "midpoint", 1024)
 
 
 def geometric(path: Path) -> Tensor:

@@ -149,7 +149,7 @@ class PerStep:
         return round(float(t) / HORIZON * self.steps)
 
 
-FINE, BATCH, STEPS = 960, 32, (20, 40, 80)
+FINE, BATCH, STEPS = 480, 32, (20, 40, 80)
 
 
 def loss_of(x: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ def radau(problem: Stiff, rtol: float, atol: float) -> tuple[np.ndarray, np.ndar
         method="Radau",
         rtol=rtol,
         atol=atol,
-        jac=lambda t, y: torch.autograd.functional.jacobian(problem.f, torch.from_numpy(y)).numpy(),
+        # By steps along the imaginary axis, which are exact, and take a fraction of the time of autograd.
+        jac=lambda t, y: np.stack([problem.f(y + 1e-30j * row, np).imag for row in np.eye(len(y))], -1) / 1e-30,
     )
     return done.t, done.y[:, -1]
 
@@ -232,8 +233,9 @@ def test_every_sample_of_a_batch_against_radau(
         assert_ends_as_radau(name, end_by(name, method, nodes, (samples,)), accuracy)
 
 
-@pytest.mark.parametrize("dtype", slow_but([torch.float32], [torch.float32, torch.float64]))
-@pytest.mark.parametrize("method", slow_but(["bdf2"], ["bdf2", "am2"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["bdf2", "am2"])
 def test_company_changes_nothing(method: str, dtype: torch.dtype) -> None:
     """Beside a constant of any size, alone, in one tensor and in a tuple."""
     nodes = refined(coarse_grid("Robertson"), 4)[:60].to(dtype)

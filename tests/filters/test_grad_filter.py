@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from methods import slow_but
+from per_node import reference as adjoint
 from problems import GRIDS, PENDULUM, PROBLEMS, Problem, Reference, derivative_of_a_shared_parameter, orders
 from scipy.integrate import solve_ivp
 from torch import Tensor
@@ -60,7 +61,7 @@ def assert_second_order(errors: list[float], scatter: float = 0.3) -> None:
 @pytest.mark.parametrize("grid", slow_but(FEW_GRIDS, GRIDS))
 @pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
 def test_second_order_at_every_node(problem: Problem, grid: str) -> None:
-    reference = Reference(problem, [problem.horizon])
+    reference = adjoint(problem, (problem.horizon,))
     filtered, unfiltered = [], []
     for steps in STEPS:
         nodes = GRIDS[grid](steps, problem.horizon)
@@ -76,7 +77,7 @@ def test_second_order_at_every_node(problem: Problem, grid: str) -> None:
 
 def test_first_order_where_long_and_short_steps_alternate() -> None:
     """There leapfrog's parasitic mode adds up, in the forward and in the adjoint solve."""
-    reference = Reference(PENDULUM, [PENDULUM.horizon])
+    reference = adjoint(PENDULUM, (PENDULUM.horizon,))
     errors, forward_errors = [], []
     for steps in STEPS:
         lengths = torch.tensor([1.0, 0.5], dtype=torch.float64).repeat(steps // 2)
@@ -95,7 +96,7 @@ def test_first_order_where_long_and_short_steps_alternate() -> None:
 @pytest.mark.slow
 def test_steps_drawn_anew_keep_leapfrogs_own_order() -> None:
     """On them leapfrog's parasitic mode walks at random, so that forward and adjoint solve have order 3/2."""
-    reference = Reference(PENDULUM, [PENDULUM.horizon])
+    reference = adjoint(PENDULUM, (PENDULUM.horizon,))
     medians = []
     for steps in STEPS:
         errors = []
@@ -118,7 +119,7 @@ def test_second_order_with_observations_inside(problem: Problem, grid: str) -> N
         nodes = GRIDS[grid](steps, problem.horizon)
         observed = quarters(nodes)
         gradients = PerStep(problem, nodes).gradients(torch.cat([nodes[:1], observed]), "leapfrog")
-        density = Reference(problem, observed.tolist()).density(nodes)
+        density = adjoint(problem, tuple(observed.tolist())).density(nodes)
         errors.append(float((gradients - density).abs().max()))
     assert_second_order(errors)
 
@@ -129,7 +130,7 @@ def test_second_order_with_an_observation_at_every_node(grid: str) -> None:
     for steps in STEPS:
         nodes = GRIDS[grid](steps, PENDULUM.horizon)
         gradients = PerStep(PENDULUM, nodes).gradients(nodes, "leapfrog", weight=1 / steps)
-        density = Reference(PENDULUM, nodes[1:].tolist(), weight=1 / steps).density(nodes)
+        density = adjoint(PENDULUM, tuple(nodes[1:].tolist()), weight=1 / steps).density(nodes)
         errors.append(float((gradients - density).abs().max()))
     assert_second_order(errors)
 
@@ -261,7 +262,7 @@ def test_second_order_backwards_in_time_with_a_tuple_state() -> None:
 @pytest.mark.parametrize("grid", ["uniform", "truncated", "growing", "abrupt"])
 def test_orders_of_the_total_of_shared_parameters(grid: str) -> None:
     """θ_1(t) = 1 + φ sin 3t: what sums over the steps converges at second order but for step weights."""
-    exact = derivative_of_a_shared_parameter(Reference(PENDULUM, [PENDULUM.horizon]))
+    exact = derivative_of_a_shared_parameter(adjoint(PENDULUM, (PENDULUM.horizon,)))
 
     def total(nodes: Tensor, grad_filter: object) -> float:
         phi = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
@@ -307,7 +308,7 @@ class TestFilterGradient:
         return PerStep(PENDULUM, nodes), nodes
 
     def test_second_order_from_finished_gradients(self) -> None:
-        reference = Reference(PENDULUM, [PENDULUM.horizon])
+        reference = adjoint(PENDULUM, (PENDULUM.horizon,))
         errors = []
         for steps in STEPS:
             per_step, nodes = self.euler_started_gradients(steps)

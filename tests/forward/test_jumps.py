@@ -44,7 +44,7 @@ def test_order(name: str, is_on_node: bool, direction: int) -> None:
     outputs = f64(0.0, JUMPS[0], JUMPS[1], END)
     truth = torch.from_numpy(np.stack([exact()(float(t)) for t in outputs]))
     errors = []
-    for n in (16, 32, 64) if ORDER[name] > 3 else (10, 20, 40):
+    for n in (10, 20, 40):
         step = 0.2 / (n / 2 if is_on_node else n / 2 + 0.2)
         with torch.no_grad():
             states = torchdiffeq.odeint(
@@ -58,7 +58,7 @@ def test_order(name: str, is_on_node: bool, direction: int) -> None:
         errors.append(float((states - truth).abs().max()))
     # The fastest of them reach what SciPy's reference is good for.
     assert orders(errors)[-1] > ORDER[name] - 0.45 or errors[-1] < 1e-10, errors
-    assert errors[-1] < 10 * 0.01 ** ORDER[name] + 1e-10
+    assert errors[-1] < 10 * (0.016 if ORDER[name] > 3 else 0.01) ** ORDER[name] + 1e-10
 
 
 @pytest.mark.parametrize("name", slow_but(FAST_EXPLICIT, NAMES))

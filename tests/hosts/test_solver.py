@@ -92,7 +92,7 @@ def test_second_order_on_every_grid(problem: Problem, grid: str) -> None:
 
 
 @pytest.mark.parametrize("interp", INTERPS)
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", slow_but(["random"], GRIDS))
 @pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
 def test_second_order_at_observations_between_nodes(problem: Problem, grid: str, interp: str) -> None:
     t = problem.horizon * tensor(0.0, 0.2347, 0.5113, 0.77701, 1.0)
