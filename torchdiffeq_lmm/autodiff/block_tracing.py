@@ -246,14 +246,14 @@ class _Fakes:
     def traced(self, run: Callable[..., Any], inputs: list[Any]) -> TracedBlock:
         try:
             with self.mode:
-                graph = make_fx(run, decomposition_table={} if self._axis else SMALL_PRODUCTS)(*inputs)
-                if self._axis:
-                    graph = taken_apart(graph, self._x, self._axis)
+                found = make_fx(run, decomposition_table={} if self._axis else SMALL_PRODUCTS)(*inputs)
+                graph = taken_apart(found, self._x, self._axis) if self._axis else found
         except Exception as error:
             raise RuntimeError(
                 f"compile cannot trace func and its derivative, {type(error).__name__}: {error}. Solve without compile"
             ) from error
-        _check(graph)
+        # As it has been traced: what has no effect on a result is no longer in the other one.
+        _check(found)
         size = self._x.shape[0] if self._x.ndim else 0
         return TracedBlock(graph, inputs, self._shapes, size.node._expr if isinstance(size, torch.SymInt) else None)
 

@@ -6,6 +6,7 @@ is one on whole tensors.
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -230,9 +231,7 @@ def _summed(builder: Builder, value: Value, axes: Sequence[int], keepdim: bool) 
     if axis not in axes:
         return Parts(axis if keepdim else axis - sum(1 for other in axes if other < axis), parts)
     builder.mixes = True
-    total = parts[0]
-    for part in parts[1:]:
-        total = builder.pointwise(_aten.add.Tensor, total, part)
+    total = _total(builder, parts)
     return _ruled(builder, _aten.unsqueeze.default, total, -axis) if keepdim else total
 
 
@@ -268,10 +267,11 @@ def _product(builder: Builder, a: Value, b: Value) -> Any:
 
 def _weighted(builder: Builder, values: Sequence[Value], weights: Value) -> Value:
     terms = [builder.pointwise(_aten.mul.Tensor, value, builder.part(weights, 1, i)) for i, value in enumerate(values)]
-    total = terms[0]
-    for term in terms[1:]:
-        total = builder.pointwise(_aten.add.Tensor, total, term)
-    return total
+    return _total(builder, terms)
+
+
+def _total(builder: Builder, terms: Sequence[Value]) -> Value:
+    return reduce(lambda total, term: builder.pointwise(_aten.add.Tensor, total, term), terms)
 
 
 def _dot(builder: Builder, x: Value, y: Value) -> Value:
