@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
@@ -34,6 +35,7 @@ class Builder:
         self.of_samples = self.shape[:]
         del self.of_samples[-axis]
         self.mixes, self.joins, self.fits = False, False, True
+        self._traced: dict[tuple[Any, str], Any] = {}
         self._slices: dict[tuple[Node, int, int], Node] = {}
         # With the value, for its number is another's once it is gone.
         self._whole: dict[int, tuple[Value, Node]] = {}
@@ -42,8 +44,12 @@ class Builder:
         """A new operation, on whole tensors."""
         args, kwargs = map_aggregate((args, kwargs), self._argument)
         node = self.graph.call_function(target, args, kwargs)
-        of_args, of_kwargs = map_aggregate((args, kwargs), _traced)
-        node.meta["val"] = target(*of_args, **of_kwargs)
+        # To run an operation without values takes longer than to see that one like it has been run.
+        key = target, repr(map_aggregate((args, kwargs), _outlined))
+        if key not in self._traced:
+            of_args, of_kwargs = map_aggregate((args, kwargs), _traced)
+            self._traced[key] = target(*of_args, **of_kwargs)
+        node.meta["val"] = self._traced[key]
         return node
 
     def _argument(self, given: Any) -> Any:
@@ -168,6 +174,14 @@ class Builder:
         if isinstance(a, Sum) and isinstance(b, Sum) and described(shape_of(a.of)) == described(shape_of(b.of)):
             return Sum(self.emitted(target, a.of, b.of), a.dims)
         return None
+
+
+def _outlined(given: Any) -> Any:
+    """What the shape, the strides and the dtype of a result depend on."""
+    traced = _traced(given)
+    if isinstance(traced, Tensor):
+        return traced.dtype, described(traced.shape), described(traced.stride())
+    return str(traced)
 
 
 def _traced(given: Any) -> Any:
