@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchdiffeq_lmm.autodiff.components import gains_apart, taken_apart
+from torchdiffeq_lmm.autodiff.mutations import functional
 from torchdiffeq_lmm.autodiff.state_layout import few_components, laid_out
 
 pytestmark = NEEDS_TORCH
@@ -80,7 +81,7 @@ def traced(func: Callable[..., Any], *inputs: Tensor) -> tuple[GraphModule, Tens
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(given) for given in inputs]
     with mode:
-        return make_fx(func)(*fakes), fakes[0]
+        return functional(make_fx(func)(*fakes), fakes), fakes[0]
 
 
 def operations(graph: GraphModule) -> list[Any]:

@@ -42,7 +42,7 @@ class Convolution(nn.Module):
 
 
 class InPlace(Network):
-    """What is changed in place is not kept."""
+    """What is changed in place is kept as it was before."""
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         slope: Tensor = self.net(y) + y
@@ -113,8 +113,7 @@ def test_a_product_is_made_once() -> None:
         return y.detach(), *torch.autograd.grad(y, (x, w), cotangent)
 
     x, w, cotangent = torch.randn(3, 4), torch.randn(4, 4), torch.randn(3, 4)
-    parts = halves(make_fx(joint)(x, w, cotangent), 2, 1)
-    assert parts is not None
+    parts = halves(make_fx(joint)(x, w, cotangent), 2, 1, keeps=True)
     y, *kept = parts.forward(x, w)
     found = (y, *parts.adjoint(x, w, cotangent, *kept))
     for one, other in zip(found, joint(x, w, cotangent), strict=True):
@@ -130,4 +129,6 @@ def test_without_products_nothing_is_kept() -> None:
     def joint(x: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
         return torch.tanh(x), cotangent * (1 - torch.tanh(x) ** 2)
 
-    assert halves(make_fx(joint)(torch.ones(2), torch.ones(2)), 1, 1) is None
+    parts = halves(make_fx(joint)(torch.ones(2), torch.ones(2)), 1, 1, keeps=True)
+    assert not parts.kept
+    torch.testing.assert_close(parts.forward(torch.ones(2)), (torch.ones(2).tanh(),))

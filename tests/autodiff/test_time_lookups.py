@@ -9,6 +9,7 @@ from methods import slow_but
 from torch import Tensor, nn
 
 from torchdiffeq_lmm import CostateFilter, GridParameter
+from torchdiffeq_lmm.autodiff.mutations import Changes, changes_of
 from torchdiffeq_lmm.autodiff.time_lookups import split_lookups
 
 pytestmark = NEEDS_TORCH
@@ -129,8 +130,12 @@ def _solved_by_blocks(func: nn.Module, y0: Tensor, params: Any) -> Tensor:
 def test_a_graph_in_parts() -> None:
     captured: list[torch.fx.GraphModule] = []
 
+    changes: list[Changes] = []
+
     def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         captured.append(graph)
+        given = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        changes.append(changes_of(graph, given))
         return graph
 
     stack = torch.arange(12.0).reshape(4, 3)
@@ -145,7 +150,7 @@ def test_a_graph_in_parts() -> None:
     time, state, of_stack = (
         next(i for i, name in enumerate(names) if f"_{own}_" in name) for own in ("t", "x", "stack")
     )
-    rest, lookups = split_lookups(graph, time, state)
+    rest, lookups = split_lookups(graph, *changes, time, state)
     assert lookups is not None
     assert lookups.stacks == (of_stack,)
     assert lookups.shapes == (torch.Size([1, 3]),)

@@ -1,14 +1,14 @@
 """Traces blocks of a captured func: with values of no memory, for any steps, times and values."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from torchdiffeq_lmm.filters.shifted_past import product_places
 from torchdiffeq_lmm.schemes.block_rows import Pattern
@@ -17,9 +17,14 @@ from .block_functions import block_and_adjoint, forward_block, reversed_block
 from .block_values import AROUND, AdjointKind, BlockNumbers, Cotangents, FilterNumbers
 from .components import gains_apart, taken_apart
 from .func_capture import CapturedFunc
-from .kept_products import adjoint_alone, halves
+from .kept_products import halves
+from .mutations import changed_by, functional
 from .small_products import SMALL_PRODUCTS
 from .state_layout import few_components, laid_out
+
+if TYPE_CHECKING:
+    # It brings SymPy, which takes as long to import as all of this package.
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 class Shapes(NamedTuple):
@@ -54,14 +59,16 @@ class TracedBlock:
         inputs: those that it was traced with.
         shapes: what was taken for granted of symbols.
         batch: the symbol of the first dimension of a state; None where it is a number.
-        forward: of an adjoint, the block itself where it keeps anything for it.
+        forward: of an adjoint, the block itself.
+        keeps: whether that keeps anything for it.
     """
 
     graph: torch.fx.GraphModule
     inputs: list[Any]
-    shapes: ShapeEnv
+    shapes: "ShapeEnv"
     batch: Any
     forward: "TracedBlock | None" = None
+    keeps: bool = False
 
     def check(self, size: int) -> None:
         """Raise a RuntimeError where it was not traced for a size of the batch."""
@@ -96,7 +103,7 @@ def axis_apart(func: CapturedFunc, like: Shapes) -> int:
     inputs = [fakes.empty(*like.time.shape, dtype=like.time.dtype), fakes.state(), *fakes.tensors, *rows]
     try:
         with fakes.mode:
-            graph = make_fx(run)(*inputs)
+            graph = functional(make_fx(run)(*inputs), inputs)
     except Exception:
         # The block says what is wrong.
         return 0
@@ -176,11 +183,9 @@ def trace_adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like:
         *filters,
     ]
     joint, known, outputs = fakes.traced(run, inputs), sum(sizes[:3]), 2 + sum(pattern.ends)
-    parts = halves(joint.graph, known, outputs) if keeps else None
-    if parts is None:
-        return replace(joint, graph=adjoint_alone(joint.graph, outputs))
+    parts = halves(joint.graph, known, outputs, keeps)
     forward = replace(joint, graph=parts.forward, inputs=inputs[:known])
-    return replace(joint, graph=parts.adjoint, inputs=[*inputs, *parts.kept], forward=forward)
+    return replace(joint, graph=parts.adjoint, inputs=[*inputs, *parts.kept], forward=forward, keeps=bool(parts.kept))
 
 
 class _Fakes:
@@ -193,6 +198,7 @@ class _Fakes:
 
     def __init__(self, like: Shapes, is_dynamic: bool) -> None:
         from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
         self._shapes = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
@@ -244,18 +250,26 @@ class _Fakes:
         return tuple(self.empty(times, *rows.shape, dtype=rows.dtype) for rows in self._looked_up)
 
     def traced(self, run: Callable[..., Any], inputs: list[Any]) -> TracedBlock:
-        try:
-            with self.mode:
-                found = make_fx(run, decomposition_table={} if self._axis else SMALL_PRODUCTS)(*inputs)
-                graph = taken_apart(found, self._x, self._axis) if self._axis else found
-        except Exception as error:
-            raise RuntimeError(
-                f"compile cannot trace func and its derivative, {type(error).__name__}: {error}. Solve without compile"
-            ) from error
-        # As it has been traced: what has no effect on a result is no longer in the other one.
+        with _cannot_trace(), self.mode:
+            found = make_fx(run, decomposition_table={} if self._axis else SMALL_PRODUCTS)(*inputs)
+        # As it has been traced: what has no effect on a result is no longer in the others.
         _check(found)
+        with _cannot_trace(), self.mode:
+            graph = functional(found, inputs)
+            if self._axis:
+                graph = taken_apart(graph, self._x, self._axis)
         size = self._x.shape[0] if self._x.ndim else 0
         return TracedBlock(graph, inputs, self._shapes, size.node._expr if isinstance(size, torch.SymInt) else None)
+
+
+@contextmanager
+def _cannot_trace() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(
+            f"compile cannot trace func and its derivative, {type(error).__name__}: {error}. Solve without compile"
+        ) from error
 
 
 def _check(graph: torch.fx.GraphModule) -> None:
@@ -269,27 +283,11 @@ def _check(graph: torch.fx.GraphModule) -> None:
                 f"compile does not support a func that draws random numbers, got one that calls {node.target}: the "
                 f"backward pass would draw others. Leave that out, with eval() perhaps, or solve without compile"
             )
-        is_mutable = node.target._schema.is_mutable or node.target in _HIDDEN_UPDATES
-        if is_mutable and any(_base(given) in inputs for given in _updated(node)):
+        if any(_base(given) in inputs for given in changed_by(node)):
             raise RuntimeError(
                 f"compile does not support a func that changes a buffer or another tensor in place, got one that calls "
                 f"{node.target}; leave that out, with eval() perhaps, or solve without compile"
             )
-
-
-_HIDDEN_UPDATES = {
-    torch.ops.aten.native_batch_norm.default,
-    torch.ops.aten.cudnn_batch_norm.default,
-    torch.ops.aten.miopen_batch_norm.default,
-}
-"""Operations that change running_mean and running_var when they train, and do not say so."""
-
-
-def _updated(node: torch.fx.Node) -> Sequence[Any]:
-    """What an operation that changes tensors may change of its arguments."""
-    if node.target in _HIDDEN_UPDATES:
-        return node.args[3:5] if node.args[5] else ()
-    return [*node.args, *node.kwargs.values()]
 
 
 def _base(node: Any) -> Any:

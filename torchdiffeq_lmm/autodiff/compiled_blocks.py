@@ -70,9 +70,9 @@ class CompiledBlocks:
         key = pattern, kind, self._keeps
         run, block = self._made(key, lambda: trace_adjoint(self._func, pattern, kind, self._like, self._keeps))
         half = block.forward
-        forward = (
-            self.forward(pattern) if half is None else _called(self._made((*key, "forward"), lambda: half)[0], pattern)
-        )
+        assert half is not None
+        # Where it keeps nothing it is that of solves without a gradient.
+        forward, _ = self._made((*key, "forward") if block.keeps else (pattern, None), lambda: half)
         sizes = (1 + sum(pattern.begins), len(kind.wanted), 2 * kind.times, len(kind.lookups))
 
         def adjoint(
@@ -97,7 +97,7 @@ class CompiledBlocks:
             )
             return AdjointValues(*parts_of(found, sizes))
 
-        return RecordedBlock(forward, adjoint)
+        return RecordedBlock(_called(forward, pattern), adjoint)
 
     def _made(self, key: object, traced: Callable[[], TracedBlock]) -> tuple[Traced, TracedBlock]:
         global compilations

@@ -9,7 +9,6 @@ Sums over samples, which gradients of parameters are, are added before they are 
 entry of a parameter, and not one for every evaluation as well.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,58 +22,30 @@ from .component_values import described
 
 
 def taken_apart(traced: GraphModule, x: Tensor, axis: int) -> GraphModule:
-    """The same function with the components of states apart; as it is where another tensor shares memory with one.
+    """The same function with the components of states apart.
 
     Args:
-        traced: the function, whose outputs are tensors.
+        traced: the function, whose outputs are tensors, without operations in place.
         x: a state, as it has been traced with.
         axis: of its components, counted from the end.
     """
-    builder = _rewritten(traced, x, axis)
-    return traced if builder is None or not builder.fits else GraphModule(traced, builder.graph)
+    builder = _rewritten(traced.graph, x, axis)
+    return GraphModule(traced, builder.graph) if builder.fits else traced
 
 
 def gains_apart(traced: GraphModule, x: Tensor, axis: int) -> bool:
     """Whether components are made of others, and no operation needs them together: see `taken_apart`."""
-    builder = _rewritten(traced, x, axis)
-    return builder is not None and builder.fits and builder.mixes and not builder.joins
+    builder = _rewritten(traced.graph, x, axis)
+    return builder.fits and builder.mixes and not builder.joins
 
 
-def _rewritten(traced: GraphModule, x: Tensor, axis: int) -> Builder | None:
-    updates = {node: _returning(node) for node in traced.graph.nodes if _is_operation(node) and _changes(node)}
-    if None in updates.values():
-        return None
+def _rewritten(graph: Graph, x: Tensor, axis: int) -> Builder:
     builder = Builder(axis, described(x.shape))
-    _rewrite(traced.graph, builder, updates)
-    return builder
-
-
-def _is_operation(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload)
-
-
-def _changes(node: Any) -> bool:
-    return bool(node.target._schema.is_mutable)
-
-
-def _returning(node: Any) -> Any:
-    """For an operation in place the one that returns its result; None where another tensor may share the memory."""
-    name, changed = node.target._schema.name.removeprefix("aten::"), node.args[0]
-    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-    shares = [other for other in (changed, *changed.users) if _is_operation(other) and other.target.is_view]
-    if shares or changed.op != "call_function" or not name.endswith("_") or packet is None:
-        return None
-    return getattr(packet, node.target._overloadname, None)
-
-
-def _rewrite(graph: Graph, builder: Builder, updates: Mapping[Node, Any]) -> None:
     values: dict[Node, Any] = {}
     for node in graph.nodes:
         if node.op == "call_function":
             args, kwargs = (map_arg(given, values.__getitem__) for given in (node.args, node.kwargs))
-            values[node] = _called(builder, updates.get(node, node.target), args, kwargs)
-            if node in updates:
-                values[node.args[0]] = values[node]
+            values[node] = _called(builder, node.target, args, kwargs)
         elif node.op == "output":
             builder.graph.output(tuple(builder.returned(values[result], result) for result in node.args[0]))
         else:
@@ -82,6 +53,7 @@ def _rewrite(graph: Graph, builder: Builder, updates: Mapping[Node, Any]) -> Non
             if node.op == "placeholder" and _is_state(copy, builder):
                 values[node] = builder.apart(copy, builder.axis)
     builder.graph.eliminate_dead_code()
+    return builder
 
 
 def _is_state(node: Node, builder: Builder) -> bool:

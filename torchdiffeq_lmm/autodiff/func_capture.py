@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchdiffeq_lmm.forward.vector_field import HostedFunction
 
+from .mutations import Changes, changes_of
 from .time_lookups import Lookups, split_lookups
 
 Role = str | tuple[int, ...]
@@ -189,20 +190,21 @@ class FuncCapture:
             if node.target in _READS:
                 raise _RefusedError(f"It reads the value of a tensor, by .{node.target}(). {_place(node.stack_trace)}")
         values = [node.meta["example_value"] for node in placeholders]
+        changes = changes_of(graph, values)
         captured: list[CapturedFunc] = []
 
         def run(*arguments: Any) -> tuple[Tensor]:
             if not captured:
-                captured.append(self._captured(graph, _roles(arguments, values, *self._given), arguments))
+                captured.append(self._captured(graph, changes, _roles(arguments, values, *self._given), arguments))
             (func,) = captured
             self._found = func.dependencies(arguments)
             return (self._given[1],)
 
         return run
 
-    def _captured(self, graph: Any, roles: Sequence[Role], arguments: Sequence[Any]) -> CapturedFunc:
+    def _captured(self, graph: Any, changes: Changes, roles: Sequence[Role], arguments: Sequence[Any]) -> CapturedFunc:
         time, state = (roles.index(role) if role in roles else None for role in ("time", "state"))
-        rest, lookups = split_lookups(graph, time, state)
+        rest, lookups = split_lookups(graph, changes, time, state)
         shapes = () if lookups is None else lookups.shapes
         stacks = () if lookups is None else lookups.stacks
         others = () if lookups is None else lookups.others

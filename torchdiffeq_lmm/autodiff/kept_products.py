@@ -5,10 +5,11 @@ as tanh; they are kept as eager auto-differentiation keeps them. All else is mad
 with what uses it. A func without products is made again as a whole, which takes less time than to keep anything.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .graph_parts import part_of, reached
@@ -36,51 +37,58 @@ class Halves(NamedTuple):
     Attributes:
         forward: returns the outputs of the block, and what is kept.
         adjoint: takes all inputs, and what is kept.
-        kept: the values that were traced for what is kept.
+        kept: values like those that were traced for what is kept.
     """
 
     forward: GraphModule
     adjoint: GraphModule
-    kept: list[Any]
+    kept: list[Tensor]
 
 
-def halves(joint: GraphModule, known: int, outputs: int) -> Halves | None:
-    """The block and its adjoint; None where there is nothing to keep, or a value is changed in place.
+def halves(joint: GraphModule, known: int, outputs: int, keeps: bool) -> Halves:
+    """The block and its adjoint.
 
     Args:
-        joint: the graph of both.
+        joint: the graph of both, without operations in place.
         known: how many of its first inputs are the block's.
         outputs: how many of its first outputs are.
+        keeps: whether anything is to be kept.
     """
-    from torch._functorch.compile_utils import fx_graph_cse
+    graph, kept = joint.graph, list[Node]()
+    if keeps and any(node.target in _DEAR for node in graph.nodes):
+        from torch._functorch.compile_utils import fx_graph_cse
 
-    operators = [node.target for node in joint.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    if any(operator._schema.is_mutable for operator in operators):
-        return None
-    # The filter evaluates func once more, at the same states.
-    graph = fx_graph_cse(_without(joint.graph, _SAME))
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    (results,) = (node.args[0] for node in graph.nodes if node.op == "output")
+        # The filter evaluates func once more, at the same states.
+        common = fx_graph_cse(_without(graph, _SAME))
+        kept = _kept(common, known, outputs)
+        graph = common if kept else graph
+    inputs, results = _ends(graph)
+    forward = part_of(graph, inputs[:known], (), (*results[:outputs], *kept))
+    adjoint = part_of(graph, inputs, kept, results[outputs:])
+    # Tensors of their own, for one in two places is one input.
+    values = [torch.empty_like(node.meta["val"]) for node in kept]
+    return Halves(GraphModule(joint, forward), GraphModule(joint, adjoint), values)
+
+
+def _kept(graph: Graph, known: int, outputs: int) -> list[Node]:
+    """What is dear of what the adjoint needs of the block; nothing where there is no product."""
+    inputs, results = _ends(graph)
     later = reached(inputs[known:], lambda node: node.users)
     products = {node for node in graph.nodes if node.target in _DEAR and node not in later}
     if not products:
-        return None
+        return []
     functions = {
         node for node in graph.nodes if node.target in _FUNCTIONS and node not in later and node.meta["val"].ndim
     }
     dear = products | functions
     needed = reached(results[outputs:], lambda node: () if node in dear else node.all_input_nodes)
-    kept = [node for node in graph.nodes if node in needed and node in dear]
-    forward = part_of(graph, inputs[:known], (), (*results[:outputs], *kept))
-    adjoint = part_of(graph, inputs, kept, results[outputs:])
-    return Halves(GraphModule(joint, forward), GraphModule(joint, adjoint), [node.meta["val"] for node in kept])
+    return [node for node in graph.nodes if node in needed and node in dear]
 
 
-def adjoint_alone(joint: GraphModule, outputs: int) -> GraphModule:
-    """The graph with all but its first outputs."""
-    inputs = [node for node in joint.graph.nodes if node.op == "placeholder"]
-    (results,) = (node.args[0] for node in joint.graph.nodes if node.op == "output")
-    return GraphModule(joint, part_of(joint.graph, inputs, (), results[outputs:]))
+def _ends(graph: Graph) -> tuple[list[Node], Sequence[Node]]:
+    """The inputs and the outputs."""
+    (results,) = (node.args[0] for node in graph.nodes if node.op == "output")
+    return [node for node in graph.nodes if node.op == "placeholder"], results
 
 
 def _without(graph: Graph, targets: Collection[Any]) -> Graph:

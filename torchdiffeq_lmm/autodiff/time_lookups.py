@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .graph_parts import part_of, reached
+from .mutations import Changes
 
 
 class Lookups(NamedTuple):
@@ -43,11 +44,14 @@ class Lookups(NamedTuple):
         return list(found)
 
 
-def split_lookups(module: GraphModule, time: int | None, state: int | None) -> tuple[GraphModule, Lookups | None]:
+def split_lookups(
+    module: GraphModule, changes: Changes, time: int | None, state: int | None
+) -> tuple[GraphModule, Lookups | None]:
     """The graph without its lookups, whose results are its last inputs in place of what is for them; and the lookups.
 
     Args:
         module: the graph, as Dynamo captured it.
+        changes: what it changes in place.
         time, state: the numbers of these inputs; None for none.
     """
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -55,7 +59,9 @@ def split_lookups(module: GraphModule, time: int | None, state: int | None) -> t
     stacks = [
         i
         for i, given in enumerate(inputs)
-        if i not in (time, state) and given.users and all(_is_lookup(user, given, of_state) for user in given.users)
+        if i not in (time, state)
+        and given.users
+        and all(_is_lookup(user, given, of_state, changes.touched) for user in given.users)
     ]
     if time is None or not stacks:
         return module, None
@@ -69,7 +75,8 @@ def split_lookups(module: GraphModule, time: int | None, state: int | None) -> t
     for node in module.graph.nodes:
         if node not in taken and node not in inputs:
             taken[node] = rest.node_copy(node, taken.__getitem__)
-    rest.eliminate_dead_code()
+    kept = {taken[node] for node in changes.operations}
+    rest.eliminate_dead_code(lambda node: node in kept or node.is_impure())
     wanted = [_index_of(lookup) for _, lookup in found]
     needed = reached(wanted, lambda node: node.all_input_nodes)
     tensors = [i for i, given in enumerate(inputs) if given in needed and i != time]
@@ -86,13 +93,21 @@ def split_lookups(module: GraphModule, time: int | None, state: int | None) -> t
     )
 
 
-def _is_lookup(node: Node, stack: Node, of_state: set[Node]) -> bool:
-    """Whether a node takes rows of a stack of numbers, by an index that the state has no part in."""
+def _is_lookup(node: Node, stack: Node, of_state: set[Node], touched: frozenset[Node]) -> bool:
+    """Whether a node takes rows of a stack of numbers, by an index that the state has no part in.
+
+    It is left alone where it, or what it is made of, is changed in place.
+    """
     is_call = (node.op, node.target) in (("call_method", "index_select"), ("call_function", torch.index_select))
     if not is_call or node.kwargs or len(node.args) != 3 or node.args[:2] != (stack, 0):
         return False
     value = stack.meta["example_value"]
-    return (value.is_floating_point() or value.is_complex()) and node.args[2] not in of_state
+    is_of_numbers = value.is_floating_point() or value.is_complex()
+    return (
+        is_of_numbers
+        and node.args[2] not in of_state
+        and touched.isdisjoint(reached([node], lambda node: node.all_input_nodes))
+    )
 
 
 def _index_of(lookup: Node) -> Node:
