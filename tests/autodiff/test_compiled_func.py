@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_solves import INSIDE, NEEDS_TORCH, REGULAR, TRACED, Field, assert_same, compiling, solved, start
+from methods import slow_but
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -332,3 +333,61 @@ def test_a_callback_is_refused() -> None:
     func.callback_step = lambda t, y, dt: None  # type: ignore[assignment]
     with pytest.raises(ValueError, match="callback_step"):
         torchdiffeq_lmm.odeint(func, start(), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
+
+
+def _layer(func: nn.Module, y: Tensor) -> Tensor:
+    return (y @ func.weight).tanh()
+
+
+DERIVATIVES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "grad": lambda func, y: -torch.func.grad(lambda y: _layer(func, y).square().sum())(y),
+    "jacrev": lambda func, y: torch.func.vmap(torch.func.jacrev(lambda y: _layer(func, y)))(y).diagonal(
+        dim1=-2, dim2=-1
+    ),
+    "vjp": lambda func, y: torch.func.vjp(lambda y: _layer(func, y), y)[1](y)[0],
+    "jvp": lambda func, y: torch.func.jvp(lambda y: _layer(func, y), (y,), (y.cos(),))[1],
+}
+
+
+class Derived(nn.Module):
+    """A slope that is a derivative, by torch.func."""
+
+    def __init__(self, derivative: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[0.7, -0.2], [0.4, 1.1]], dtype=torch.float64))
+        self.derivative = derivative
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.derivative(self, y)
+
+
+# Forward mode brings it in.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@pytest.mark.parametrize("name", slow_but(["grad"], DERIVATIVES))
+def test_derivatives_within_func(name: str) -> None:
+    func, t = Derived(DERIVATIVES[name]), torch.linspace(0, 1, 7, dtype=torch.float64)
+    expected = solved(func, start(), t, "leapfrog")
+    for backward in ("autograd", "reversible"):
+        assert_same(solved(func, start(), t, "leapfrog", backward=backward, compile=TRACED), expected)
+    # Where gradients are recorded, and none is wanted; and where they are not.
+    func.requires_grad_(False)
+    found = [torchdiffeq_lmm.odeint(func, start(), t, method="leapfrog", compile=TRACED)]
+    with torch.no_grad():
+        found.append(torchdiffeq_lmm.odeint(func, start(), t, method="leapfrog", compile=TRACED))
+    assert_same(found, 2 * expected[:1])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(4, 4))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(y, y @ self.weight, y)
+
+
+@pytest.mark.slow
+def test_attention_that_drops_nothing_draws_nothing() -> None:
+    func, t = Attention(), torch.linspace(0, 1, 7, dtype=torch.float64)
+    y0 = start(6, 4).reshape(2, 1, 3, 4)
+    assert_same(solved(func, y0, t, "ab1", compile=TRACED), solved(func, y0, t, "ab1"))

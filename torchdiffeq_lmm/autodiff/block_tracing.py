@@ -278,7 +278,7 @@ def _check(graph: torch.fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
+        if _draws(node):
             raise RuntimeError(
                 f"compile does not support a func that draws random numbers, got one that calls {node.target}: the "
                 f"backward pass would draw others. Leave that out, with eval() perhaps, or solve without compile"
@@ -288,6 +288,15 @@ def _check(graph: torch.fx.GraphModule) -> None:
                 f"compile does not support a func that changes a buffer or another tensor in place, got one that calls "
                 f"{node.target}; leave that out, with eval() perhaps, or solve without compile"
             )
+
+
+def _draws(node: Any) -> bool:
+    """Whether an operation draws random numbers; attention does not where nothing is dropped."""
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    given = {argument.name: argument.default_value for argument in node.target._schema.arguments}
+    given.update(zip(given, node.args, strict=False))
+    return {**given, **node.kwargs}.get("dropout_p") != 0.0
 
 
 def _base(node: Any) -> Any:

@@ -57,6 +57,7 @@ class CapturedFunc:
         graph: returns the slope alone; its last inputs are what is looked up, in place of what is for lookups alone.
         roles: of its inputs, and of these.
         lookups: of rows by the time.
+        grad_mode: whether gradients were recorded when it was captured: what the graph does about that begins there.
         made: see below.
 
     Attributes:
@@ -70,9 +71,11 @@ class CapturedFunc:
         graph: Callable[..., Sequence[Tensor]],
         roles: Sequence[Role],
         lookups: Lookups | None,
+        grad_mode: bool,
         made: dict[Any, Any],
     ) -> None:
         self._graph = graph
+        self._grad_mode = grad_mode
         self._roles = roles
         self.lookups = lookups
         self.is_dynamic = any(isinstance(role, tuple) for role in roles)
@@ -106,7 +109,8 @@ class CapturedFunc:
                 inputs.append(x.shape[role[0]])
             elif role == "tensor":
                 inputs.append(next(others))
-        return self._graph(*inputs, *others)[0]
+        with torch.set_grad_enabled(self._grad_mode):
+            return self._graph(*inputs, *others)[0]
 
 
 class FuncCapture:
@@ -210,13 +214,14 @@ class FuncCapture:
         others = () if lookups is None else lookups.others
         roles = ["lookup" if i in others else role for i, role in enumerate(roles)]
         made: dict[Any, Any] = {}
+        grad_mode = torch.is_grad_enabled()
         # What has been made for the same graph, captured in another mode say.
         if not any(node.op in ("get_attr", "call_module") for node in rest.graph.nodes):
             tensors = (given for given, role in zip(arguments, roles, strict=True) if role == "tensor")
             of_tensors = tuple((given.shape, given.stride(), given.dtype, given.device) for given in tensors)
             of_stacks = tuple((arguments[i].dtype, shape) for i, shape in zip(stacks, shapes, strict=True))
-            made = self._made.setdefault((rest.code, tuple(roles), of_tensors, of_stacks), {})
-        return CapturedFunc(rest, roles, lookups, made)
+            made = self._made.setdefault((rest.code, grad_mode, tuple(roles), of_tensors, of_stacks), {})
+        return CapturedFunc(rest, roles, lookups, grad_mode, made)
 
 
 class _RefusedError(RuntimeError):

@@ -126,4 +126,11 @@ class _Run(Interpreter):
 
 
 def _memory_of(values: Any) -> set[int]:
-    return {value.untyped_storage()._cdata for value in tree_leaves(values) if isinstance(value, Tensor)}
+    functorch, found = torch._C._functorch, set[int]()
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor):
+            # Within torch.func it may be wrapped.
+            while functorch.is_functorch_wrapped_tensor(value):
+                value = functorch.get_unwrapped(value)
+            found.add(value.untyped_storage()._cdata)
+    return found
