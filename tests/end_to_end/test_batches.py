@@ -79,7 +79,7 @@ def robertson_by_radau(sample: int, count: int) -> np.ndarray:
 def test_unlike_samples_are_solved_as_if_each_were_alone(method: str, dtype: torch.dtype) -> None:
     count = 300
     y = solve(Robertson(rates(count, dtype)), start(count, dtype), GRID.to(dtype), method)
-    for sample in (17, 299):
+    for sample in (17,) if dtype is torch.float32 else (299,):
         alone = solve(Robertson(rates(count, dtype)[sample : sample + 1]), start(1, dtype), GRID.to(dtype), method)
         assert torch.equal(y[:, sample], alone[:, 0])
         wanted = robertson_by_radau(sample, count)
@@ -204,7 +204,7 @@ def test_the_worst_sample_is_as_accurate_as_alone(name: str, dtype: torch.dtype)
     beginning = torch.tensor(y0, dtype=dtype)
     with torch.no_grad():
         y = solve(make(values.to(dtype)), beginning.repeat(len(values), 1), t.to(dtype))
-        for sample in (0, 31, 63):
+        for sample in (0, 63):
             alone = solve(make(values.to(dtype)[sample : sample + 1]), beginning[None], t.to(dtype))
             wanted = sample_by_radau(name, sample)
             error, error_alone = (
@@ -346,7 +346,8 @@ class TestWhatCountsAsSamples:
             wanted = torch.linalg.solve(torch.eye(2, dtype=torch.float64) - h * matrix, wanted)
         torch.testing.assert_close(y[-1], wanted, rtol=1e-6, atol=1e-12)
 
-    @pytest.mark.parametrize("batch_dims", slow_but([1], [0, 1]))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("batch_dims", [0, 1])
     def test_it_may_be_said(self, batch_dims: int) -> None:
         """A matrix takes a product for each of its rows; where samples are taken to be independent, one more."""
         t = GRID[:40]

@@ -92,7 +92,7 @@ NAMES = {path.stem for path in EXAMPLES.glob("*.py")} - {"harness"}
 
 
 # What they import takes seconds.
-@pytest.mark.parametrize("example", slow_but({"oscillations", "stiff", "processes"}, sorted(NAMES)))
+@pytest.mark.parametrize("example", slow_but({"processes"}, sorted(NAMES)))
 def test_help_tells_how_to_run_an_example_fast_and_where_it_writes(
     example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

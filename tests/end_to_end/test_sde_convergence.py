@@ -164,8 +164,11 @@ SMALL: tuple[tuple[float, Callable[[list[float]], bool]], ...] = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["leapfrog", "ab2", "bdf2"])
-@pytest.mark.parametrize(("epsilon", "expected"), SMALL)
+@pytest.mark.parametrize(
+    ("method", "epsilon", "expected"),
+    # The steps of bdf2 take many times as long.
+    [*((method, *of) for method in ("leapfrog", "ab2") for of in SMALL), *(("bdf2", *of) for of in SMALL[::2])],
+)
 def test_small_noise(method: str, epsilon: float, expected: Callable[[list[float]], bool]) -> None:
     # The error is O(h² + ε h): of order 2 until the noise's term takes over.
     path, reference = fine(epsilon, 100)

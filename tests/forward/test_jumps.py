@@ -107,6 +107,7 @@ def test_without_jump_t_it_is_first_order(name: str) -> None:
 @pytest.mark.parametrize("perturb", [False, True])
 @pytest.mark.parametrize("direction", [1, -1])
 @pytest.mark.parametrize("name", EVERY_METHOD)
+@pytest.mark.one_in(5)
 def test_f_is_seen_from_the_side_of_the_step(name: str, direction: int, perturb: bool) -> None:
     seen: list[float] = []
 
@@ -212,6 +213,7 @@ def test_constant_coefficients_hold_from_jump_to_jump() -> None:
     assert orders(errors)[0] > 1.7
 
 
+@pytest.mark.slow
 def test_a_path_that_is_linear_from_data_to_data() -> None:
     """A neural CDE as torchcde makes it: dz = F(z) dX, a jump at every one of 20 data, ends included."""
     points = torch.linspace(0, 2, 21, dtype=torch.float64)

@@ -59,6 +59,7 @@ def test_obeys_the_maruyama_formula(method: str, noise: str) -> None:
 
 
 @pytest.mark.parametrize("method", slow_but(FAMILIES, SDE_SOLVERS))
+@pytest.mark.one_in(2)
 def test_without_noise_it_is_the_method_for_odes(method: str) -> None:
     sde, times = Pendulum("diagonal", epsilon=0.0), torch.tensor([0.0, 0.31, 0.6, 1.03], dtype=torch.float64)
     with torch.no_grad():
@@ -77,6 +78,7 @@ def test_of_order_one_it_is_torchsdes_euler(noise: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.one_in(3)
 def test_outputs_between_the_nodes_and_a_last_step_cut_short(method: str) -> None:
     sde = Pendulum("diagonal")
     path = Path(4, 2, 160)
@@ -104,6 +106,7 @@ def test_any_of_torchsdes_functions_will_do(method: str, names: tuple[str, ...],
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.one_in(3)
 def test_names_and_logqp(method: str) -> None:
     sde = Pendulum("diagonal")
     times, bm = [0.0, 0.5, 1.0], Path(4, 2, 16)
@@ -307,6 +310,7 @@ def test_torchsdes_own_methods_go_on(run: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.one_in(3)
 def test_the_sde_may_return_the_same_memory_again_and_again(method: str) -> None:
     fresh, drift, diffusion = Pendulum("diagonal"), torch.empty(4, 2).double(), torch.empty(4, 2).double()
 
