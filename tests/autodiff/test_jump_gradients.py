@@ -36,7 +36,15 @@ def test_gradient_with_respect_to_the_jump(name: str, direction: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    slow_but([("ab3", WAYS[1]), ("ab3", WAYS[2])], itertools.product([*SOME, "ab3"], WAYS[:3])),
+    slow_but(
+        [("ab3", WAYS[1]), ("ab3", WAYS[2])],
+        [
+            *itertools.product(["leapfrog", "ab3"], WAYS[:3]),
+            # Two ways each, which take turns.
+            *(("ab4", WAYS[0]), ("ab4", WAYS[2]), ("abm3", WAYS[1]), ("abm3", WAYS[2])),
+            *(("am3", WAYS[0]), ("am3", WAYS[1]), ("bdf2", WAYS[1]), ("bdf2", WAYS[2])),
+        ],
+    ),
     ids=str,
 )
 def test_gradients_are_those_of_the_discrete_solution(name: str, way: dict) -> None:

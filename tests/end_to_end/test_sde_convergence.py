@@ -145,7 +145,7 @@ def test_strong_order_one_for_additive_noise(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_weak_order_one(method: str) -> None:
     # The second moment; the first one obeys an ODE here, whose order is another.
-    path = Path(160_000, 1, 64)
+    path = Path(120_000, 1, 64)
     exact = geometric(path).square()
     # Minus the exact solution on the same paths, so that chance is mostly the same in both.
     # The errors of leapfrog come to their order late.

@@ -40,7 +40,7 @@ def test_a_filtered_gradient_converges_on_the_path_and_without_one_it_does_not(t
 
 
 def test_a_latent_sde_is_trained_through_a_multistep_method(tmp_path: Path) -> None:
-    found, _ = figures_of("latent_sde", tmp_path)
+    found, _ = figures_of("latent_sde", tmp_path, changed=lambda of: {"FINE_STEP": 2 * of["FINE_STEP"]})
     assert set(found) == {"ab2", "euler"}
     for method, (training,) in found.items():
         losses = training["losses"]

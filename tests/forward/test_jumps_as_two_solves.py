@@ -18,7 +18,7 @@ def test_it_is_two_solves(name: str, way: dict) -> None:
     if name in ("heun2", "midpoint") and list(way) != ["grad_filter"]:
         pytest.skip("torchdiffeq's own, and not filtered")
     first, second = f64(0.0, 0.2, 0.51), f64(0.51, 0.8, 1.0)
-    options = {"step_size": 0.06}
+    options = {"step_size": 0.08}
     y0, field = start(), Switched(0.51)
     together = torchdiffeq_lmm.odeint(
         field, y0, f64(0.0, 0.2, 0.51, 0.8, 1.0), method=name, options={**options, "jump_t": [0.51]}, **way
