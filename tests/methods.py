@@ -38,13 +38,13 @@ def in_turn(settings: Sequence[Any], few: int, fast: Collection[str] = FAST, nam
     """
     chosen, names, half = [], list(names), (len(settings) + 1) // 2
     halved = [name for name in FAMILIES if name in names and name not in IMPLICIT]
-    begin_of_pair = 0
     for position, name in enumerate(names):
-        has_half = name in halved
-        # The second one of a pair goes on where the first one has ended.
-        begin = begin_of_pair + half if has_half and halved.index(name) % 2 else position
-        begin_of_pair = begin if has_half else begin_of_pair
-        of_method = [(begin + turn) % len(settings) for turn in range(max(few, half) if has_half else few)]
+        begin, count = position, few
+        if name in halved:
+            count, rank = max(few, half), halved.index(name)
+            # The second one of a pair goes on where the first one has ended.
+            begin = names.index(halved[rank - 1]) + half if rank % 2 else position
+        of_method = [(begin + turn) % len(settings) for turn in range(count)]
         not_slow = FAMILIES.index(name) % len(of_method) if name in fast else None
         for turn, number in enumerate(sorted(of_method)):
             marks = [] if turn == not_slow else pytest.mark.slow

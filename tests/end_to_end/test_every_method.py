@@ -216,8 +216,10 @@ def test_gradcheck_without_filter(name: str, grid: str) -> None:
 
     y0 = torch.tensor([0.4, -0.7], dtype=torch.float64)
     given = torch.cat([y0, field.weight.detach().flatten(), times]).requires_grad_()
-    # Of most methods in a random direction, for each entry takes two solves.
-    assert torch.autograd.gradcheck(solve, given, fast_mode=name not in ("leapfrog", "ab3"))
+    # Of most methods in a random direction, for each entry takes two solves; and what is undefined, once in a family.
+    assert torch.autograd.gradcheck(
+        solve, given, fast_mode=name not in ("leapfrog", "ab3"), check_undefined_grad=name in FAMILIES
+    )
 
 
 @pytest.mark.parametrize(
@@ -365,11 +367,12 @@ def test_func_may_return_the_same_memory_again(name: str, grad_filter: str | Non
         torchdiffeq_lmm.odeint(
             func, torch.ones(2, dtype=torch.float64), times, method=name, options=options, grad_filter=grad_filter
         )
-        for times in (TIMES, torch.tensor([0.0, 1.0, 1.5, 1.8], dtype=torch.float64))
+        # Implicit steps take many times as long.
+        for times in (TIMES, torch.tensor([0.0, 1.0, 1.5, 1.8], dtype=torch.float64))[: 1 if name in IMPLICIT else 2]
         for func in (fresh, lambda t, y: buffer.copy_(fresh(t, y)))
     ]
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[2], results[3])
+    for expected, found in zip(results[::2], results[1::2], strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", EVERY_METHOD)
