@@ -182,6 +182,7 @@ def switched(t: float) -> float:
 
 @methods
 @pytest.mark.parametrize("as_tensor", [True, False])
+@pytest.mark.one_in(3)
 def test_a_jump(method: str, as_tensor: bool) -> None:
     func = Counted(switching)
     t = torch.linspace(0, 2, 9, dtype=F64)

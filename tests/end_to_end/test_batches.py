@@ -20,6 +20,8 @@ GRID = torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-6, 2, 60,
 
 lengths_of_grid = pytest.mark.parametrize("nodes", slow_but([20], [20, len(GRID)]))
 """Within the first 4e-4 of the reaction, or all of it."""
+parts_of_grid = pytest.mark.parametrize("nodes", slow_but([20], [20, 40]))
+"""The same, or up to 0.2: past the beginning, where steps are long."""
 
 
 class Robertson(nn.Module):
@@ -124,7 +126,7 @@ def test_equal_samples_take_no_more_evaluations_than_one(nodes: int) -> None:
 
 
 @pytest.mark.parametrize("method", slow_but(["bdf2"], ["bdf2", "am2"]))
-@lengths_of_grid
+@parts_of_grid
 def test_permuting_samples_permutes_results(nodes: int, method: str) -> None:
     count = 40
     order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
@@ -134,7 +136,7 @@ def test_permuting_samples_permutes_results(nodes: int, method: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", slow_but([torch.float64], [torch.float32, torch.float64]))
-@lengths_of_grid
+@parts_of_grid
 def test_scaling_one_component_changes_none_of_the_others(nodes: int, dtype: torch.dtype) -> None:
     """By a power of two, and its atol with it: but for the rounding of factors."""
 
@@ -289,7 +291,7 @@ class TestGradients:
 
 
 class TestWhatCountsAsSamples:
-    @lengths_of_grid
+    @parts_of_grid
     def test_a_tuple_state(self, nodes: int) -> None:
         count = 12
         plain = solve(Robertson(rates(count)), start(count), GRID[:nodes])
@@ -297,7 +299,7 @@ class TestWhatCountsAsSamples:
         parts = solve(func, (start(count)[:, :2], start(count)[:, 2]), GRID[:nodes])
         assert torch.equal(torch.cat([parts[0], parts[1][..., None]], -1), plain)
 
-    @lengths_of_grid
+    @parts_of_grid
     def test_more_dimensions(self, nodes: int) -> None:
         count = 12
         plain = solve(Robertson(rates(count)), start(count), GRID[:nodes])

@@ -169,7 +169,7 @@ class TestBrusselator:
 class TestGrayScott:
     """In two dimensions, on 64 × 64 points, periodic: products with the Jacobian alone."""
 
-    SIZE, END, STEPS = 64, 40.0, 20
+    SIZE, END, STEPS = 64, 20.0, 10
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
         u, v = y

@@ -301,6 +301,8 @@ def test_func_without_gradients(
     size: int, func: Callable[[Tensor, Tensor], Tensor], options: dict[str, str], grad: bool
 ) -> None:
     y0, t = torch.linspace(0.1, 1, size, dtype=torch.float64), torch.linspace(0, 0.3, 4, dtype=torch.float64)
+    # One step shows what becomes of a large state, and takes long enough.
+    t = t if size == 2 else t[:2]
     expected = torchdiffeq.odeint(lambda t, y: -50 * torch.sin(y), y0, t, method="bdf2")
     with torch.set_grad_enabled(grad):
         y = torchdiffeq.odeint(func, y0, t, method="bdf2", options=dict(options))

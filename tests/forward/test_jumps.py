@@ -161,7 +161,8 @@ def test_times_outside_are_ignored(name: str, options: dict) -> None:
         torchdiffeq.odeint(
             lambda t, y: -y * torch.cos(t), f64(1.0, 2.0), t, method=name, options={**options, "jump_t": jumps}
         )
-        for jumps in (None, [-1.0, 3.0], [], f64(7.0))
+        # Implicit steps take many times as long.
+        for jumps in (None, [-1.0, 3.0], [], f64(7.0))[: 2 if name in IMPLICIT else None]
     ]
     assert all(torch.equal(results[0], other) for other in results[1:])
 
