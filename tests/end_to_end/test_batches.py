@@ -73,8 +73,6 @@ def robertson_by_radau(sample: int, count: int) -> np.ndarray:
     [
         ("bdf2", torch.float32),
         ("bdf3", torch.float64),
-        ("bdf2", torch.float64),
-        ("bdf3", torch.float32),
         ("am2", torch.float64),
     ],
 )

@@ -234,8 +234,7 @@ def test_every_sample_of_a_batch_against_radau(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", ["bdf2", "am2"])
+@pytest.mark.parametrize(("method", "dtype"), [("bdf2", torch.float32), ("am2", torch.float64)])
 def test_company_changes_nothing(method: str, dtype: torch.dtype) -> None:
     """Beside a constant of any size, alone, in one tensor and in a tuple."""
     nodes = refined(coarse_grid("Robertson"), 4)[:40].to(dtype)
