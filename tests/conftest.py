@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests."""
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -15,8 +16,24 @@ def pytest_collection() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "one_in(count): of so many cases of a test, in a row, one is not slow")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the examples, which take longest: one of them at the end would leave a worker without work."""
+    """Mark what is slow by `one_in`; and begin with the examples.
+
+    They take longest: one of them at the end would leave a worker without work.
+    """
+    seen: Counter[str] = Counter()
+    for item in items:
+        one_in = item.get_closest_marker("one_in")
+        if one_in and not item.get_closest_marker("slow"):
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % one_in.args[0]:
+                item.add_marker("slow")
+            seen[test] += 1
     items.sort(key=lambda item: "example" not in item.path.stem)
 
 

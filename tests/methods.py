@@ -30,19 +30,21 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def in_turn(settings: Sequence[Any], few: int, fast: Collection[str] = FAST, names: Iterable[str] = NAMES) -> list[Any]:
-    """Methods with settings: the first of leapfrog and ab3 with all of them, every other method with `few`.
+    """Methods with settings: of the explicit families each has half of them, every other method has `few`.
 
-    Each has those of its turn, so that the methods of a family share the settings out; the implicit ones take many
-    times as long, and the other explicit families have half of the settings, ab3 and abm2 a half each. A setting is one
+    Leapfrog and nystrom3 have a half each, and so have ab3 and abm2. The other methods have those of their turn, so
+    that the methods of a family share the settings out; the implicit ones take many times as long. A setting is one
     parameter, or a tuple of several. Of each method of `fast` one setting is not slow, of the next family the next one.
     """
     chosen, names, half = [], list(names), (len(settings) + 1) // 2
-    has_all = "leapfrog" if "leapfrog" in names else "ab3"
+    halved = [name for name in FAMILIES if name in names and name not in IMPLICIT]
     for position, name in enumerate(names):
-        has_many = name in FAMILIES and name not in IMPLICIT
-        count = len(settings) if name == has_all else half if has_many else few
-        begin = names.index("ab3") + half if name == "abm2" else position
-        of_method = [(begin + turn) % len(settings) for turn in range(max(few, count))]
+        begin, count = position, few
+        if name in halved:
+            count, rank = max(few, half), halved.index(name)
+            # The second one of a pair goes on where the first one has ended.
+            begin = names.index(halved[rank - 1]) + half if rank % 2 else position
+        of_method = [(begin + turn) % len(settings) for turn in range(count)]
         not_slow = FAMILIES.index(name) % len(of_method) if name in fast else None
         for turn, number in enumerate(sorted(of_method)):
             marks = [] if turn == not_slow else pytest.mark.slow

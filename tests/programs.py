@@ -8,7 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,15 +32,33 @@ def run_alone(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def run_here(program: Path, *arguments: str | Path) -> str:
-    """What a program prints, run in this interpreter: it saves the imports."""
+Changes = Callable[[dict[str, Any]], dict[str, Any]]
+"""From the names of a program to those that are to mean something else."""
+
+
+def run_here(program: Path, *arguments: str | Path, changed: Changes | None = None) -> str:
+    """What a program prints, run in this interpreter: it saves the imports.
+
+    Args:
+        program: its file.
+        arguments: of its command line.
+        changed: what is to be other than in the program, to have less of what takes long.
+    """
     printed = io.StringIO()
     with (
         mock.patch.object(sys, "argv", [str(program), *map(str, arguments)]),
         mock.patch.object(sys, "path", [str(program.parent), *sys.path]),
         contextlib.redirect_stdout(printed),
     ):
-        runpy.run_path(str(program), run_name="__main__")
+        if changed is None:
+            runpy.run_path(str(program), run_name="__main__")
+        else:
+            main = runpy.run_path(str(program))["main"]
+            names = main.__globals__
+            changes = changed(names)
+            assert changes.keys() <= names.keys()
+            names.update(changes)
+            main()
     # What it imported would slow every later collection down.
     gc.collect()
     gc.freeze()
@@ -52,11 +70,26 @@ def output_of(code: str) -> str:
     return run_alone("-c", code)
 
 
+@contextlib.contextmanager
+def coarse_pictures() -> Iterator[None]:
+    """Write pictures with few pixels, which takes a fraction of the time."""
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+
+    def coarsely(figure: Figure, path: Path, **keywords: Any) -> None:
+        save(figure, path, **(keywords | {"dpi": 25, "pil_kwargs": {}}))
+
+    with mock.patch.object(Figure, "savefig", coarsely):
+        yield
+
+
 def figures_of(
-    example: str, output: Path, pictures: Sequence[str] = (), run: Callable[..., str] = run_here
+    example: str, output: Path, pictures: Sequence[str] = (), run: Callable[..., str] = run_here, **keywords: Any
 ) -> tuple[dict[str, Any], str]:
     """What an example finds in its quick mode, and what it prints; its pictures, one of its own name, must be there."""
-    printed = run(EXAMPLES / f"{example}.py", "--quick", "--output", output)
+    with coarse_pictures():
+        printed = run(EXAMPLES / f"{example}.py", "--quick", "--output", output, **keywords)
     for picture in pictures or [example]:
         assert (output / f"{picture}.png").read_bytes().startswith(b"\x89PNG"), picture
     return json.loads((output / f"{example}.json").read_text(encoding="utf-8")), printed

@@ -105,6 +105,7 @@ solves = pytest.mark.parametrize(
 
 @solves
 @pytest.mark.parametrize("end", slow_but(["backward", "failed"], ["nothing", "backward", "retained", "failed"]))
+@pytest.mark.one_in(5)
 def test_a_module_that_keeps_its_own_solve_is_collected(make: Make, end: str) -> None:
     func = Field()
     func.kept = make(func)
@@ -121,6 +122,7 @@ def test_a_module_that_keeps_its_own_solve_is_collected(make: Make, end: str) ->
 
 # What torchsde makes of an SDE refers to itself.
 @pytest.mark.parametrize("make", [make for name, make in SOLVES.items() if "SDE" not in name])
+@pytest.mark.one_in(3)
 def test_all_is_freed_with_the_output_without_a_collector(make: Make) -> None:
     gc.collect()
     gc.disable()
@@ -158,6 +160,7 @@ def test_backward_frees_func_while_the_output_lives() -> None:
 
 
 @solves
+@pytest.mark.one_in(3)
 def test_the_output_may_be_changed_in_place(make: Make) -> None:
     gradients = []
     for in_place in (False, True):
@@ -178,6 +181,7 @@ BATCHED = "grad_filter, backward and implicit methods do not support is_grads_ba
 
 @solves
 class TestBatches:
+    @pytest.mark.one_in(3)
     def test_batched_cotangents_are_refused(self, make: Make) -> None:
         func = Field()
         last = make(func)[-1].flatten()
@@ -196,6 +200,7 @@ class TestBatches:
         with pytest.raises(RuntimeError, match=BATCHED):
             torch.func.vmap(lambda g: torch.autograd.grad(last, func.weight, g)[0])(torch.eye(3, dtype=last.dtype))
 
+    @pytest.mark.one_in(3)
     def test_a_vectorised_jacobian_is_refused(self, make: Make) -> None:
         func = Field()
 

@@ -60,7 +60,7 @@ def test_anchors_keep_the_drift_small() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_gradient_is_right_or_an_error(dtype: torch.dtype) -> None:
     outcomes = []
-    for value in range(4, 30, 2):
+    for value in range(4, 30, 4):
         wanted = of_rate(value, dtype)
         decay(wanted, 300, "autograd")[-1].sum().backward()
         rate = of_rate(value, dtype)

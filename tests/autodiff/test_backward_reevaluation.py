@@ -94,7 +94,7 @@ class Dropping(Plain):
         return nn.functional.dropout(super().forward(t, y), 0.4, training=True)
 
 
-@pytest.mark.parametrize("grad_filter", [None, "auto"])
+@pytest.mark.parametrize("grad_filter", slow_but(["auto"], [None, "auto"]))
 @pytest.mark.parametrize(
     ("method", "interp"),
     slow_but(

@@ -61,6 +61,7 @@ class Problem:
 @pytest.mark.parametrize("borders", [[0, 12], [0, 1, 12], [0, 4, 5, 6, 12], [0, 3, 7, 11, 12]])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("method", ["leapfrog", "nystrom3", "ab1", "ab3", "ab5", "abm3"])
+@pytest.mark.one_in(5)
 def test_stretch_after_stretch_gives_the_gradient_of_all_steps(method: str, grid: str, borders: list[int]) -> None:
     problem = Problem(method, grid)
     stretches = problem.stretches(borders)

@@ -134,6 +134,7 @@ def test_a_snapshot_does_not_change_with_what_comes_after() -> None:
 @pytest.mark.parametrize("stride", [1, 3, 5, 100])
 @pytest.mark.parametrize("name", ["leapfrog", "nystrom3", "ab1", "ab3", "ab5", "abm3", "am3", "bdf2", "bdf4"])
 class TestCheckpoints:
+    @pytest.mark.one_in(5)
     def test_evaluations_states_and_slopes_are_those_of_the_whole_run(self, name: str, stride: int) -> None:
         run = Run(name, 23, stride)
         torch.rand(17)
@@ -153,6 +154,7 @@ class TestCheckpoints:
                 torch.testing.assert_close(again.increment(node), wanted, rtol=0, atol=1e-14)
         assert torch.equal(torch.get_rng_state(), before)
 
+    @pytest.mark.one_in(5)
     def test_every_step_is_made_once_more(self, name: str, stride: int) -> None:
         run = Run(name, 23, stride)
         again = run.again()
@@ -171,6 +173,7 @@ class TestCheckpoints:
         with pytest.raises(RuntimeError, match="func gave other values when it was evaluated again"):
             again.evaluation(last)
 
+    @pytest.mark.one_in(5)
     def test_snapshots_can_be_taken_again(self, name: str, stride: int) -> None:
         run = Run(name, 23, stride)
         taken = run.rerun().snapshots(run.snapshots[0], stride)

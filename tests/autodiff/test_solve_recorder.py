@@ -122,6 +122,7 @@ def reference_gradients(
 
 @pytest.mark.parametrize("weights", ["step", "trapezoid"])
 @pytest.mark.parametrize("make", CALLABLES)
+@pytest.mark.one_in(3)
 def test_any_callable_gets_the_filtered_cotangents(make: Callable, weights: str) -> None:
     func, parameters = make()
     y0 = draw(DIM, seed=3)
@@ -149,6 +150,7 @@ def test_any_callable_gets_the_filtered_cotangents(make: Callable, weights: str)
     ],
     ids=["times", "dividing", "truncated", "constructed"],
 )
+@pytest.mark.one_in(5)
 def test_gradients_of_y0_and_t_stay_exact(steps: dict, interp: str, perturb: bool, reverse: bool) -> None:
     func = Tanh()
     results = []

@@ -170,7 +170,7 @@ def test_one_output_time(method: str) -> None:
     assert not func.times
 
 
-@methods
+@fast_by_adams
 def test_outputs_that_are_closer_than_steps_can_be(method: str) -> None:
     t = [0.0, 1.0, math.nextafter(1.0, 2), 1.0 + 1e-12, 2.0, math.nextafter(2.0, 3)]
     y = solve(decaying, f64(2.0), t, method)[:, 0]
@@ -190,7 +190,7 @@ def test_times_that_differ_by_rounding_alone(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("direction", "method"),
-    slow_but([(-1, "adams"), (1, "bdf")], [(1, "bdf"), (1, "adams"), (-1, "adams"), (-1, "bdf")]),
+    slow_but([(-1, "adams")], [(1, "bdf"), (1, "adams"), (-1, "adams"), (-1, "bdf")]),
 )
 def test_the_report_and_the_callbacks_agree_with_what_is_called(direction: int, method: str) -> None:
     """The pulse makes attempts fail."""

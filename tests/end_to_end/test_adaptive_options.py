@@ -102,6 +102,7 @@ def test_more_safety_means_shorter_steps(method: str) -> None:
 
 @methods
 @pytest.mark.parametrize("max_order", [1, 2, 4])
+@pytest.mark.one_in(3)
 def test_max_order(method: str, max_order: int) -> None:
     _, report = reported(pendulum, f64(1.0, 0.5), (0.0, 2.0), method, rtol=1e-4, atol=1e-4, max_order=max_order)
     assert max(report.orders) == max_order
@@ -181,6 +182,7 @@ def switched(t: float) -> float:
 
 @methods
 @pytest.mark.parametrize("as_tensor", [True, False])
+@pytest.mark.one_in(3)
 def test_a_jump(method: str, as_tensor: bool) -> None:
     func = Counted(switching)
     t = torch.linspace(0, 2, 9, dtype=F64)

@@ -36,6 +36,7 @@ from torchdiffeq_lmm import SolveReport
 
 @methods
 @pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.one_in(3)
 def test_tuples(direction: int, method: str) -> None:
     """As the same entries in one tensor."""
     y0 = (f64(2.0), torch.full((2, 2), 3.0, dtype=F64), torch.tensor(0.5, dtype=F64))

@@ -216,6 +216,7 @@ FAST = [
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", slow_but(FAST, CASES))
+@pytest.mark.one_in(3)
 def test_the_default_device_changes_nothing(name: str, device: str) -> None:
     compute = CASES[name]()
     wanted = compute()

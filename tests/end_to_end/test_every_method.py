@@ -34,7 +34,9 @@ def steps_of(name: str, grid: str = "uniform") -> tuple[int, int, int]:
         # Where the steps change, the errors of ab3 pass from its own order to that of the filter later than others.
         late = (80, 160, 320) if name == "ab3" else (40, 80, 160)
         return late if grid in ("random", "abrupt") else (24, 48, 96)
-    return {"random": (60, 120, 240), "abrupt": (40, 80, 160)}.get(grid, (8, 16, 32))
+    if grid not in ("random", "abrupt"):
+        return (8, 16, 32)
+    return (60, 120, 240) if (name, grid) == ("bdf5", "random") else (40, 80, 160)
 
 
 # --------------------------------------------------------------------------------------------------- orders, forward
@@ -110,8 +112,8 @@ def test_unfiltered_gradient_does_not_converge(name: str) -> None:
 
 @pytest.mark.parametrize("name", slow_but(["ab3"], sorted(STRONGLY_STABLE)))
 def test_far_from_observations_the_methods_own_accuracy_stays(name: str) -> None:
-    # The error of bdf6 is that of the filter, at fewer steps.
-    steps = 160 if name == "bdf6" or name not in IMPLICIT else 64
+    # The errors of bdf4 and bdf6 are those of the filter, at fewer steps.
+    steps = 160 if name == "bdf6" or name not in IMPLICIT else 64 if name == "bdf4" else 40
     filtered, _ = density_errors(name, "auto", "uniform", "at the end", PENDULUM, steps)
     raw, _ = density_errors(name, None, "uniform", "at the end", PENDULUM, steps)
     inner = slice(10, steps // 2)
@@ -135,7 +137,7 @@ def test_nodes_that_were_added_up_are_equally_spaced(name: str) -> None:
     assert errors[0] <= 1.01 * errors[1]
 
 
-@pytest.mark.parametrize("name", slow_but(["ab3"], sorted(STRONGLY_STABLE & {*FAMILIES, *HIGHEST})))
+@pytest.mark.parametrize("name", slow_but(["abm2"], sorted(STRONGLY_STABLE & {*FAMILIES, *HIGHEST})))
 def test_where_steps_change_the_filter_is_second_order_though_auto_differentiation_is_not(name: str) -> None:
     """Where the steps change abruptly the gradient of auto-differentiation is off far from any observation too."""
 
@@ -214,8 +216,10 @@ def test_gradcheck_without_filter(name: str, grid: str) -> None:
 
     y0 = torch.tensor([0.4, -0.7], dtype=torch.float64)
     given = torch.cat([y0, field.weight.detach().flatten(), times]).requires_grad_()
-    # Of most methods in a random direction, for each entry takes two solves.
-    assert torch.autograd.gradcheck(solve, given, fast_mode=name not in ("leapfrog", "ab3"))
+    # Of most methods in a random direction, for each entry takes two solves; and what is undefined, once in a family.
+    assert torch.autograd.gradcheck(
+        solve, given, fast_mode=name not in ("leapfrog", "ab3"), check_undefined_grad=name in FAMILIES
+    )
 
 
 @pytest.mark.parametrize(
@@ -363,11 +367,12 @@ def test_func_may_return_the_same_memory_again(name: str, grad_filter: str | Non
         torchdiffeq_lmm.odeint(
             func, torch.ones(2, dtype=torch.float64), times, method=name, options=options, grad_filter=grad_filter
         )
-        for times in (TIMES, torch.tensor([0.0, 1.0, 1.5, 1.8], dtype=torch.float64))
+        # Implicit steps take many times as long.
+        for times in (TIMES, torch.tensor([0.0, 1.0, 1.5, 1.8], dtype=torch.float64))[: 1 if name in IMPLICIT else 2]
         for func in (fresh, lambda t, y: buffer.copy_(fresh(t, y)))
     ]
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[2], results[3])
+    for expected, found in zip(results[::2], results[1::2], strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", EVERY_METHOD)

@@ -22,6 +22,8 @@ TOTALS = [((1.0,), "method"), ((0.25, 0.5, 0.75, 1.0), "method"), ((0.5, 1.0), 3
 STEPS = (40, 60, 100)
 FEW = (20, 40, 60)
 """Where errors are at their order by then."""
+FEWEST = (16, 24, 40)
+"""Where they are so by then."""
 LATE = (60, 100, 160)
 """Where two observations are neighbours, the errors of ab3 come to their order late."""
 TIGHT = 1e-12
@@ -57,6 +59,8 @@ SETTINGS = [
 def test_order_at_every_node(name: str, grid: str, observations: str, problem: Problem, order: int | str) -> None:
     wanted = CostateFilter(order=order)
     errors, numbers = [], FEW if name in IMPLICIT and name != "bdf3" else STEPS
+    if name in ("am4", "bdf4", "bdf5", "bdf6"):
+        numbers = FEWEST
     if name == "ab3" and observations == "at neighbours":
         numbers = LATE
     for steps in numbers:
@@ -66,7 +70,7 @@ def test_order_at_every_node(name: str, grid: str, observations: str, problem: P
     assert errors[-1] < 2e-3
 
 
-@pytest.mark.parametrize("name", slow_but(["ab4"], ["ab4", "abm5", "am4", "bdf4"]))
+@pytest.mark.parametrize("name", slow_but([], ["ab4", "abm5", "am4", "bdf4"]))
 def test_it_is_more_accurate_than_the_default_from_few_steps_on(name: str) -> None:
     """And the more so the higher the order."""
     errors = []
@@ -87,16 +91,16 @@ def test_of_a_method_of_second_order_or_first_it_is_the_default(name: str, order
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "random"], few=1, fast=("ab3",), names=HIGH))
+@pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "growing"], few=1, fast=("ab3",), names=HIGH))
 def test_with_checkpoints_it_is_the_same(name: str, grid: str) -> None:
-    nodes = GRIDS[grid](20, PENDULUM.horizon)
+    nodes = GRIDS[grid](12, PENDULUM.horizon)
     found = []
     for mode in ("autograd", "checkpoint"):
         of = PerNode(PENDULUM, nodes)
         states = torchdiffeq_lmm.odeint(
             of,
             torch.tensor(PENDULUM.x0, dtype=F64),
-            nodes[[0, 11, 20]],
+            nodes[[0, 7, 12]],
             method=name,
             options={"grid_constructor": lambda func, y0, t: nodes},
             grad_filter=CostateFilter(order="method"),
@@ -160,7 +164,9 @@ def total(problem: Problem, observed: tuple[float, ...]) -> np.ndarray:
 def test_totals_of_shared_parameters_keep_the_order(
     name: str, grid: str, observed: tuple[float, ...], order: int | str
 ) -> None:
-    numbers = STEPS if name == "bdf5" else FEW
+    numbers = FEWEST if name in IMPLICIT and name != "milne_simpson" else FEW
+    if name == "bdf5":
+        numbers = STEPS
     errors = [total_error(name, grid, observed, order, steps) for steps in numbers]
     # On the way the error may change its sign.
     worst = [max(errors[i:]) for i in range(len(errors))]
@@ -176,7 +182,7 @@ def test_where_every_node_is_observed_totals_are_second_order() -> None:
     assert np.mean(orders(errors)) == pytest.approx(2, abs=0.2)
 
 
-@pytest.mark.parametrize(("interp", "order"), slow_but([("cubic", 4)], [("cubic", 4), ("linear", 2)]))
+@pytest.mark.parametrize(("interp", "order"), slow_but([], [("cubic", 4), ("linear", 2)]))
 def test_observations_between_nodes_have_the_order_of_their_interpolation(interp: str, order: int) -> None:
     """But for the nodes beside them, over which an observation is spread."""
     errors = []

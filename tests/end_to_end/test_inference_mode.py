@@ -108,6 +108,7 @@ def test_a_stochastic_solve_in_inference_mode(method: str, options: dict[str, An
 
 
 @ways
+@pytest.mark.one_in(3)
 def test_an_event_in_inference_mode(way: dict[str, Any]) -> None:
     def find(y0: Tensor) -> tuple[Tensor, Tensor]:
         return torchdiffeq_lmm.odeint(
@@ -124,6 +125,7 @@ def test_an_event_in_inference_mode(way: dict[str, Any]) -> None:
 
 @ways
 @pytest.mark.parametrize("grid", slow_but(list(GRIDS)[:1], GRIDS))
+@pytest.mark.one_in(3)
 def test_a_state_and_times_that_were_made_in_inference_mode(way: dict[str, Any], grid: str) -> None:
     func = Field()
     wanted = gradients(func, solve(func, start(), times(), way, grid))
@@ -134,6 +136,7 @@ def test_a_state_and_times_that_were_made_in_inference_mode(way: dict[str, Any],
 
 
 @ways
+@pytest.mark.one_in(3)
 def test_a_state_and_times_that_require_a_gradient_and_were_made_in_inference_mode(way: dict[str, Any]) -> None:
     func, y0, t = Field(), start().requires_grad_(), times().requires_grad_()
     wanted = gradients(func, solve(func, y0, t, way), y0, t)
@@ -187,6 +190,7 @@ def test_what_was_made_in_inference_mode_for_a_stochastic_solve(method: str, opt
 
 
 @ways
+@pytest.mark.one_in(3)
 def test_a_backward_pass_in_inference_mode(way: dict[str, Any]) -> None:
     found = []
     for mode in (lambda: torch.enable_grad(), lambda: torch.inference_mode()):

@@ -381,6 +381,7 @@ def filtered_adjoint(
     st.booleans(),
     st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_filtered_gradients_are_those_of_the_definition(
     case: Case, dtype: torch.dtype, size: int, trapezoid: bool, t_grad: bool, seed: int
 ) -> None:

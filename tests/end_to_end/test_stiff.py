@@ -111,12 +111,12 @@ def assert_ends_as_radau(name: str, end: Tensor, accuracy: float) -> None:
 # The methods share the problems out; bdf4 has the hardest one beside.
 AGAINST_RADAU = [
     ("van der Pol", "bdf4", 8, 1e-5),
-    ("Robertson", "bdf1", 4, 4e-2),
+    ("Robertson", "bdf1", 3, 4e-2),
     ("Robertson", "bdf3", 4, 6.4e-4),
     ("Robertson", "bdf5", 8, 1e-6),
     ("Robertson", "bdf6", 16, 5e-9),
-    ("Robertson", "am2", 4, 1.6e-3),
-    ("HIRES", "bdf2", 4, 1.6e-2),
+    ("Robertson", "am2", 3, 1.6e-3),
+    ("HIRES", "bdf2", 3, 1.6e-2),
     ("HIRES", "bdf4", 4, 4e-5),
 ]
 
@@ -234,11 +234,10 @@ def test_every_sample_of_a_batch_against_radau(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", ["bdf2", "am2"])
+@pytest.mark.parametrize(("method", "dtype"), [("bdf2", torch.float32), ("am2", torch.float64)])
 def test_company_changes_nothing(method: str, dtype: torch.dtype) -> None:
     """Beside a constant of any size, alone, in one tensor and in a tuple."""
-    nodes = refined(coarse_grid("Robertson"), 4)[:60].to(dtype)
+    nodes = refined(coarse_grid("Robertson"), 4)[:40].to(dtype)
     y0 = torch.tensor(ROBERTSON.y0, dtype=dtype)
     t, options = nodes[[0, -1]], on(nodes)
     alone = torchdiffeq.odeint(lambda t, y: robertson(y), y0, t, method=method, options=options)[-1]
@@ -301,6 +300,8 @@ def test_func_without_gradients(
     size: int, func: Callable[[Tensor, Tensor], Tensor], options: dict[str, str], grad: bool
 ) -> None:
     y0, t = torch.linspace(0.1, 1, size, dtype=torch.float64), torch.linspace(0, 0.3, 4, dtype=torch.float64)
+    # One step shows what becomes of a large state, and takes long enough.
+    t = t if size == 2 else t[:2]
     expected = torchdiffeq.odeint(lambda t, y: -50 * torch.sin(y), y0, t, method="bdf2")
     with torch.set_grad_enabled(grad):
         y = torchdiffeq.odeint(func, y0, t, method="bdf2", options=dict(options))
@@ -336,8 +337,10 @@ def test_without_gradients_func_is_given_no_graph(size: int) -> None:
     copy.deepcopy(func)
 
 
-@pytest.mark.parametrize(("size", "steps"), slow_but([(8, 30)], [(8, 30), (300, 30), (1025, 3)]))
-def test_a_stiff_system_of_any_size(size: int, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "steps", "end"), slow_but([(8, 30, 0.2)], [(8, 30, 0.2), (300, 15, 0.1), (1025, 3, 5e-4)])
+)
+def test_a_stiff_system_of_any_size(size: int, steps: int, end: float) -> None:
     """The heat equation in `size` points: by its matrix where it is small, matrix-free where it is large."""
     width = 1 / (size + 1)
     x = width * torch.arange(1, size + 1, dtype=torch.float64)
@@ -347,7 +350,6 @@ def test_a_stiff_system_of_any_size(size: int, steps: int) -> None:
         return (padded[2:] - 2 * y + padded[:-2]) / width**2
 
     y0 = torch.sin(torch.pi * x).requires_grad_()
-    end = steps / 150
     t = torch.linspace(0, end, steps + 1, dtype=torch.float64)
     y = torchdiffeq.odeint(func, y0, t, method="bdf4")[-1]
     rate = -4 / width**2 * np.sin(np.pi * width / 2) ** 2
@@ -419,7 +421,7 @@ def test_the_filter_stays_bounded_where_the_costate_decays_within_a_step(method:
 
 @pytest.mark.parametrize("dtype", slow_but([torch.float32], [torch.float32, torch.float64]))
 @pytest.mark.parametrize("batch", [(), pytest.param((64,), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("saturates", [False, True])
+@pytest.mark.parametrize("saturates", slow_but([False], [False, True]))
 def test_stiff_vectors_of_any_precision(saturates: bool, batch: tuple[int, ...], dtype: torch.dtype) -> None:
     """y' = M y with rates from 1 to 10⁴, and the same slopes cut off at 100."""
     if saturates and batch:

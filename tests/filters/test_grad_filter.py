@@ -124,7 +124,8 @@ def test_second_order_with_observations_inside(problem: Problem, grid: str) -> N
     assert_second_order(errors)
 
 
-@pytest.mark.parametrize("grid", slow_but(FEW_GRIDS, GRIDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", GRIDS)
 def test_second_order_with_an_observation_at_every_node(grid: str) -> None:
     errors = []
     for steps in STEPS:
@@ -148,7 +149,7 @@ def density_of_running_cost(steps: int) -> Tensor:
     return torch.tensor(np.stack([PENDULUM.theta_vjp(x(t), PENDULUM.theta(t), p(t)) for t in times]))
 
 
-@pytest.mark.parametrize("in_state", [False, True])
+@pytest.mark.parametrize("in_state", slow_but([False], [False, True]))
 @pytest.mark.parametrize("method", slow_but(["leapfrog"], ["leapfrog", "ab3", "abm3"]))
 def test_a_running_cost_summed_over_the_nodes_is_first_order_at_its_ends(method: str, in_state: bool) -> None:
     """Σ w_j ℓ(x_j) by the trapezoid rule; as part of the state the same cost has no ends."""

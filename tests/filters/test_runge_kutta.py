@@ -105,6 +105,7 @@ def test_total_of_a_shared_parameter_with_trapezoid_weights_is_second_order(meth
 @pytest.mark.parametrize("perturb", [False, True])
 @pytest.mark.parametrize("direction", [1, -1])
 @pytest.mark.parametrize("method", STAGES)
+@pytest.mark.one_in(5)
 def test_values_and_other_gradients_are_torchdiffeqs(
     method: str, direction: int, perturb: bool, options: dict[str, object]
 ) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from methods import slow_but
 from scipy.interpolate import CubicHermiteSpline
 from torch import Tensor
 
@@ -67,7 +68,7 @@ def test_weights_with_a_gradient_keep_the_dtype(shape: tuple[int, ...], dtype: t
         torch.testing.assert_close(out.detach(), number)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("dtype", slow_but([torch.float64], [torch.float64, torch.complex128]))
 def test_gradients(dtype: torch.dtype) -> None:
     x0, f0, x1, f1 = (x.requires_grad_() for x in states(4, dtype))
     fraction = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)

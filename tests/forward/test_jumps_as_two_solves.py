@@ -18,7 +18,7 @@ def test_it_is_two_solves(name: str, way: dict) -> None:
     if name in ("heun2", "midpoint") and list(way) != ["grad_filter"]:
         pytest.skip("torchdiffeq's own, and not filtered")
     first, second = f64(0.0, 0.2, 0.51), f64(0.51, 0.8, 1.0)
-    options = {"step_size": 0.06}
+    options = {"step_size": 0.08}
     y0, field = start(), Switched(0.51)
     together = torchdiffeq_lmm.odeint(
         field, y0, f64(0.0, 0.2, 0.51, 0.8, 1.0), method=name, options={**options, "jump_t": [0.51]}, **way
@@ -86,6 +86,7 @@ def test_random_functions_draw_the_same_numbers_again(backward: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128, torch.bfloat16])
 @pytest.mark.parametrize("name", SOME)
+@pytest.mark.one_in(3)
 def test_dtypes(name: str, dtype: torch.dtype) -> None:
     """Times of float32, of which 0.3 is none; y' = -y, then y' = 1."""
     tolerance = {torch.float32: 1e-3, torch.bfloat16: 0.05}.get(dtype, 1e-3)
@@ -103,7 +104,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, exact_states[:, None].expand(3, 2), rtol=0, atol=2 * tolerance)
 
 
-@pytest.mark.parametrize("name", slow_but(set(SOME) - {"bdf2"}, SOME))
+@pytest.mark.parametrize("name", slow_but(["leapfrog", "ab4"], SOME))
 def test_tuples(name: str) -> None:
     options = {"step_size": 0.05, "jump_t": f64(*JUMPS)}
     whole = torchdiffeq.odeint(jumping, f64(1.0, 0.5), f64(0.0, END), method=name, options=options)

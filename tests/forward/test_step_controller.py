@@ -308,6 +308,7 @@ def test_min_step_and_max_step() -> None:
 @families
 @pytest.mark.parametrize("max_order", [1, 3, None])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.one_in(5)
 def test_whatever_the_errors_are(family: VariableOrderFamily, max_order: int | None, seed: int) -> None:
     """Random errors, failures and cuts: orders and lengths stay within their limits."""
     highest = max_order or family.max_order

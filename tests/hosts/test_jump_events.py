@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchdiffeq
 from jumping import SOME, TIGHT, WAYS, Switched, f64, start
-from methods import FAST_EXPLICIT, ORDER, in_turn, slow_but
+from methods import FAST_EXPLICIT, IMPLICIT, ORDER, in_turn, slow_but
 from torch import Tensor, nn
 
 import torchdiffeq_lmm
@@ -32,6 +32,9 @@ def test_events_after_jumps(name: str, direction: int, interp: str) -> None:
     middle = np.exp(-0.51)
     last = middle * np.exp(-3 * 0.26)
     cases = {0.8: -np.log(0.8), 0.5: 0.51 + np.log(middle / 0.5) / 3, 0.1: 0.77 + last - 0.1}
+    if name in IMPLICIT:
+        # They take many times as long: after the first jump, or after both.
+        del cases[0.8], cases[0.5 if interp == "linear" else 0.1]
     for level, truth in cases.items():
         y0 = f64(1.0, requires_grad=True)
 
@@ -135,7 +138,7 @@ def test_all_memory_is_freed_without_a_collector(way: dict, is_event: bool) -> N
         [("ab4", -1, True)],
         [
             *itertools.product(["ab4"], [1, -1], [True, False]),
-            *((name, *way) for name in ("abm4", "am4", "bdf4") for way in ((1, False), (-1, True))),
+            *(("abm4", 1, False), ("abm4", -1, True), ("am4", 1, False), ("bdf4", -1, True)),
         ],
     ),
 )

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torchsde
-from programs import output_of
 from sde_problems import Pendulum, initial
 from torchdiffeq._impl.odeint import SOLVERS
 from torchsde._core import adjoint, methods
@@ -86,16 +85,3 @@ def test_a_method_of_ones_own_must_not_have_the_name_of_torchsdes() -> None:
     with pytest.raises(RuntimeError, match="torchsde already has a method 'srk'"):
         torchdiffeq_lmm.register_method("srk", [0, -1, 1], [-0.5, 1.5, 0])
     assert "srk" not in SOLVERS
-
-
-@pytest.mark.slow
-def test_a_torchsde_that_lacks_what_is_needed() -> None:
-    code = """
-import torchsde._core.adjoint
-del torchsde._core.adjoint._select_default_adjoint_method
-try:
-    import torchdiffeq_lmm
-except ImportError as error:
-    print(error)
-"""
-    assert output_of(code).startswith("torchsde 0.2")

@@ -1,5 +1,6 @@
 """Solves by torchsde.sdeint: the recurrence that they obey, torchsde's contract, and what is refused."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torchdiffeq
 import torchsde
-from methods import FAMILIES, slow_but
+from methods import FAMILIES, IMPLICIT, slow_but
 from sde_problems import NOISES, FunctionsOnly, Path, Pendulum, initial
 from torch import Tensor
 
@@ -59,6 +60,7 @@ def test_obeys_the_maruyama_formula(method: str, noise: str) -> None:
 
 
 @pytest.mark.parametrize("method", slow_but(FAMILIES, SDE_SOLVERS))
+@pytest.mark.one_in(2)
 def test_without_noise_it_is_the_method_for_odes(method: str) -> None:
     sde, times = Pendulum("diagonal", epsilon=0.0), torch.tensor([0.0, 0.31, 0.6, 1.03], dtype=torch.float64)
     with torch.no_grad():
@@ -77,6 +79,7 @@ def test_of_order_one_it_is_torchsdes_euler(noise: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.one_in(3)
 def test_outputs_between_the_nodes_and_a_last_step_cut_short(method: str) -> None:
     sde = Pendulum("diagonal")
     path = Path(4, 2, 160)
@@ -104,6 +107,7 @@ def test_any_of_torchsdes_functions_will_do(method: str, names: tuple[str, ...],
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.one_in(3)
 def test_names_and_logqp(method: str) -> None:
     sde = Pendulum("diagonal")
     times, bm = [0.0, 0.5, 1.0], Path(4, 2, 16)
@@ -122,9 +126,19 @@ def test_names_and_logqp(method: str) -> None:
         assert (ys - solve(sde, method, times, bm=bm)).abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("method", slow_but(["leapfrog", "ab3"], METHODS))
-@pytest.mark.parametrize("dt", [1 / 16, 1 / 32], ids=["same", "half"])
+@pytest.mark.parametrize(
+    ("method", "dt"),
+    slow_but(
+        list(itertools.product(("leapfrog", "ab3"), (1 / 16, 1 / 32))),
+        # The implicit methods, whose steps take many times as long, take turns.
+        [
+            *((method, dt) for method in METHODS if method not in IMPLICIT for dt in (1 / 16, 1 / 32)),
+            *(("am2", 1 / 16), ("bdf2", 1 / 32), ("milne_simpson", 1 / 16)),
+        ],
+    ),
+)
 def test_continues_another_solve(method: str, dt: float) -> None:
+    """By steps of the same length, or of half of it."""
     sde = Pendulum("general")
     bm = Path(4, 3, 64, horizon=2.0)
     first, extra = solve(sde, method, [0.0, 1.0], bm=bm, extra=True)
@@ -307,6 +321,7 @@ def test_torchsdes_own_methods_go_on(run: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.one_in(3)
 def test_the_sde_may_return_the_same_memory_again_and_again(method: str) -> None:
     fresh, drift, diffusion = Pendulum("diagonal"), torch.empty(4, 2).double(), torch.empty(4, 2).double()
 

@@ -85,6 +85,7 @@ def measured_order(problem: Problem, t: Tensor, options: Callable[[int], dict[st
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("problem", slow_but([PENDULUM], PROBLEMS), ids=lambda problem: problem.name)
+@pytest.mark.one_in(2)
 def test_second_order_on_every_grid(problem: Problem, grid: str) -> None:
     t = tensor(0.0, problem.horizon)
     order = measured_order(problem, t, lambda n: {"grid_constructor": on(GRIDS[grid](n, problem.horizon))})

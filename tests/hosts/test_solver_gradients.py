@@ -63,6 +63,7 @@ class Decay(nn.Module):
 
 @pytest.mark.parametrize("w_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.one_in(3)
 def test_odeint_adjoint_in_other_dtypes(dtype: torch.dtype, w_dtype: torch.dtype) -> None:
     """The precision of the parameter beside that of the state: torchdiffeq's augmented state mixes the two."""
     func = Decay(w_dtype.to_complex() if dtype.is_complex else w_dtype)

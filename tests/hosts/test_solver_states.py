@@ -18,6 +18,7 @@ SHAPES = [(), (2, 3), (2, 0, 3), *(pytest.param(shape, marks=pytest.mark.slow) f
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("t_dtype", slow_but([torch.float64], [torch.float32, torch.float64]))
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.one_in(4)
 def test_dtypes_and_shapes(dtype: torch.dtype, t_dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
     wide = torch.complex128 if dtype.is_complex else torch.float64
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=wide)

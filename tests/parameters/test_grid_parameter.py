@@ -236,13 +236,14 @@ class TestInASolve:
     @pytest.mark.slow
     def test_gradient_is_second_order_at_every_step(self) -> None:
         errors = []
-        fine = 5120
+        fine = 1280
         reference = self.density(fine, "midpoint_fine")
         for steps in (20, 40, 80):
             found = self.density(steps, "leapfrog")
             stride = fine // steps
             # The fine one is for the middles of its steps.
-            wanted = torch.cat([reference[:1], (reference[stride::stride] + reference[stride - 1 : -1 : stride]) / 2])
+            first = 1.5 * reference[:1] - 0.5 * reference[1:2]
+            wanted = torch.cat([first, (reference[stride::stride] + reference[stride - 1 : -1 : stride]) / 2])
             errors.append(float((found - wanted).abs().max()))
         orders = np.log2(np.array(errors[:-1]) / errors[1:])
         assert (orders > 1.8).all(), (errors, orders)
@@ -410,6 +411,7 @@ class TestState:
             (lambda model: model.requires_grad_(False).requires_grad_(), torch.float64),
         ],
     )
+    @pytest.mark.one_in(5)
     def test_it_may_be_converted_after_a_solve(self, change, dtype: torch.dtype, kind: str, swap: bool) -> None:
         """The gradient of the solve that follows is that of a module made anew."""
         nodes = torch.linspace(0, 1, 9, dtype=torch.float64)

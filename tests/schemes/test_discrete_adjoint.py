@@ -188,6 +188,7 @@ def test_weight_gradients_are_those_of_autograd(seed: int, implicit: bool, stage
 
 @by_kind
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.one_in(3)
 def test_cotangents_of_the_history_are_those_of_a_restart(seed: int, implicit: bool, stages: bool) -> None:
     """At a node, E depends on the state, the slopes and the increments so far: each of them a leaf here."""
     random = Random(seed)

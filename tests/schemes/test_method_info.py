@@ -45,6 +45,7 @@ def test_kind_and_evaluations(name: str) -> None:
 
 
 @by_solves
+@pytest.mark.one_in(3)
 def test_evaluations_are_those_of_a_step(name: str) -> None:
     evaluations = method_info(name).evaluations
     counts = []

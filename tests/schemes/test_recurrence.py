@@ -119,6 +119,7 @@ def row_weights(rows: Sequence[Row]) -> list[float]:
 
 @pytest.mark.parametrize("count", [1, 2, 4, 14])
 @by_method
+@pytest.mark.one_in(3)
 def test_states_on_any_grid(method: MultistepMethod, count: int) -> None:
     steps = random_steps(count, count)
     recurrence = unroll(method, steps)
@@ -128,6 +129,7 @@ def test_states_on_any_grid(method: MultistepMethod, count: int) -> None:
 
 @pytest.mark.parametrize("last", [1.0, 0.3])
 @by_method
+@pytest.mark.one_in(5)
 def test_states_on_equal_steps_and_with_a_truncated_one(method: MultistepMethod, last: float) -> None:
     steps = torch.full((10,), 0.05, dtype=torch.float64)
     steps[-1] *= last
