@@ -391,3 +391,22 @@ def test_attention_that_drops_nothing_draws_nothing() -> None:
     func, t = Attention(), torch.linspace(0, 1, 7, dtype=torch.float64)
     y0 = start(6, 4).reshape(2, 1, 3, 4)
     assert_same(solved(func, y0, t, "ab1", compile=TRACED), solved(func, y0, t, "ab1"))
+
+
+@pytest.mark.slow
+def test_another_default_dtype_is_noticed() -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return (y.float() + torch.full((2,), 1 / 3) * torch.tensor(0.1)).to(y.dtype)
+
+    t, default = torch.linspace(0, 1, 7, dtype=torch.float64), torch.get_default_dtype()
+    found = []
+    try:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            keywords: dict[str, Any] = {"method": "ab1", "compile": TRACED}
+            found.append(torchdiffeq_lmm.odeint(func, start(), t, **keywords))
+            keywords.pop("compile")
+            assert_same(found[-1:], [torchdiffeq_lmm.odeint(func, start(), t, **keywords)])
+    finally:
+        torch.set_default_dtype(default)
+    assert not torch.equal(*found)

@@ -24,7 +24,8 @@ Role = str | tuple[int, ...]
 
 _ADVICE = (
     "Write func in PyTorch operations whose course does not depend on values: torch.where instead of if, a "
-    "GridParameter or a GridModule instead of a list indexed by the time; or solve without compile"
+    "GridParameter or a GridModule instead of a list indexed by the time, torch.func.grad or vjp instead of "
+    "torch.autograd.grad; or solve without compile"
 )
 
 
@@ -215,12 +216,14 @@ class FuncCapture:
         roles = ["lookup" if i in others else role for i, role in enumerate(roles)]
         made: dict[Any, Any] = {}
         grad_mode = torch.is_grad_enabled()
+        # Of tensors that func makes.
+        defaults = torch.get_default_dtype(), torch.get_default_device()
         # What has been made for the same graph, captured in another mode say.
         if not any(node.op in ("get_attr", "call_module") for node in rest.graph.nodes):
             tensors = (given for given, role in zip(arguments, roles, strict=True) if role == "tensor")
             of_tensors = tuple((given.shape, given.stride(), given.dtype, given.device) for given in tensors)
             of_stacks = tuple((arguments[i].dtype, shape) for i, shape in zip(stacks, shapes, strict=True))
-            made = self._made.setdefault((rest.code, grad_mode, tuple(roles), of_tensors, of_stacks), {})
+            made = self._made.setdefault((rest.code, grad_mode, defaults, tuple(roles), of_tensors, of_stacks), {})
         return CapturedFunc(rest, roles, lookups, grad_mode, made)
 
 
