@@ -204,3 +204,22 @@ def test_solves_of_states_of_any_shape(dim: int, shape: tuple[int, ...], grad_fi
     compiled = solved(Rotation(dim), y0, INSIDE, "leapfrog", compile=TRACED, **keywords)
     assert all(value.is_contiguous() for value in compiled)
     assert_same(compiled, solved(Rotation(dim), y0, INSIDE, "leapfrog", **keywords))
+
+
+class Padded(nn.Module):
+    """It makes tensors of the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([y[:, 1:].sin() * self.rate, torch.ones(len(y), 1, dtype=y.dtype)], 1)
+
+
+@pytest.mark.slow
+def test_tensors_that_are_made_for_a_batch_of_any_size() -> None:
+    func = Padded()
+    for batch in (3, 5, 4):
+        compiled = solved(func, start(batch), INSIDE, "ab1", options={"step_size": 1 / 13}, compile=TRACED)
+        assert_same(compiled, solved(func, start(batch), INSIDE, "ab1", options={"step_size": 1 / 13}))

@@ -104,10 +104,10 @@ def axis_apart(func: CapturedFunc, like: Shapes) -> int:
     try:
         with fakes.mode:
             graph = functional(make_fx(run)(*inputs), inputs)
+            return axis if gains_apart(graph, inputs[1], axis) else 0
     except Exception:
         # The block says what is wrong.
         return 0
-    return axis if gains_apart(graph, inputs[1], axis) else 0
 
 
 def trace_forward(func: CapturedFunc, pattern: Pattern, like: Shapes) -> TracedBlock:
