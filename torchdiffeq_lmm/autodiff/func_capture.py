@@ -215,16 +215,16 @@ class FuncCapture:
         others = () if lookups is None else lookups.others
         roles = ["lookup" if i in others else role for i, role in enumerate(roles)]
         made: dict[Any, Any] = {}
-        grad_mode = torch.is_grad_enabled()
         # Of tensors that func makes.
         defaults = torch.get_default_dtype(), torch.get_default_device()
-        # What has been made for the same graph, captured in another mode say.
+        # What has been made for the same graph, captured in another mode of gradients say: it takes its own derivatives
+        # in the same mode, or is another graph.
         if not any(node.op in ("get_attr", "call_module") for node in rest.graph.nodes):
             tensors = (given for given, role in zip(arguments, roles, strict=True) if role == "tensor")
             of_tensors = tuple((given.shape, given.stride(), given.dtype, given.device) for given in tensors)
             of_stacks = tuple((arguments[i].dtype, shape) for i, shape in zip(stacks, shapes, strict=True))
-            made = self._made.setdefault((rest.code, grad_mode, defaults, tuple(roles), of_tensors, of_stacks), {})
-        return CapturedFunc(rest, roles, lookups, grad_mode, made)
+            made = self._made.setdefault((rest.code, defaults, tuple(roles), of_tensors, of_stacks), {})
+        return CapturedFunc(rest, roles, lookups, torch.is_grad_enabled(), made)
 
 
 class _RefusedError(RuntimeError):
