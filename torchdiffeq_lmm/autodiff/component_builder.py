@@ -178,7 +178,10 @@ class Builder:
 
 def _outlined(given: Any) -> Any:
     """What the shape, the strides and the dtype of a result depend on."""
-    traced = _traced(given)
+    return map_aggregate(_traced(given), _outline)
+
+
+def _outline(traced: Any) -> Any:
     if isinstance(traced, Tensor):
         return traced.dtype, described(traced.shape), described(traced.stride())
     return str(traced)
