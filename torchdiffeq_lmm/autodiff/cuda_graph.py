@@ -4,6 +4,7 @@ A graph reads and writes the same memory whenever it is replayed. So inputs are 
 in one launch for each dtype.
 """
 
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from threading import Lock
@@ -29,17 +30,31 @@ class CudaGraphs:
         self._run = run
         self._captured: OrderedDict[object, _Captured] = OrderedDict()
         self._lock = Lock()
+        self._is_refused = False
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        """What the function returns, in memory of its own."""
-        if torch.cuda.is_current_stream_capturing():
+        """What the function returns, in memory of its own.
+
+        A function that cannot be captured, for it copies from the CPU say, is run; a UserWarning says so once.
+        """
+        if self._is_refused or torch.cuda.is_current_stream_capturing():
             return self._run(*inputs)
         stream = torch.cuda.current_stream(inputs[0].device)
         key = stream.cuda_stream, tuple((given.shape, given.dtype) for given in inputs)
         # Between the copies nobody else may replay it.
         with self._lock:
             if key not in self._captured:
-                self._captured[key] = _Captured(self._run, inputs)
+                try:
+                    self._captured[key] = _Captured(self._run, inputs)
+                except RuntimeError as error:
+                    self._is_refused = True
+                    warnings.warn(
+                        f"compile runs a block without a CUDA graph, for it cannot be captured: "
+                        f"{str(error).splitlines()[0]} Without this attempt: Compile(mode='default')",
+                        stacklevel=2,
+                    )
+                    # Where it is not for the graph it fails here, too.
+                    return self._run(*inputs)
                 if len(self._captured) > _KEPT:
                     self._captured.popitem(last=False)
             self._captured.move_to_end(key)
