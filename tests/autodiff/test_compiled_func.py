@@ -44,6 +44,64 @@ def test_it_is_compiled_once_for_all_steps_times_values_and_batches() -> None:
             torchdiffeq_lmm.odeint(func, start(9), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
 
 
+class Conditioned(nn.Module):
+    """It has a tensor with a value for each sample, as Hutchinson's estimator of a divergence has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.7, -1.3], dtype=torch.float64))
+        self.condition = start(1)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return (y.flip(-1) * self.weight).tanh() * self.condition
+
+
+@pytest.mark.slow
+def test_where_func_has_tensors_of_samples_every_batch_size_is_compiled_by_itself() -> None:
+    func = Conditioned()
+    keywords: dict[str, Any] = {"options": REGULAR}
+    for batch, count in ((3, 2), (5, 2), (3, 0), (4, 2), (5, 0)):
+        func.condition = 1 + start(batch).square()
+        expected = solved(func, start(batch), INSIDE, "ab1", **keywords)
+        with compiling(count):
+            assert_same(solved(func, start(batch), INSIDE, "ab1", compile=TRACED, **keywords), expected)
+
+
+@torch.library.custom_op("torchdiffeq_lmm_tests::sine", mutates_args=())
+def _sine(x: Tensor) -> Tensor:
+    return x.sin()
+
+
+@_sine.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _derivative_of_small_batches(ctx: Any, grad: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    return grad * x.cos() if x.shape[0] < 5 else grad * torch.cos(x)
+
+
+_sine.register_autograd(
+    _derivative_of_small_batches, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+@pytest.mark.slow
+def test_where_a_derivative_is_not_of_all_batch_sizes_others_are_compiled_by_themselves() -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return _sine(y) * t
+
+    def solve(y0: Tensor, **keywords: Any) -> list[Tensor]:
+        y0 = y0.requires_grad_()
+        states = torchdiffeq_lmm.odeint(func, y0, INSIDE, method="ab1", options=REGULAR, **keywords)
+        return [states.detach(), *torch.autograd.grad(states.square().sum(), y0)]
+
+    for batch, count in ((3, 2), (7, 2), (6, 0), (4, 2), (8, 0), (4, 0)):
+        with compiling(count):
+            assert_same(solve(start(batch), compile=TRACED), solve(start(batch)))
+
+
 @pytest.mark.slow
 def test_a_function_made_anew_for_every_solve_is_compiled_once() -> None:
     weight = torch.eye(2, dtype=torch.float64, requires_grad=True)

@@ -295,6 +295,43 @@ class TestCompiled:
         )
         torch.testing.assert_close(grads, expected, rtol=1e-9, atol=1e-9)
 
+    def test_batches_of_several_sizes(self) -> None:
+        # A batch of matrices, and two ways to fail for symbols that there are on GPUs alone.
+        weight = torch.linspace(-1, 1, 9, dtype=torch.float64, device="cuda").reshape(3, 3).requires_grad_()
+
+        def products(t: Tensor, y: Tensor) -> Tensor:
+            return (torch.stack([y, y.cos()], -2) @ weight).sum(-2).tanh()
+
+        def mixed(t: Tensor, y: Tensor) -> Tensor:
+            return torch.lerp(y, y.flip(-1), weight.sum() + 0.6) @ weight
+
+        def reduced(t: Tensor, y: Tensor) -> Tensor:
+            return y - torch.logsumexp(y @ weight, -1, keepdim=True)
+
+        t = torch.linspace(0, 1, 9, dtype=torch.float64, device="cuda")
+        for func in (products, mixed, reduced):
+            for batch in (3, 5, 4):
+                y0 = torch.linspace(-1, 1, 3 * batch, dtype=torch.float64, device="cuda").reshape(batch, 3)
+                found = []
+                for settings in (None, Compile(block=5)):
+                    y = odeint(func, y0, t, method="ab2", grad_filter="auto", compile=settings)
+                    found.append([y.detach(), *torch.autograd.grad(y.square().sum(), weight)])
+                torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+    def test_what_cannot_be_captured_is_run(self) -> None:
+        weight = torch.eye(3, dtype=torch.float64, device="cuda").requires_grad_()
+        y0, t = torch.ones(2, 3, dtype=torch.float64, device="cuda"), torch.linspace(0, 1, 9).double().cuda()
+
+        def solve(**keywords: Any) -> list[Tensor]:
+            # It copies coefficients from the CPU.
+            y = odeint(lambda t, y: y @ torch.matrix_exp(-weight), y0, t, method="ab2", **keywords)
+            return [y.detach(), *torch.autograd.grad(y.square().sum(), weight)]
+
+        with pytest.warns(UserWarning, match="without a CUDA graph, for it cannot be captured"):
+            found = solve(compile=Compile(block=5))
+        torch.testing.assert_close(found, solve(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(solve(compile=Compile(block=5)), solve(), rtol=1e-9, atol=1e-9)
+
     @pytest.mark.parametrize("mode", ["default", None])
     def test_no_block_waits(self, mode: str | None) -> None:
         keywords = {"method": "leapfrog", "grad_filter": "auto", "compile": Compile(block=5, mode=mode)}

@@ -35,6 +35,7 @@ class Shapes(NamedTuple):
         time: what func is given for a time.
         tensors: what func depends on.
         looked_up: what it looks up by the time: see `time_lookups`.
+        is_dynamic: whether the size of the first dimension of a state is a symbol.
         axis: the dimension of the components, counted from the end, where they are apart; else 0.
     """
 
@@ -42,6 +43,7 @@ class Shapes(NamedTuple):
     time: Tensor
     tensors: tuple[Tensor, ...]
     looked_up: tuple[Tensor, ...]
+    is_dynamic: bool
     axis: int = 0
 
     @property
@@ -79,7 +81,7 @@ class TracedBlock:
         if not all(wanted) or fixed != size:
             raise RuntimeError(
                 f"compile has made a function for batch sizes with {[str(g.expr) for g in self.shapes.guards]}, "
-                f"got one of {size}, for func, or Inductor, takes sizes for special; give Compile(dynamic=False)"
+                f"got one of {size}, for func, or Inductor, takes sizes for special"
             )
 
 
@@ -88,7 +90,7 @@ def axis_apart(func: CapturedFunc, like: Shapes) -> int:
     axis = few_components(like.x)
     if not axis:
         return 0
-    fakes = _Fakes(like._replace(axis=axis), func.is_dynamic)
+    fakes = _Fakes(like._replace(axis=axis))
 
     def run(time: Tensor, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -118,7 +120,7 @@ def trace_forward(func: CapturedFunc, pattern: Pattern, like: Shapes) -> TracedB
         end, nodes = forward_block(func, pattern, window, BlockNumbers.of(*numbers), tensors, like.axis)
         return (*end, nodes)
 
-    fakes = _Fakes(like, func.is_dynamic)
+    fakes = _Fakes(like)
     return fakes.traced(run, [*fakes.window(pattern.begins), *fakes.numbers(pattern).flat, *fakes.tensors])
 
 
@@ -129,7 +131,7 @@ def trace_backwards(func: CapturedFunc, pattern: Pattern, like: Shapes) -> Trace
         window, numbers, tensors = parts_of(flat, (1 + sum(pattern.ends), like.numbers))
         return reversed_block(func, pattern, window, BlockNumbers.of(*numbers), tensors, like.axis)
 
-    fakes = _Fakes(like, func.is_dynamic)
+    fakes = _Fakes(like)
     return fakes.traced(run, [*fakes.window(pattern.ends), *fakes.numbers(pattern).flat, *fakes.tensors])
 
 
@@ -161,7 +163,7 @@ def trace_adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like:
         )
         return (*end, nodes, *(tensor for part in found for tensor in part))
 
-    fakes, rows = _Fakes(like, func.is_dynamic), len(pattern.rows)
+    fakes, rows = _Fakes(like), len(pattern.rows)
     filters: list[Tensor] = []
     if kind.order:
         filters.append(fakes.empty(rows, AROUND + pattern.reach, dtype=torch.float64))
@@ -193,22 +195,21 @@ class _Fakes:
 
     Args:
         like: their dtypes, devices and shapes.
-        is_dynamic: whether the size of the first dimension of a state is a symbol.
     """
 
-    def __init__(self, like: Shapes, is_dynamic: bool) -> None:
+    def __init__(self, like: Shapes) -> None:
         from torch._dynamo.source import ConstantSource
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
         self._shapes = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
         context: StatelessSymbolicContext[Any, Any] | None = None
-        if is_dynamic:
+        if like.is_dynamic:
             static = [DimDynamic.STATIC] * (like.x.ndim - 1)
             context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, *static])
         self._x = self.mode.from_tensor(
             torch.empty_like(like.x, memory_format=torch.contiguous_format),
-            static_shapes=None if is_dynamic else True,
+            static_shapes=None if like.is_dynamic else True,
             symbolic_context=context,
             source=ConstantSource("x"),
         )

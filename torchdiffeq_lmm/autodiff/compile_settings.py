@@ -20,7 +20,8 @@ class Compile:
         block: of how many steps the compiled function is. A longer one has less overhead and keeps fewer states; the
             time to compile it is proportional to its length.
         dynamic: whether it is compiled for all batch sizes, the sizes of the state's first dimension, once there is a
-            second one. A tuple state, and a batch of 1, are compiled for every size by themselves.
+            second one. A tuple state, a batch of 1, and a `func` with a tensor that has a value for each sample are
+            compiled for every size by themselves.
         mode: of `torch.compile`: "default", "reduce-overhead" (CUDA graphs), "max-autotune", ... On a GPU
             "reduce-overhead" is taken where none is given: all kernels of a block are launched at once then.
         options: of Inductor, as those of `torch.compile`. On the CPU ``{"cpp_wrapper": True}``, compiled in haste, is

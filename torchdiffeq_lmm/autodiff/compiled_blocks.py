@@ -1,7 +1,7 @@
 """Blocks of a captured func, traced and compiled once: then they serve for any steps, times, values and batch sizes."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from .block_tracing import Shapes, TracedBlock, axis_apart, parts_of, trace_adjo
 from .block_values import AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
 from .compile_settings import Compile, Traced
 from .func_capture import Dependencies
+
+Block = TypeVar("Block")
 
 compilations = 0
 """How many functions have been compiled by this process."""
@@ -41,9 +43,10 @@ class CompiledBlocks:
         lookups = self._func.lookups
         shapes = () if lookups is None else lookups.shapes
         looked_up = (stack.detach().new_empty(shape) for stack, shape in zip(dependencies.stacks, shapes, strict=True))
-        self._like = Shapes(x.detach(), time.detach(), dependencies.tensors, tuple(looked_up))
-        self._batch = len(x) if self._func.is_dynamic else 0
-        self._key = (settings.key, x.shape[1:] if self._func.is_dynamic else x.shape, x.dtype, x.device)
+        self._like = Shapes(x.detach(), time.detach(), dependencies.tensors, tuple(looked_up), self._func.is_dynamic)
+        self._of_one_size: set[int] = self._func.made.setdefault((self._key, "of one size"), set())
+        if self._func.is_dynamic and len(x) in self._of_one_size:
+            self._like = self._like._replace(is_dynamic=False)
         key = self._key, "axis"
         if key not in self._func.made:
             with torch.no_grad():
@@ -51,13 +54,39 @@ class CompiledBlocks:
         self.axis: int = self._func.made[key]
         self._like = self._like._replace(axis=self.axis)
 
+    @property
+    def _key(self) -> object:
+        x = self._like.x
+        return self._settings.key, x.shape[1:] if self._like.is_dynamic else x.shape, x.dtype, x.device
+
     def forward(self, pattern: Pattern) -> Forward:
         """`forward_block`, without the func and the pattern."""
-        run, _ = self._made((pattern, None), lambda: trace_forward(self._func, pattern, self._like))
-        return _called(run, pattern)
+        return self._for_any_size(lambda: self._forward(pattern))
 
     def backwards(self, pattern: Pattern) -> Callable[..., tuple[Tensor, ...]]:
         """`reversed_block`, without the func and the pattern."""
+        return self._for_any_size(lambda: self._backwards(pattern))
+
+    def recorded(self, pattern: Pattern, kind: AdjointKind) -> "RecordedBlock":
+        """A block for a solve that is differentiated: see `block_and_adjoint`."""
+        return self._for_any_size(lambda: self._recorded(pattern, kind))
+
+    def _for_any_size(self, make: Callable[[], Block]) -> Block:
+        """What is made for a batch of any size or, where that cannot be, for this one."""
+        if self._like.is_dynamic:
+            try:
+                return make()
+            except RuntimeError:
+                # PyTorch has not every derivative and every kernel for symbols. If it is anything else it is so below.
+                self._of_one_size.add(len(self._like.x))
+                self._like = self._like._replace(is_dynamic=False)
+        return make()
+
+    def _forward(self, pattern: Pattern) -> Forward:
+        run, _ = self._made((pattern, None), lambda: trace_forward(self._func, pattern, self._like))
+        return _called(run, pattern)
+
+    def _backwards(self, pattern: Pattern) -> Callable[..., tuple[Tensor, ...]]:
         run, _ = self._made((pattern, "backwards"), lambda: trace_backwards(self._func, pattern, self._like))
 
         def call(window: Sequence[Tensor], numbers: BlockNumbers, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -65,8 +94,7 @@ class CompiledBlocks:
 
         return call
 
-    def recorded(self, pattern: Pattern, kind: AdjointKind) -> "RecordedBlock":
-        """A block for a solve that is differentiated: see `block_and_adjoint`."""
+    def _recorded(self, pattern: Pattern, kind: AdjointKind) -> "RecordedBlock":
         key = pattern, kind, self._keeps
         run, block = self._made(key, lambda: trace_adjoint(self._func, pattern, kind, self._like, self._keeps))
         half = block.forward
@@ -108,7 +136,7 @@ class CompiledBlocks:
                 made[self._key, key] = self._settings.compiled(block.graph, block.inputs), block
             compilations += 1
         found: tuple[Traced, TracedBlock] = made[self._key, key]
-        found[1].check(self._batch)
+        found[1].check(len(self._like.x) if self._like.is_dynamic else 0)
         return found
 
 

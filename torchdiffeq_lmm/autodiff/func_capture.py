@@ -125,6 +125,7 @@ class FuncCapture:
         self._given: tuple[Tensor, Tensor]
         self._found: Dependencies
         self._sizes: dict[Any, int] = {}
+        self._one_size_each: set[Any] = set()
         self._made: dict[Any, dict[Any, Any]] = {}
         self.captures = 0
 
@@ -134,18 +135,30 @@ class FuncCapture:
         Args:
             func: the user's function.
             time, x: with whose dtypes and shapes it is called; the values do not matter.
-            dynamic: whether, for a second size of the first dimension of x, it is captured for any.
+            dynamic: whether, for a second size of the first dimension of x, it is captured for any; where it cannot be,
+                it is captured for every size by itself.
 
         Raises:
             RuntimeError: func cannot be captured.
         """
-        import torch._dynamo as dynamo
+        if dynamic and func.shapes is None and x.ndim and len(x) > 1 and self._is_another_size(x):
+            import torch._dynamo as dynamo
 
-        before, state = self.captures, x.detach()
-        if dynamic and func.shapes is None and state.ndim and len(state) > 1:
-            key = (state.shape[1:], state.dtype, state.device)
-            if self._sizes.setdefault(key, len(state)) != len(state):
-                dynamo.mark_dynamic(state, 0)
+            state = x.detach()
+            dynamo.mark_dynamic(state, 0)
+            try:
+                return self._settled(func, time, state)
+            except RuntimeError:
+                # func has a tensor with a value for each sample, say. If it is anything else it is so below, too.
+                self._one_size_each.add(_all_but_size(x))
+        return self._settled(func, time, x.detach())
+
+    def _is_another_size(self, x: Tensor) -> bool:
+        key = _all_but_size(x)
+        return key not in self._one_size_each and self._sizes.setdefault(key, len(x)) != len(x)
+
+    def _settled(self, func: HostedFunction, time: Tensor, state: Tensor) -> Dependencies:
+        before = self.captures
         found = self._asked(func, time, state)
         if self.captures > before:
             before = self.captures
@@ -195,6 +208,9 @@ class FuncCapture:
             if node.target in _READS:
                 raise _RefusedError(f"It reads the value of a tensor, by .{node.target}(). {_place(node.stack_trace)}")
         values = [node.meta["example_value"] for node in placeholders]
+        sizes = (size for value in values if isinstance(value, Tensor) for size in value.shape)
+        if any(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is not None for size in sizes):
+            raise _RefusedError("It takes the size of a batch for a number.")
         changes = changes_of(graph, values)
         captured: list[CapturedFunc] = []
 
@@ -229,6 +245,10 @@ class FuncCapture:
 
 class _RefusedError(RuntimeError):
     """func can be captured, but not used."""
+
+
+def _all_but_size(x: Tensor) -> Any:
+    return x.shape[1:], x.dtype, x.device
 
 
 def _not_scalar(tensor: Tensor) -> Tensor:
