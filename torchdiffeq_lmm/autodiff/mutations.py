@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,11 +44,24 @@ def changes_of(graph: GraphModule, inputs: Sequence[Any]) -> Changes:
     """
     watch = _Watch()
     run = _Run(graph, watch)
-    modes = [given.fake_mode for given in inputs if isinstance(given, FakeTensor)]
-    with torch.no_grad(), modes[0] if modes else FakeTensorMode(), watch:
-        run.run(*inputs)
+    # Sizes that are symbols must not become numbers by this.
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        given = [_without_symbols(value) for value in inputs]
+        with watch:
+            run.run(*given)
     touched = {node for node, memory in run.memory.items() if not memory.isdisjoint(watch.changed)}
     return Changes(frozenset(run.changing), frozenset(touched))
+
+
+def _without_symbols(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        size, stride = ([_number(given) for given in sizes] for sizes in (value.shape, value.stride()))
+        return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+    return _number(value)
+
+
+def _number(size: Any) -> Any:
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def functional(graph: GraphModule, inputs: Sequence[Any]) -> GraphModule:
