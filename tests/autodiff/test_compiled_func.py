@@ -10,6 +10,7 @@ import torch
 from compiled_solves import INSIDE, NEEDS_TORCH, REGULAR, TRACED, Field, assert_same, compiling, solved, start
 from methods import slow_but
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import torchdiffeq_lmm
 
@@ -122,6 +123,30 @@ def test_a_function_made_anew_for_every_solve_is_compiled_once() -> None:
         lambda t, y: (y @ (2 * weight)).tanh(), start(), INSIDE, method="ab2", options=REGULAR
     )
     assert_same([doubled.detach(), grad], [expected.detach(), *torch.autograd.grad(expected.sum(), (weight,))])
+
+
+class Checkpointed(nn.Module):
+    """Its layers are in `torch.utils.checkpoint`, one of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = (nn.Linear(2, 2, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        def both(y: Tensor) -> Tensor:
+            return self.outer(checkpoint(self.inner, y, use_reentrant=False).tanh())
+
+        return checkpoint(both, y, use_reentrant=False) * t
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("shape", [(2,), (3, 2)])
+def test_checkpoints_in_func(shape: tuple[int, ...]) -> None:
+    func, y0 = Checkpointed(), torch.ones(shape, dtype=torch.float64)
+    keywords: dict[str, Any] = {"options": REGULAR, "grad_filter": "auto"}
+    compiled = solved(func, y0, INSIDE, "ab1", compile=TRACED, **keywords)
+    assert_same(compiled, solved(func, y0, INSIDE, "ab1", **keywords))
 
 
 @pytest.mark.slow

@@ -195,6 +195,7 @@ class FuncCapture:
     def _capture(self, graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
         """See the backends of `torch.compile`."""
         self.captures += 1
+        _without_checkpoints(graph)
         for given in inputs:
             if isinstance(given, Tensor) and given.layout != torch.strided:
                 raise _RefusedError(f"It depends on a tensor of layout {given.layout}: use a dense one.")
@@ -249,6 +250,21 @@ class _RefusedError(RuntimeError):
 
 def _all_but_size(x: Tensor) -> Any:
     return x.shape[1:], x.dtype, x.device
+
+
+def _without_checkpoints(graph: Any) -> None:
+    """Evaluate what func has in `torch.utils.checkpoint` directly: blocks decide for themselves what is made again."""
+    for part in [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]:
+        for node in part.graph.find_nodes(
+            op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint, sort=False
+        ):
+            body, *inputs = node.args
+            with part.graph.inserting_before(node):
+                made = part.graph.call_module(body.target, tuple(inputs))
+            made.meta.update(node.meta)
+            node.replace_all_uses_with(made)
+            part.graph.erase_node(node)
+        part.recompile()
 
 
 def _not_scalar(tensor: Tensor) -> Tensor:
