@@ -1,10 +1,8 @@
-"""A piece of a solve by compiled blocks, in place of `PieceSolver`; what is kept of a func from solve to solve."""
+"""A piece of a solve by compiled blocks, in place of `PieceSolver`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType, MethodType
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,15 +18,14 @@ from .block_schedule import Schedule, schedule
 from .compile_settings import Compile
 from .compiled_blocks import CompiledBlocks
 from .compiled_solve import CompiledSolve, solve_compiled
-from .func_capture import Dependencies, FuncCapture
+from .func_capture import Dependencies
 from .goals import Outputs
+from .kept_captures import capture_of
 from .piece import Piece, PieceSolver
 from .reversal import Reversible
 
 CompiledBackward = Reversible | Literal["autograd", "checkpoint"]
 """Backwards block by block; or by the past before each, with what is dear to make again for "autograd"."""
-
-_captures: WeakKeyDictionary[Any, dict[Any, FuncCapture]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -182,26 +179,6 @@ def _looked_up(dependencies: Dependencies, stacks: Sequence[Tensor], planned: Sc
         stack.index_select(0, rows[states].reshape(-1)).reshape(len(states), *shape)
         for stack, rows, shape in zip(stacks, of_states, lookups.shapes, strict=True)
     ]
-
-
-def capture_of(call: Any) -> FuncCapture:
-    """What is kept of a function from solve to solve, for as long as it, its object or its code is there."""
-    owner, name = call, None
-    if isinstance(call, MethodType):
-        owner, name = call.__self__, call.__func__.__qualname__
-    elif isinstance(call, FunctionType):
-        # A function that is made anew for every solve has the same code.
-        owner = call.__code__
-    try:
-        of_owner = _captures.setdefault(owner, {})
-    except TypeError as error:
-        raise TypeError(
-            f"func must be a function, a method or an object with weak references and a hash where compile is given, "
-            f"got {type(call).__name__}; wrap it in a function, or in an nn.Module"
-        ) from error
-    if name not in of_owner:
-        of_owner[name] = FuncCapture()
-    return of_owner[name]
 
 
 class _SlopesAtNodes:

@@ -6,6 +6,7 @@ of the graph beside the time and the state, whether parameters, buffers, or tens
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from types import FunctionType
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from torchdiffeq_lmm.forward.vector_field import HostedFunction
 
+from . import tensor_indices
 from .mutations import Changes, changes_of
+from .tensor_indices import SelectByTensor
 from .time_lookups import Lookups, split_lookups
 
 Role = str | tuple[int, ...]
@@ -31,7 +34,10 @@ _ADVICE = (
 
 _READS = ("item", "tolist")
 
-_MINE = (__file__, str(Path(torch.__file__).parent))
+_INDEXED = "Could not extract specialized integer"
+"""What PyTorch says where a tensor is an index, among others."""
+
+_MINE = (__file__, tensor_indices.__file__, str(Path(torch.__file__).parent))
 """Files whose lines are not func's."""
 
 
@@ -115,19 +121,29 @@ class CapturedFunc:
 
 
 class FuncCapture:
-    """Captures one func, whatever object it is, and holds no reference to it."""
+    """Captures one func, whatever object it is, and holds no reference to it.
+
+    Attributes:
+        captures: how often it has.
+        is_inherited: whether it has captured another func, which is gone.
+    """
 
     def __init__(self) -> None:
-        # Dynamo keeps what it has compiled with the code object, which must not be that of all.
-        code = _slope_of.__code__.replace(co_name="func_of_solve")
-        slope_of = FunctionType(code, _slope_of.__globals__)
-        self._ask = torch.compile(slope_of, backend=self._capture, fullgraph=True, dynamic=False)
+        self._begin_anew()
         self._given: tuple[Tensor, Tensor]
         self._found: Dependencies
         self._sizes: dict[Any, int] = {}
         self._one_size_each: set[Any] = set()
+        self._selects = False
         self._made: dict[Any, dict[Any, Any]] = {}
         self.captures = 0
+        self.is_inherited = False
+
+    def _begin_anew(self) -> None:
+        # Dynamo keeps what it has compiled with the code object, which must not be that of all.
+        code = _slope_of.__code__.replace(co_name="func_of_solve")
+        slope_of = FunctionType(code, _slope_of.__globals__)
+        self._ask = torch.compile(slope_of, backend=self._capture, fullgraph=True, dynamic=False)
 
     def dependencies(self, func: HostedFunction, time: Tensor, x: Tensor, dynamic: bool) -> Dependencies:
         """What func depends on now.
@@ -179,14 +195,22 @@ class FuncCapture:
             with dynamo.config.patch(
                 capture_scalar_outputs=False, automatic_dynamic_shapes=False, specialize_float=True
             ):
-                self._ask(func.call, func.shapes, func.reversed, state.ndim == 0, *given)
+                self._ask(func.call, func.shapes, func.reversed, state.ndim == 0, self._selects, *given)
         except dynamo.exc.FailOnRecompileLimitHit as error:
+            if self.is_inherited:
+                self.is_inherited = False
+                self._begin_anew()
+                return self._asked(func, time, state)
             raise RuntimeError(
                 f"compile has been asked to trace one func in more than {dynamo.config.recompile_limit} ways, for "
                 f"other shapes, modes, or values of attributes that it takes from Python; let those be tensors, or "
                 f"raise torch._dynamo.config.recompile_limit, or solve without compile"
             ) from error
         except dynamo.exc.TorchDynamoException as error:
+            if not self._selects and _INDEXED in str(error):
+                # Only for a func that needs it, for it takes time to trace.
+                self._selects = True
+                return self._asked(func, time, state)
             raise RuntimeError(f"compile cannot trace func. {_reason(error)}\n{_ADVICE}") from error
         found = self._found
         del self._given, self._found
@@ -277,17 +301,19 @@ def _slope_of(
     shapes: tuple[torch.Size, ...] | None,
     is_reversed: bool,
     is_scalar: bool,
+    selects: bool,
     times: Tensor,
     x: Tensor,
 ) -> Tensor:
     """As `VectorField.__call__`, without its checks and its count; see `_not_scalar`."""
     time, x = times[0], x[0] if is_scalar else x
-    if shapes is None:
-        slope = call(time, x)
-    else:
-        parts = x.split([prod(shape) for shape in shapes])
-        components = call(time, tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
-        slope = torch.cat([component.reshape(-1) for component in components])
+    with SelectByTensor() if selects else nullcontext():
+        if shapes is None:
+            slope = call(time, x)
+        else:
+            parts = x.split([prod(shape) for shape in shapes])
+            components = call(time, tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+            slope = torch.cat([component.reshape(-1) for component in components])
     # An operation in any case, for a graph without one would not be asked.
     given: Tensor = -slope if is_reversed else slope.clone()
     return given
