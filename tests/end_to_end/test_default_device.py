@@ -50,7 +50,7 @@ class Field(nn.Module):
     def __init__(self, rate: float = 1.0) -> None:
         super().__init__()
         self.rate = rate
-        self.theta = GridParameter(draw(9, 3), torch.linspace(0, 1, 9, dtype=torch.float64), "linear")
+        self.theta = GridParameter(draw(5, 3), torch.linspace(0, 1, 5, dtype=torch.float64), "linear")
         self.weight = nn.Parameter(draw(3, 3, seed=1))
 
     def forward(self, t: Tensor, y: Any) -> Any:

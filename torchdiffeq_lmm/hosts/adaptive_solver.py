@@ -32,6 +32,7 @@ from torchdiffeq_lmm.forward.tolerances import check_max_num_steps, event_tolera
 from torchdiffeq_lmm.schemes.variable_order import VariableOrderFamily
 
 from .compile_checks import refuse_compile
+from .grid_checks import Nodes, checked_rows
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
 from .torchdiffeq_host import find_event, warn_of_unused_options
 
@@ -194,8 +195,9 @@ class AdaptiveSolver(DifferentiableSolver):
             ends, rounding = list(inside.to(each[0]).unbind()), jump_rounding(self._jumps, t)
         bounds = [each[0], *ends, each[-1]]
         outputs: list[Tensor] = []
-        x, keepers = self.y0, []
-        with self._reported() as solver:
+        x, keepers, nodes = self.y0, [], list[Nodes]()
+        checked = checked_rows(self.grad_filter, self.method.name, self._vector_field.direction, nodes)
+        with self._reported() as solver, checked:
             for piece, (begin, end) in enumerate(pairwise(bounds)):
                 is_last = piece == len(ends)
                 jumps = (at_ends[0] if piece == 0 else True, at_ends[1] if is_last else True)
@@ -207,6 +209,7 @@ class AdaptiveSolver(DifferentiableSolver):
                 outputs += [goal.output(i, each[first + i], found) for i in range(last - first)]
                 x = self._end_of(source, goal.span, end, found)
                 keepers.append(keeper)
+                nodes.append((torch.tensor(source.times, dtype=torch.float64, device="cpu"), True))
         self._warn_of_failures(x)
         return stack([self.y0, *outputs], keepers)
 

@@ -51,6 +51,7 @@ from torchdiffeq_lmm.schemes.unrolling import unroll
 
 from .compile_checks import check_compile, check_compiled_solve, resolve_compiled_backward, resolve_compiled_params
 from .compiled_grids import PLANNED_GRIDS, PlannedGrid, grid_key
+from .grid_checks import checked_rows
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
 from .torchdiffeq_host import MAX_EVENT_STEPS, find_event, warn_of_unused_options
 
@@ -200,21 +201,23 @@ class MultistepSolver(DifferentiableSolver):
             FixedSteps(piece, rows, self._sides, t) for piece, rows in zip(pieces, self._rows(pieces), strict=True)
         ]
         # No tensor that grows with the number of steps is held without need.
+        nodes = [(pieces[0].nodes, sources[0].recurrence.sees_end)] if len(pieces) == 1 else []
         del pieces
         x, outputs, keepers = self.y0, [], []
         around, solver = [None, *sources, None], self._solver_of_grid()
-        for source, placed, before, after in zip(sources, placements, around, around[2:], strict=False):
-            goal = Outputs(source, placed, self._rule, self._is_smooth)
-            if key is not None and isinstance(solver, CompiledPieceSolver) and not goal.slope_nodes:
-                planned = solver.planned(source, goal)
-                if planned is not None:
-                    PLANNED_GRIDS.keep(key, PlannedGrid(planned, placed, source.lengths))
-            trajectory, made, keeper = solver.solve(source, x, goal, before, after)
-            if self._is_smooth:
-                trajectory = smoothed(trajectory, goal.nodes, made.steps)
-            x = trajectory.states[source.count]
-            outputs += [self._rule.output(placement, made.steps, trajectory) for placement in placed]
-            keepers.append(keeper)
+        with checked_rows(self.grad_filter, self.method.name, self._vector_field.direction, nodes):
+            for source, placed, before, after in zip(sources, placements, around, around[2:], strict=False):
+                goal = Outputs(source, placed, self._rule, self._is_smooth)
+                if key is not None and isinstance(solver, CompiledPieceSolver) and not goal.slope_nodes:
+                    planned = solver.planned(source, goal)
+                    if planned is not None:
+                        PLANNED_GRIDS.keep(key, PlannedGrid(planned, placed, source.lengths))
+                trajectory, made, keeper = solver.solve(source, x, goal, before, after)
+                if self._is_smooth:
+                    trajectory = smoothed(trajectory, goal.nodes, made.steps)
+                x = trajectory.states[source.count]
+                outputs += [self._rule.output(placement, made.steps, trajectory) for placement in placed]
+                keepers.append(keeper)
         self._warn_of_failures(x)
         return stack(outputs, keepers)
 

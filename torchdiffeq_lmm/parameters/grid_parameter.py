@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .lookups import note
+
 Kind = Literal["step", "linear"]
 RegridInterpolation = Literal["linear", "constant"]
 
@@ -163,6 +165,8 @@ class GridParameter(nn.Module):
         elif not isinstance(t, int | float):
             raise TypeError(f"t must be a number or a real tensor, got {t!r}")
         is_single = not isinstance(t, Tensor) or t.ndim == 0
+        if not torch.compiler.is_compiling():
+            note(self)
         if not is_single or self.values.device.type != "cpu" or torch.compiler.is_compiling():
             return self._at_all(t)
         time = self._sign * float(t.detach() if isinstance(t, Tensor) else t)

@@ -7,7 +7,7 @@ predictor gives. Every state is the last node's plus an increment; f is evaluate
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import NamedTuple
 
 import torch
@@ -96,6 +96,13 @@ class Recurrence:
             flags[i] |= row.evaluates
             flags[i + 1] = row.implicit is not None
         return flags
+
+    @property
+    def sees_end(self) -> bool:
+        """Whether f is evaluated at the time of the last node, be it at what a predictor gives."""
+        last = self.positions[-1]
+        states = range(len(self.positions) - 1, -1, -1)
+        return any(self.evaluated[state] for state in takewhile(lambda state: self.positions[state] == last, states))
 
     def differentiable_rows(self) -> list[Row]:
         """The rows with 0-d tensors that carry the gradient to the grid, where it has one."""

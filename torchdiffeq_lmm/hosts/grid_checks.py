@@ -1,0 +1,79 @@
+"""Whether the rows of grid parameters are those of a filtered solve, which gives every node its own gradient."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_lmm.filters.grad_filter import CostateFilter
+from torchdiffeq_lmm.parameters.grid_parameter import GridParameter
+from torchdiffeq_lmm.parameters.lookups import noted_lookups
+
+Nodes = tuple[Tensor, bool]
+"""Those of a piece, in the solver's time, and whether func is evaluated at the last one."""
+
+
+@contextmanager
+def checked_rows(grad_filter: object, method: str, direction: float, pieces: Sequence[Nodes]) -> Iterator[None]:
+    """Warn, once the solve within has been made, where a grid parameter has other rows than it needs.
+
+    Args:
+        grad_filter: of the solve.
+        method: its name.
+        direction: of its time, 1 or -1.
+        pieces: the nodes of all pieces, which may be added within; of several, between jumps, nothing is said.
+    """
+    if not (isinstance(grad_filter, CostateFilter) and torch.is_grad_enabled()):
+        yield
+        return
+    with noted_lookups() as noted:
+        yield
+    if len(pieces) != 1:
+        return
+    nodes, sees_end = pieces[0]
+    for parameter in noted.values():
+        assert isinstance(parameter, GridParameter)
+        reason = parameter.values.requires_grad and _reason(parameter, direction * nodes.detach(), sees_end)
+        if reason:
+            advice = "a row for each node, kind='linear'" if sees_end else "a row for each step"
+            warnings.warn(
+                f"a GridParameter of kind {parameter.kind!r} has other rows than method {method!r} has steps, so the "
+                f"gradients that grad_filter gives its rows are not theirs: {reason}. Let its nodes be those of the "
+                f"solve, with {advice}; or solve with fixed steps, if they are chosen by a tolerance",
+                stacklevel=2,
+            )
+
+
+def _reason(parameter: GridParameter, nodes: Tensor, sees_end: bool) -> str:
+    """What is wrong; empty where nothing is."""
+    grid = parameter.nodes
+    if grid[-1] < grid[0]:
+        grid, nodes = -grid, -nodes
+    middles = (nodes[1:] + nodes[:-1]) / 2
+    seen = nodes if sees_end else nodes[:-1]
+    if parameter.kind == "linear":
+        # A row is at work between its neighbours, where they are not at work alone.
+        ordered, slack, step = seen.sort().values, _SLACK * grid.diff().min(), grid[1:2] - grid[:1]
+        around = torch.cat([grid[:1] - step, grid, grid[-1:] + step])
+        begins, ends = around[:-2] + slack, around[2:] - slack
+        is_inside = (begins < ordered[-1]) & (ends > ordered[0])
+        is_seen = torch.searchsorted(ordered, begins) < torch.searchsorted(ordered, ends)
+        unseen = (is_inside & ~is_seen).nonzero()
+        return f"no node of the solve is at row {int(unseen[0])}, nor beside it" if len(unseen) else ""
+    # As a lookup finds them.
+    begins = grid[:-1] - _SLACK * grid.diff()
+    lookups, steps = (
+        torch.bincount((torch.searchsorted(begins, times, right=True) - 1).clamp(0), minlength=len(begins))
+        for times in (seen, middles)
+    )
+    other = (lookups != steps).nonzero()
+    if not len(other):
+        return ""
+    row = int(other[0])
+    return f"row {row} is looked up at {int(lookups[row])} nodes, and is of {int(steps[row])} steps"
+
+
+_SLACK = 0.01
+"""By this part of a step a node may be beside that of a row."""
