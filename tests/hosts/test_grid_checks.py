@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchsde
 from torch import Tensor
 
 from torchdiffeq_lmm import GridParameter, odeint
@@ -43,6 +44,30 @@ def test_a_row_for_each_step(method: str) -> None:
 def test_a_row_for_each_node(method: str) -> None:
     inner = density(method, "linear")[1:-1]
     torch.testing.assert_close(inner, torch.full_like(inner, torch.e), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("method", ["leapfrog", "bdf2"])
+def test_an_sde(method: str) -> None:
+    theta = GridParameter(torch.ones(STEPS, 1, dtype=torch.float64), NODES)
+
+    class Growth:
+        sde_type, noise_type = "ito", "diagonal"
+
+        def f(self, t: Tensor, y: Tensor) -> Tensor:
+            return theta(t) * y
+
+        def g(self, t: Tensor, y: Tensor) -> Tensor:
+            return torch.full_like(y, 1e-3)
+
+    def solve() -> None:
+        y0, ts, options = torch.ones(2, 1, dtype=torch.float64), NODES[[0, -1]], {"grad_filter": "auto"}
+        torchsde.sdeint(Growth(), y0, ts, method=method, dt=1 / STEPS, options=options)
+
+    if method == "leapfrog":
+        solve()
+    else:
+        with pytest.warns(UserWarning, match="row 19 is looked up at 2 nodes, and is of 1 steps"):
+            solve()
 
 
 @pytest.mark.parametrize("step", [0.03, 0.1])

@@ -43,6 +43,7 @@ from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.unrolling import start_length
 
 from .compile_checks import refuse_compile
+from .grid_checks import checked_rows
 from .sharding_checks import refuse_sharded
 from .torchsde_host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
 
@@ -239,12 +240,15 @@ class MultistepSDESolver:
         trajectory = Trajectory({offset: y0})
         node = offset
         rows = recurrence.rows[first:]
-        for state, made in march(history, rows, noise.evaluate, steps.solve_implicit, first, noise):
-            if not recurrence.rows[state - 1].is_node:
-                continue
-            node += 1
-            if node - offset in wanted:
-                trajectory.states[node] = made
+        is_alone = step_before is None and step_after is None
+        nodes = [(grid.nodes, recurrence.sees_end)] if is_alone else []
+        with checked_rows(self.grad_filter, method.name, 1, nodes):
+            for state, made in march(history, rows, noise.evaluate, steps.solve_implicit, first, noise):
+                if not recurrence.rows[state - 1].is_node:
+                    continue
+                node += 1
+                if node - offset in wanted:
+                    trajectory.states[node] = made
         past = past_of(method, recurrence, _behind(extra0, grid.steps), history)
         end, keeper = None, None
         if recorder is not None:
