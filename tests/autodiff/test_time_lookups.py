@@ -63,6 +63,7 @@ class ByState(nn.Module):
     ],
     ids=["filtered", "reversible", "order", "several evaluations"],
 )
+@pytest.mark.filterwarnings("ignore:a GridParameter of kind")
 def test_values_and_gradients_are_those_of_an_eager_solve(keywords: dict[str, Any]) -> None:
     func = Layers()
     t = INSIDE if "options" in keywords else UNEQUAL
