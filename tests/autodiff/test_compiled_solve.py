@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import torchdiffeq_lmm
 from torchdiffeq_lmm import Compile, CostateFilter, DriftError, Reversible
 
-pytestmark = NEEDS_TORCH
+# Grids on which rows are not those of steps are meant: what is compared is the same with each.
+pytestmark = [NEEDS_TORCH, pytest.mark.filterwarnings("ignore:a GridParameter of kind")]
 
 FILTERS = (None, "auto", CostateFilter("trapezoid"))
 METHOD = CostateFilter("trapezoid", order="method")
