@@ -96,7 +96,7 @@ def test_a_row_that_no_step_sees() -> None:
         ("leapfrog", {"end": 0.5}),
         ("leapfrog", {"end": 1.5}),
         ("ab2", {"nodes": 1 - NODES, "end": 0.0}),
-        ("ab2", {"nodes": NODES.float()}),
+        ("ab2", {"nodes": (1000 + NODES / 20).float(), "end": 1000.05, "step_size": 1 / 400}),
         ("bdf", {"jump_t": NODES[1:-1]}),
     ],
     ids=["finer", "shorter", "longer", "backwards", "rounded", "jumps"],

@@ -51,19 +51,21 @@ def _reason(parameter: GridParameter, nodes: Tensor, sees_end: bool) -> str:
     grid = parameter.nodes
     if grid[-1] < grid[0]:
         grid, nodes = -grid, -nodes
+    steps_of_grid, rounding = grid.diff(), _ROUNDINGS * torch.finfo(torch.float32).eps * float(grid.abs().max())
+    slack = (_SLACK * steps_of_grid).clamp(min=rounding).minimum(_MOST_SLACK * steps_of_grid)
     middles = (nodes[1:] + nodes[:-1]) / 2
     seen = nodes if sees_end else nodes[:-1]
     if parameter.kind == "linear":
         # A row is at work between its neighbours, where they are not at work alone.
-        ordered, slack, step = seen.sort().values, _SLACK * grid.diff().min(), grid[1:2] - grid[:1]
+        ordered, step = seen.sort().values, steps_of_grid[:1]
         around = torch.cat([grid[:1] - step, grid, grid[-1:] + step])
-        begins, ends = around[:-2] + slack, around[2:] - slack
+        begins, ends = around[:-2] + slack.min(), around[2:] - slack.min()
         is_inside = (begins < ordered[-1]) & (ends > ordered[0])
         is_seen = torch.searchsorted(ordered, begins) < torch.searchsorted(ordered, ends)
         unseen = (is_inside & ~is_seen).nonzero()
         return f"no node of the solve is at row {int(unseen[0])}, nor beside it" if len(unseen) else ""
     # As a lookup finds them.
-    begins = grid[:-1] - _SLACK * grid.diff()
+    begins = grid[:-1] - slack
     lookups, steps = (
         torch.bincount((torch.searchsorted(begins, times, right=True) - 1).clamp(0), minlength=len(begins))
         for times in (seen, middles)
@@ -75,5 +77,5 @@ def _reason(parameter: GridParameter, nodes: Tensor, sees_end: bool) -> str:
     return f"row {row} is looked up at {int(lookups[row])} nodes, and is of {int(steps[row])} steps"
 
 
-_SLACK = 0.01
-"""By this part of a step a node may be beside that of a row."""
+_SLACK, _MOST_SLACK, _ROUNDINGS = 0.01, 0.25, 4
+"""A node may be beside that of a row by this part of a step; or by single precision's roundings, to the latter part."""
