@@ -51,31 +51,38 @@ def _reason(parameter: GridParameter, nodes: Tensor, sees_end: bool) -> str:
     grid = parameter.nodes
     if grid[-1] < grid[0]:
         grid, nodes = -grid, -nodes
-    steps_of_grid, rounding = grid.diff(), _ROUNDINGS * torch.finfo(torch.float32).eps * float(grid.abs().max())
-    slack = (_SLACK * steps_of_grid).clamp(min=rounding).minimum(_MOST_SLACK * steps_of_grid)
-    middles = (nodes[1:] + nodes[:-1]) / 2
+    widths = grid.diff()
+    rounding = _ROUNDINGS * torch.finfo(torch.float32).eps * float(grid.abs().max())
+    slack = (_SLACK * widths).clamp(min=rounding).minimum(_MOST_SLACK * widths)
     seen = nodes if sees_end else nodes[:-1]
     if parameter.kind == "linear":
-        # A row is at work between its neighbours, where they are not at work alone.
-        ordered, step = seen.sort().values, steps_of_grid[:1]
-        around = torch.cat([grid[:1] - step, grid, grid[-1:] + step])
-        begins, ends = around[:-2] + slack.min(), around[2:] - slack.min()
-        is_inside = (begins < ordered[-1]) & (ends > ordered[0])
-        is_seen = torch.searchsorted(ordered, begins) < torch.searchsorted(ordered, ends)
-        unseen = (is_inside & ~is_seen).nonzero()
-        return f"no node of the solve is at row {int(unseen[0])}, nor beside it" if len(unseen) else ""
+        return _unseen(grid, slack.min(), nodes.sort().values, seen.sort().values)
     # As a lookup finds them.
     begins = grid[:-1] - slack
     lookups, steps = (
         torch.bincount((torch.searchsorted(begins, times, right=True) - 1).clamp(0), minlength=len(begins))
-        for times in (seen, middles)
+        for times in (seen, (nodes[1:] + nodes[:-1]) / 2)
     )
-    other = (lookups != steps).nonzero()
+    other = (_MANY * (lookups - steps).abs() > steps).nonzero()
     if not len(other):
         return ""
     row = int(other[0])
     return f"row {row} is looked up at {int(lookups[row])} nodes, and is of {int(steps[row])} steps"
 
 
+def _unseen(grid: Tensor, slack: Tensor, nodes: Tensor, seen: Tensor) -> str:
+    """The first row, where there is one, that is at no node, and between few."""
+    after = torch.searchsorted(seen, grid).clamp(1, max(len(seen) - 1, 1))
+    around = torch.stack([seen[after - 1], seen[after.clamp(max=len(seen) - 1)]])
+    is_far = (around - grid).abs().amin(0) > slack
+    has_few = _MANY * (around[1] - around[0]) > grid.diff().min()
+    is_inside = (grid >= nodes[0] - slack) & (grid <= nodes[-1] + slack)
+    unseen = (is_inside & is_far & has_few).nonzero()
+    return f"row {int(unseen[0])} is at no node at which func is evaluated" if len(unseen) else ""
+
+
 _SLACK, _MOST_SLACK, _ROUNDINGS = 0.01, 0.25, 4
 """A node may be beside that of a row by this part of a step; or by single precision's roundings, to the latter part."""
+
+_MANY = 20
+"""With more steps for a row one of them does not matter."""

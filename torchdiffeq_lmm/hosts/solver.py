@@ -201,7 +201,8 @@ class MultistepSolver(DifferentiableSolver):
             FixedSteps(piece, rows, self._sides, t) for piece, rows in zip(pieces, self._rows(pieces), strict=True)
         ]
         # No tensor that grows with the number of steps is held without need.
-        nodes = [(pieces[0].nodes, sources[0].recurrence.sees_end)] if len(pieces) == 1 else []
+        first = sources[0].recurrence
+        nodes = [(pieces[0].nodes, first.sees_end)] if len(pieces) == 1 and first.is_at_nodes else []
         del pieces
         x, outputs, keepers = self.y0, [], []
         around, solver = [None, *sources, None], self._solver_of_grid()

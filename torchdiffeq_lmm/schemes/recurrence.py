@@ -104,6 +104,11 @@ class Recurrence:
         states = range(len(self.positions) - 1, -1, -1)
         return any(self.evaluated[state] for state in takewhile(lambda state: self.positions[state] == last, states))
 
+    @property
+    def is_at_nodes(self) -> bool:
+        """Whether all states are at nodes, as those of multistep methods are; else every step has one in its middle."""
+        return all(position % 1 == 0 for position in self.positions[:2])
+
     def differentiable_rows(self) -> list[Row]:
         """The rows with 0-d tensors that carry the gradient to the grid, where it has one."""
         if self.weights is None:
