@@ -113,7 +113,7 @@ def odeint(
             respect to y0 and t stay those of auto-differentiation. ``"smooth"`` or a `SmoothFilter`, with
             ``method="leapfrog"`` on equal steps, costs less and has none of the limits that follow: see there. Where
             all steps share their parameters no filter is needed, and the default weights would do harm: see
-            `CostateFilter`.
+            `CostateFilter`. A UserWarning says where the rows of a `GridParameter` are not those of the steps.
 
             With the other filters, the arguments of func are cut off from what came before: func may use them only for
             what it returns. What it stores on the side for the loss, a running cost say, would lose its gradient with
