@@ -28,7 +28,7 @@ LATE = (60, 100, 160)
 """Where two observations are neighbours, the errors of ab3 come to their order late."""
 TIGHT = 1e-12
 FINE = 1e-9
-"""For equations of implicit methods where errors are measured that are a thousand times as large."""
+"""For equations of implicit methods where errors are measured that are hundreds of times as large."""
 HIGH = [name for name in NAMES if ORDER[name] > 2]
 PROBLEMS = (LOTKA_VOLTERRA, EPIDEMIC, PENDULUM, VAN_DER_POL)
 
