@@ -76,7 +76,7 @@ OBSERVATIONS: dict[str, Callable[[int], list[int]]] = {
 
 @cache
 def density_errors(
-    name: str, grad_filter: object, grid: str, observations: str, problem: Problem, steps: int, rtol: float = 1e-9
+    name: str, grad_filter: object, grid: str, observations: str, problem: Problem, steps: int, rtol: float = 1e-6
 ) -> tuple[Tensor, slice]:
     observed = OBSERVATIONS[observations](steps)
     weight = 1 / len(observed)

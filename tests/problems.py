@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -81,8 +82,29 @@ EPIDEMIC = Problem(
 )
 
 
+BEYOND = 1e-6
+"""How far the flow is solved beyond the horizon, for last nodes that rounding has put there."""
+
+
+@cache
+def _flow(problem: Problem) -> Callable[[float | np.ndarray], np.ndarray]:
+    """From times to x, and the matrix Y with Y' = -(∂f/∂x)ᵀ Y that is the identity at 0: of shape (6,) or (6, n).
+
+    By SciPy's DOP853 at tight tolerances; once for all observations of a problem, whose costates are Y times vectors.
+    """
+
+    def slope(t: float, both: np.ndarray) -> np.ndarray:
+        x, theta = both[:2], problem.theta(t)
+        adjoint = -problem.state_vjp(x, theta, both[2:].reshape(2, 2))
+        return np.concatenate([problem.f(x, theta), adjoint.ravel()])
+
+    begin = np.concatenate([problem.x0, np.eye(2).ravel()])
+    span = (0.0, problem.horizon + BEYOND)
+    return solve_ivp(slope, span, begin, method="DOP853", rtol=1e-12, atol=1e-13, dense_output=True).sol
+
+
 class Reference:
-    """The flow and its continuous adjoint for E = Σ_j ½ |x(t_j) - target|², by SciPy's DOP853 at tight tolerances.
+    """The flow and its continuous adjoint for E = Σ_j ½ |x(t_j) - target|², by SciPy.
 
     Args:
         problem: the problem.
@@ -91,27 +113,23 @@ class Reference:
     """
 
     def __init__(self, problem: Problem, observed: list[float], weight: float = 1.0) -> None:
+        assert observed[-1] <= problem.horizon + BEYOND
         self.problem = problem
         self.observed = observed
-        tight = {"method": "DOP853", "rtol": 1e-12, "atol": 1e-13, "dense_output": True}
-        flow = solve_ivp(lambda t, x: problem.f(x, problem.theta(t)), (0.0, observed[-1]), problem.x0, **tight)
-        self._flow = flow.sol
-        self._pieces = []
-        p = np.zeros(2)
-        for start, end in zip([0.0, *observed[:-1]][::-1], observed[::-1], strict=True):
-            p = p + weight * (self.state(end) - np.array(problem.target))
-            if start == end:
-                continue
-            piece = solve_ivp(
-                lambda t, p: -problem.state_vjp(self.state(t), problem.theta(t), p), (end, start), p, **tight
-            )
-            self._pieces.append((start, end, piece.sol))
-            p = piece.y[:, -1]
-        self.x0_gradient = p
+        at = np.array(observed)
+        jumps = weight * (self.state(at) - np.array(problem.target)[:, None])
+        # p is Y times what observations from there on have brought in.
+        brought = np.linalg.solve(np.moveaxis(self._adjoint(at), 2, 0), jumps.T[..., None])[..., 0]
+        self._sums = brought[::-1].cumsum(0)[::-1]
+        self.x0_gradient = self._sums[0]
 
     def state(self, t: float | np.ndarray) -> np.ndarray:
         """x(t), of shape (2,); or of shape (2, n) for n times."""
-        return self._flow(t)
+        return _flow(self.problem)(t)[:2]
+
+    def _adjoint(self, times: np.ndarray) -> np.ndarray:
+        """Y at n times, of shape (2, 2, n)."""
+        return _flow(self.problem)(times)[2:].reshape(2, 2, -1)
 
     def costate(self, t: float, left_weight: float) -> np.ndarray:
         """p(t); at an observation inside the interval the mean of its limits, the one from the left so weighted."""
@@ -119,15 +137,11 @@ class Reference:
 
     def costates(self, times: np.ndarray, left_weights: np.ndarray) -> np.ndarray:
         """`costate` at n times, of shape (2, n)."""
-        left, right = np.full((2, 2, len(times)), np.nan)
-        # From the last piece to the first one: of two at an observation the first one is on its right.
-        for start, end, sol in self._pieces:
-            inside = np.flatnonzero((start - 1e-9 <= times) & (times <= end + 1e-9))
-            if len(inside):
-                left[:, inside] = sol(times[inside])
-                fresh = inside[np.isnan(right[0, inside])]
-                right[:, fresh] = left[:, fresh]
-        return left_weights * left + (1 - left_weights) * right
+        last = len(self.observed) - 1
+        # An observation at a time is in the limit from the left alone; at the end there is no other.
+        left, right = (np.minimum(np.searchsorted(self.observed, times + shift), last) for shift in (-1e-9, 1e-9))
+        sums = left_weights[:, None] * self._sums[left] + (1 - left_weights)[:, None] * self._sums[right]
+        return np.einsum("ijn,nj->in", self._adjoint(times), sums)
 
     def density(self, nodes: Tensor, last: bool = False) -> Tensor:
         """The functional gradient (∂f/∂θ)ᵀ p at the nodes, of shape (N, 2), or (N + 1, 2) with the last one.

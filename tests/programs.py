@@ -72,12 +72,13 @@ def output_of(code: str) -> str:
 
 @contextlib.contextmanager
 def coarse_pictures() -> Iterator[None]:
-    """Write pictures with few pixels, which takes a fraction of the time."""
+    """Write pictures with few pixels, whose panels nobody lays out: it takes a fraction of the time."""
     from matplotlib.figure import Figure
 
     save = Figure.savefig
 
     def coarsely(figure: Figure, path: Path, **keywords: Any) -> None:
+        figure.set_layout_engine("none")
         save(figure, path, **(keywords | {"dpi": 25, "pil_kwargs": {}}))
 
     with mock.patch.object(Figure, "savefig", coarsely):

@@ -446,12 +446,17 @@ class Derived(nn.Module):
 
 # Forward mode brings it in.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")
-@pytest.mark.parametrize("name", slow_but(["grad"], DERIVATIVES))
-def test_derivatives_within_func(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backward"),
+    slow_but(
+        [("grad", "autograd")],
+        [("grad", "autograd"), ("jacrev", "autograd"), ("vjp", "reversible"), ("jvp", "reversible")],
+    ),
+)
+def test_derivatives_within_func(name: str, backward: str) -> None:
     func, t = Derived(DERIVATIVES[name]), torch.linspace(0, 1, 7, dtype=torch.float64)
     expected = solved(func, start(), t, "leapfrog")
-    for backward in ("autograd", "reversible"):
-        assert_same(solved(func, start(), t, "leapfrog", backward=backward, compile=TRACED), expected)
+    assert_same(solved(func, start(), t, "leapfrog", backward=backward, compile=TRACED), expected)
     # Where gradients are recorded, and none is wanted; and where they are not.
     func.requires_grad_(False)
     found = [torchdiffeq_lmm.odeint(func, start(), t, method="leapfrog", compile=TRACED)]

@@ -188,16 +188,16 @@ class Rotation(nn.Module):
         return torch.stack([self.rate[0] * v * t.cos(), -self.rate[1] * u * v], self.dim)
 
 
-SHAPES = [(0, (2,)), (0, (2, 6)), (-1, (6, 2)), (-1, (2, 3, 2)), (1, (3, 2, 2))]
+SOLVES = [
+    (0, (2,), None),
+    (0, (2, 6), "auto"),
+    (-1, (6, 2), None),
+    (-1, (2, 3, 2), "auto"),
+    (1, (3, 2, 2), None),
+]
 
 
-@pytest.mark.parametrize(
-    ("dim", "shape", "grad_filter"),
-    slow_but(
-        [(*SHAPES[0], None), (*SHAPES[3], "auto")],
-        [(*shape, grad_filter) for shape in SHAPES for grad_filter in (None, "auto")],
-    ),
-)
+@pytest.mark.parametrize(("dim", "shape", "grad_filter"), slow_but([SOLVES[0], SOLVES[3]], SOLVES))
 def test_solves_of_states_of_any_shape(dim: int, shape: tuple[int, ...], grad_filter: str | None) -> None:
     y0 = start(3 * math.prod(shape) // 2)[: math.prod(shape) // 2].reshape(shape)
     keywords: dict[str, Any] = {"options": {"step_size": 1 / 13}, "grad_filter": grad_filter}

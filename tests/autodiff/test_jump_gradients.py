@@ -81,8 +81,9 @@ def test_gradients_with_respect_to_jumps_that_f_knows(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_given", [False, True], ids=["step_size", "times"])
-@pytest.mark.parametrize("name", ["ab4", "abm4", "am4", "bdf4"])
+@pytest.mark.parametrize(
+    ("name", "is_given"), [("ab4", False), ("ab4", True), ("abm4", False), ("am4", True), ("bdf4", False)]
+)
 def test_gradients_are_torchdiffeqs(name: str, is_given: bool) -> None:
     """With respect to y0, a parameter, outputs (one of them at a jump) and jumps, beside dopri5's."""
     torch.testing.assert_close(gradients_by(name, is_given), gradients_by("dopri5", False), rtol=1e-4, atol=2e-3)

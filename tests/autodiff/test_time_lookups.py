@@ -59,6 +59,7 @@ class ByState(nn.Module):
         {"method": "leapfrog", "backward": "reversible", "options": REGULAR},
         # Its filter looks up what func depends on before a block, too.
         {"method": "ab3", "grad_filter": CostateFilter("trapezoid", order="method")},
+        # The gradients of times as well.
         {"method": "abm2", "options": REGULAR},
     ],
     ids=["filtered", "reversible", "order", "several evaluations"],
@@ -66,16 +67,9 @@ class ByState(nn.Module):
 @pytest.mark.filterwarnings("ignore:a GridParameter of kind")
 def test_values_and_gradients_are_those_of_an_eager_solve(keywords: dict[str, Any]) -> None:
     func = Layers()
-    t = INSIDE if "options" in keywords else UNEQUAL
+    t = (INSIDE if "options" in keywords else UNEQUAL).clone().requires_grad_(keywords["method"] == "abm2")
     compiled = solved(func, start(), t, compile=TRACED, **keywords)
     assert_same(compiled, solved(func, start(), t, **keywords))
-
-
-@pytest.mark.slow
-def test_gradients_of_times_as_well() -> None:
-    func, t = Layers(), INSIDE.clone().requires_grad_()
-    compiled = solved(func, start(), t, "ab1", options=REGULAR, compile=TRACED)
-    assert_same(compiled, solved(func, start(), t, "ab1", options=REGULAR))
 
 
 def test_a_lookup_that_the_state_decides_on_is_left_to_the_blocks() -> None:

@@ -247,8 +247,8 @@ class TestGradients:
             [
                 ("bdf2", "autograd", None, 20),
                 ("bdf2", "autograd", "auto", 20),
-                ("am2", "checkpoint", "auto", len(GRID)),
-                ("bdf3", "checkpoint", None, len(GRID)),
+                ("am2", "checkpoint", "auto", 40),
+                ("bdf3", "checkpoint", None, 40),
             ],
         ),
     )

@@ -158,9 +158,12 @@ def test_latent_ode_is_judged_by_a_fine_solve_and_finds_the_same_again(tmp_path:
         assert f"| {name} | {found['evaluations']:.0f} | {found['loss']:.3f} |" in printed
         assert found["reported"] == pytest.approx(found["exact"], rel=0.01), name
         assert found["of the method"] < 0.05, name
-    # It finds the same again, but for the time.
-    again, _ = figures_of("latent_ode", tmp_path / "again")
-    assert again.keys() == figures.keys()
+    # It finds the same again, but for the time: by one of torchdiffeq's methods, and two of this package.
+    ways = ("rk4", "adams", "ab2")
+    again, _ = figures_of(
+        "latent_ode", tmp_path / "again", changed=lambda of: {"WAYS": {name: of["WAYS"][name] for name in ways}}
+    )
+    assert again.keys() == set(ways)
     for name, found in again.items():
         assert found.pop("seconds") > 0
         assert found == {what: value for what, value in figures[name].items() if what != "seconds"}, name

@@ -27,6 +27,8 @@ FEWEST = (16, 24, 40)
 LATE = (60, 100, 160)
 """Where two observations are neighbours, the errors of ab3 come to their order late."""
 TIGHT = 1e-12
+FINE = 1e-9
+"""For equations of implicit methods where errors are measured that are hundreds of times as large."""
 HIGH = [name for name in NAMES if ORDER[name] > 2]
 PROBLEMS = (LOTKA_VOLTERRA, EPIDEMIC, PENDULUM, VAN_DER_POL)
 
@@ -64,7 +66,7 @@ def test_order_at_every_node(name: str, grid: str, observations: str, problem: P
     if name == "ab3" and observations == "at neighbours":
         numbers = LATE
     for steps in numbers:
-        error, nodes = density_errors(name, wanted, grid, observations, problem, steps, TIGHT)
+        error, nodes = density_errors(name, wanted, grid, observations, problem, steps, FINE)
         errors.append(float(error[nodes].max()))
     assert order_of(errors, numbers) > reached(name, order) - 0.45, errors
     assert errors[-1] < 2e-3
@@ -75,7 +77,7 @@ def test_it_is_more_accurate_than_the_default_from_few_steps_on(name: str) -> No
     """And the more so the higher the order."""
     errors = []
     for order in (2, 3, "method"):
-        error, nodes = density_errors(name, CostateFilter(order=order), "growing", "four", LOTKA_VOLTERRA, 60, TIGHT)
+        error, nodes = density_errors(name, CostateFilter(order=order), "growing", "four", LOTKA_VOLTERRA, 60, FINE)
         errors.append(float(error[nodes].max()))
     assert errors[1] < 0.3 * errors[0]
     assert errors[2] < 0.5 * errors[1]
@@ -91,7 +93,10 @@ def test_of_a_method_of_second_order_or_first_it_is_the_default(name: str, order
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("name", "grid"), in_turn(["uniform", "growing"], few=1, fast=("ab3",), names=HIGH))
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    in_turn(["uniform", "growing"], few=1, fast=("ab3",), names=["nystrom3", "ab3", "ab5", "abm4", "am4", "bdf5"]),
+)
 def test_with_checkpoints_it_is_the_same(name: str, grid: str) -> None:
     nodes = GRIDS[grid](12, PENDULUM.horizon)
     found = []
@@ -131,8 +136,8 @@ def total_error(name: str, grid: str, observed: Sequence[float], order: int | st
         method=name,
         options={"grid_constructor": lambda func, y0, t: nodes},
         grad_filter=CostateFilter("trapezoid", order=order),
-        rtol=TIGHT,
-        atol=TIGHT,
+        rtol=FINE,
+        atol=FINE,
     )
     (0.5 * (states[1:] - torch.tensor(problem.target, dtype=F64)).square().sum()).backward()
     exact = total(problem, tuple(nodes[at].tolist()))
