@@ -19,6 +19,9 @@ from torchdiffeq_lmm import Checkpoint, GridParameter, Reversible
 from torchdiffeq_lmm.hosts.registration import ODE_SOLVERS
 from torchdiffeq_lmm.parameters.grid_parameter import parameters_of
 
+# Rows that are not those of steps do no harm to what is compared here.
+pytestmark = pytest.mark.filterwarnings("ignore:a GridParameter of kind")
+
 DEVICES = ["meta", "cuda"] if torch.cuda.is_available() else ["meta"]
 PACKAGE = Path(torchdiffeq_lmm.__file__).parent
 FACTORIES = {

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 import torchdiffeq_lmm
 from torchdiffeq_lmm import GridParameter, Reversible
 
+# Rows that are not those of steps do no harm to what is compared here.
+pytestmark = pytest.mark.filterwarnings("ignore:a GridParameter of kind")
+
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"method": "ab3"},
     "filter": {"method": "leapfrog", "grad_filter": "auto"},

@@ -138,6 +138,7 @@ def optimised() -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a GridParameter of kind")
 def test_python_without_asserts_gives_the_same_gradients(optimised: dict[str, list[float]]) -> None:
     wanted = gradients()
     assert optimised.keys() == wanted.keys()
