@@ -278,17 +278,18 @@ def _all_but_size(x: Tensor) -> Any:
 
 def _without_checkpoints(graph: Any) -> None:
     """Evaluate what func has in `torch.utils.checkpoint` directly: blocks decide for themselves what is made again."""
+    checkpoint = torch.ops.higher_order.tag_activation_checkpoint
     for part in [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]:
-        for node in part.graph.find_nodes(
-            op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint, sort=False
-        ):
+        nodes = part.graph.find_nodes(op="call_function", target=checkpoint, sort=False)
+        for node in nodes:
             body, *inputs = node.args
             with part.graph.inserting_before(node):
                 made = part.graph.call_module(body.target, tuple(inputs))
             made.meta.update(node.meta)
             node.replace_all_uses_with(made)
             part.graph.erase_node(node)
-        part.recompile()
+        if nodes:
+            part.recompile()
 
 
 def _not_scalar(tensor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from torchdiffeq_lmm.forward.tolerances import check_max_num_steps, event_tolera
 from torchdiffeq_lmm.schemes.variable_order import VariableOrderFamily
 
 from .compile_checks import refuse_compile
-from .grid_checks import Nodes, checked_rows
+from .grid_checks import Nodes, asks_for_nodes, checked_rows
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
 from .torchdiffeq_host import find_event, warn_of_unused_options
 
@@ -209,7 +209,8 @@ class AdaptiveSolver(DifferentiableSolver):
                 outputs += [goal.output(i, each[first + i], found) for i in range(last - first)]
                 x = self._end_of(source, goal.span, end, found)
                 keepers.append(keeper)
-                nodes.append((torch.tensor(source.times, dtype=torch.float64, device="cpu"), True))
+                if asks_for_nodes(self.grad_filter):
+                    nodes.append((torch.tensor(source.times, dtype=torch.float64, device="cpu"), True))
         self._warn_of_failures(x)
         return stack([self.y0, *outputs], keepers)
 

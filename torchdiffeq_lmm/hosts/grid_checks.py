@@ -15,6 +15,11 @@ Nodes = tuple[Tensor, bool]
 """Those of a piece, in the solver's time, and whether func is evaluated at the last one."""
 
 
+def asks_for_nodes(grad_filter: object) -> bool:
+    """Whether `checked_rows` looks at the nodes of a solve."""
+    return isinstance(grad_filter, CostateFilter) and torch.is_grad_enabled()
+
+
 @contextmanager
 def checked_rows(grad_filter: object, method: str, direction: float, pieces: Sequence[Nodes]) -> Iterator[None]:
     """Warn, once the solve within has been made, where a grid parameter has other rows than it needs.
@@ -25,7 +30,7 @@ def checked_rows(grad_filter: object, method: str, direction: float, pieces: Seq
         direction: of its time, 1 or -1.
         pieces: the nodes of all pieces, which may be added within; of several, between jumps, nothing is said.
     """
-    if not (isinstance(grad_filter, CostateFilter) and torch.is_grad_enabled()):
+    if not asks_for_nodes(grad_filter):
         yield
         return
     with noted_lookups() as noted:

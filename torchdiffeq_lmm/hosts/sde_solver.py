@@ -43,7 +43,7 @@ from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.unrolling import start_length
 
 from .compile_checks import refuse_compile
-from .grid_checks import checked_rows
+from .grid_checks import asks_for_nodes, checked_rows
 from .sharding_checks import refuse_sharded
 from .torchsde_host import HostedSDE, unwrap_sde, warn_of_unused_sde_options
 
@@ -241,7 +241,7 @@ class MultistepSDESolver:
         node = offset
         rows = recurrence.rows[first:]
         is_alone = step_before is None and step_after is None
-        nodes = [(grid.nodes, recurrence.sees_end)] if is_alone else []
+        nodes = [(grid.nodes, recurrence.sees_end)] if is_alone and asks_for_nodes(self.grad_filter) else []
         with checked_rows(self.grad_filter, method.name, 1, nodes):
             for state, made in march(history, rows, noise.evaluate, steps.solve_implicit, first, noise):
                 if not recurrence.rows[state - 1].is_node:

@@ -51,7 +51,7 @@ from torchdiffeq_lmm.schemes.unrolling import unroll
 
 from .compile_checks import check_compile, check_compiled_solve, resolve_compiled_backward, resolve_compiled_params
 from .compiled_grids import PLANNED_GRIDS, PlannedGrid, grid_key
-from .grid_checks import checked_rows
+from .grid_checks import asks_for_nodes, checked_rows
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
 from .torchdiffeq_host import MAX_EVENT_STEPS, find_event, warn_of_unused_options
 
@@ -201,8 +201,9 @@ class MultistepSolver(DifferentiableSolver):
             FixedSteps(piece, rows, self._sides, t) for piece, rows in zip(pieces, self._rows(pieces), strict=True)
         ]
         # No tensor that grows with the number of steps is held without need.
-        first = sources[0].recurrence
-        nodes = [(pieces[0].nodes, first.sees_end)] if len(pieces) == 1 and first.is_at_nodes else []
+        nodes = []
+        if len(pieces) == 1 and asks_for_nodes(self.grad_filter) and sources[0].recurrence.is_at_nodes:
+            nodes.append((pieces[0].nodes, sources[0].recurrence.sees_end))
         del pieces
         x, outputs, keepers = self.y0, [], []
         around, solver = [None, *sources, None], self._solver_of_grid()

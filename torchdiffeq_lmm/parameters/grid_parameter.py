@@ -165,9 +165,10 @@ class GridParameter(nn.Module):
         elif not isinstance(t, int | float):
             raise TypeError(f"t must be a number or a real tensor, got {t!r}")
         is_single = not isinstance(t, Tensor) or t.ndim == 0
-        if not torch.compiler.is_compiling():
+        is_traced = torch.compiler.is_compiling()
+        if not is_traced:
             note(self)
-        if not is_single or self.values.device.type != "cpu" or torch.compiler.is_compiling():
+        if not is_single or self.values.device.type != "cpu" or is_traced:
             return self._at_all(t)
         time = self._sign * float(t.detach() if isinstance(t, Tensor) else t)
         _check_is_number(time != time)
