@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import torchdiffeq_lmm
 from torchdiffeq_lmm import Compile, GridParameter
-from torchdiffeq_lmm.autodiff import compiled_blocks
+from torchdiffeq_lmm.autodiff import compiled_functions
 
 NEEDS_TORCH = pytest.mark.skipif(
     tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11),
@@ -83,6 +83,6 @@ def assert_same(one: list[Tensor], other: list[Tensor], tolerance: float = 1e-12
 @contextmanager
 def compiling(count: int) -> Iterator[None]:
     """Assert that so many functions are compiled within."""
-    before = compiled_blocks.compilations
+    before = compiled_functions.compilations
     yield
-    assert compiled_blocks.compilations - before == count
+    assert compiled_functions.compilations - before == count

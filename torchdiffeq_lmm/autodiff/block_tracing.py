@@ -90,7 +90,7 @@ def axis_apart(func: CapturedFunc, like: Shapes) -> int:
     axis = few_components(like.x)
     if not axis:
         return 0
-    fakes = _Fakes(like._replace(axis=axis))
+    fakes = Fakes(like._replace(axis=axis))
 
     def run(time: Tensor, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -120,7 +120,7 @@ def trace_forward(func: CapturedFunc, pattern: Pattern, like: Shapes) -> TracedB
         end, nodes = forward_block(func, pattern, window, BlockNumbers.of(*numbers), tensors, like.axis)
         return (*end, nodes)
 
-    fakes = _Fakes(like)
+    fakes = Fakes(like)
     return fakes.traced(run, [*fakes.window(pattern.begins), *fakes.numbers(pattern).flat, *fakes.tensors])
 
 
@@ -131,7 +131,7 @@ def trace_backwards(func: CapturedFunc, pattern: Pattern, like: Shapes) -> Trace
         window, numbers, tensors = parts_of(flat, (1 + sum(pattern.ends), like.numbers))
         return reversed_block(func, pattern, window, BlockNumbers.of(*numbers), tensors, like.axis)
 
-    fakes = _Fakes(like)
+    fakes = Fakes(like)
     return fakes.traced(run, [*fakes.window(pattern.ends), *fakes.numbers(pattern).flat, *fakes.tensors])
 
 
@@ -163,7 +163,7 @@ def trace_adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like:
         )
         return (*end, nodes, *(tensor for part in found for tensor in part))
 
-    fakes, rows = _Fakes(like), len(pattern.rows)
+    fakes, rows = Fakes(like), len(pattern.rows)
     filters: list[Tensor] = []
     if kind.order:
         filters.append(fakes.empty(rows, AROUND + pattern.reach, dtype=torch.float64))
@@ -190,7 +190,7 @@ def trace_adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like:
     return replace(joint, graph=parts.adjoint, inputs=[*inputs, *parts.kept], forward=forward, keeps=bool(parts.kept))
 
 
-class _Fakes:
+class Fakes:
     """Tensors without memory, to trace with.
 
     Args:

@@ -1,29 +1,24 @@
 """Blocks of a captured func, traced and compiled once: then they serve for any steps, times, values and batch sizes."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.schemes.block_rows import Pattern
 
-from .block_tracing import Shapes, TracedBlock, axis_apart, parts_of, trace_adjoint, trace_backwards, trace_forward
+from .block_tracing import axis_apart, parts_of, trace_adjoint, trace_backwards, trace_forward
 from .block_values import AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
 from .compile_settings import Compile, Traced
+from .compiled_functions import CompiledFunctions
 from .func_capture import Dependencies
-
-Block = TypeVar("Block")
-
-compilations = 0
-"""How many functions have been compiled by this process."""
-
 
 Forward = Callable[..., tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]]
 """From the window, the numbers and the tensors to what `forward_block` returns, and what is kept for the adjoint."""
 
 
-class CompiledBlocks:
+class CompiledBlocks(CompiledFunctions):
     """The blocks of one func.
 
     Args:
@@ -37,27 +32,14 @@ class CompiledBlocks:
     """
 
     def __init__(self, dependencies: Dependencies, settings: Compile, x: Tensor, time: Tensor, keeps: bool) -> None:
-        self._func = dependencies.func
-        self._settings = settings
+        super().__init__(dependencies, settings, x, time)
         self._keeps = keeps
-        lookups = self._func.lookups
-        shapes = () if lookups is None else lookups.shapes
-        looked_up = (stack.detach().new_empty(shape) for stack, shape in zip(dependencies.stacks, shapes, strict=True))
-        self._like = Shapes(x.detach(), time.detach(), dependencies.tensors, tuple(looked_up), self._func.is_dynamic)
-        self._of_one_size: set[int] = self._func.made.setdefault((self._key, "of one size"), set())
-        if self._func.is_dynamic and len(x) in self._of_one_size:
-            self._like = self._like._replace(is_dynamic=False)
         key = self._key, "axis"
         if key not in self._func.made:
             with torch.no_grad():
                 self._func.made[key] = axis_apart(self._func, self._like)
         self.axis: int = self._func.made[key]
         self._like = self._like._replace(axis=self.axis)
-
-    @property
-    def _key(self) -> object:
-        x = self._like.x
-        return self._settings.key, x.shape[1:] if self._like.is_dynamic else x.shape, x.dtype, x.device
 
     def forward(self, pattern: Pattern) -> Forward:
         """`forward_block`, without the func and the pattern."""
@@ -70,17 +52,6 @@ class CompiledBlocks:
     def recorded(self, pattern: Pattern, kind: AdjointKind) -> "RecordedBlock":
         """A block for a solve that is differentiated: see `block_and_adjoint`."""
         return self._for_any_size(lambda: self._recorded(pattern, kind))
-
-    def _for_any_size(self, make: Callable[[], Block]) -> Block:
-        """What is made for a batch of any size or, where that cannot be, for this one."""
-        if self._like.is_dynamic:
-            try:
-                return make()
-            except RuntimeError:
-                # PyTorch has not every derivative and every kernel for symbols. If it is anything else it is so below.
-                self._of_one_size.add(len(self._like.x))
-                self._like = self._like._replace(is_dynamic=False)
-        return make()
 
     def _forward(self, pattern: Pattern) -> Forward:
         run, _ = self._made((pattern, None), lambda: trace_forward(self._func, pattern, self._like))
@@ -126,18 +97,6 @@ class CompiledBlocks:
             return AdjointValues(*parts_of(found, sizes))
 
         return RecordedBlock(_called(forward, pattern), adjoint)
-
-    def _made(self, key: object, traced: Callable[[], TracedBlock]) -> tuple[Traced, TracedBlock]:
-        global compilations
-        made = self._func.made
-        if (self._key, key) not in made:
-            with torch.no_grad():
-                block = traced()
-                made[self._key, key] = self._settings.compiled(block.graph, block.inputs), block
-            compilations += 1
-        found: tuple[Traced, TracedBlock] = made[self._key, key]
-        found[1].check(len(self._like.x) if self._like.is_dynamic else 0)
-        return found
 
 
 class RecordedBlock(NamedTuple):

@@ -20,7 +20,7 @@ from .compiled_blocks import CompiledBlocks
 from .compiled_solve import CompiledSolve, solve_compiled
 from .func_capture import Dependencies
 from .goals import Outputs
-from .kept_captures import capture_of
+from .kept_captures import dependencies_of
 from .piece import Piece, PieceSolver
 from .reversal import Reversible
 
@@ -102,7 +102,7 @@ class CompiledPieceSolver:
         self, planned: Schedule, y0: Tensor, weights: Tensor | None, times: Tensor | None, takes_slopes: bool
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """The same, and once more for slopes, what E sees of which a filter must be told from the rest."""
-        dependencies = self._dependencies(planned.time, y0)
+        dependencies = dependencies_of(self.hosted, self.vector_field, planned.time, y0, self.settings.dynamic)
         blocks = CompiledBlocks(dependencies, self.settings, y0, planned.time, keeps=self.backward == "autograd")
         records = torch.is_grad_enabled()
         wanted = self._wanted(dependencies) if records else set()
@@ -136,23 +136,6 @@ class CompiledPieceSolver:
             method,
             order=self.costate_filter.highest_order,
         )
-
-    def _dependencies(self, time: Tensor, y0: Tensor) -> Dependencies:
-        capture = capture_of(self.hosted.call)
-        captures = capture.captures
-        try:
-            found = capture.dependencies(self.hosted, time, y0, self.settings.dynamic)
-        except RuntimeError:
-            self._check_func(time, y0)
-            raise
-        if capture.captures > captures:
-            self._check_func(time, y0)
-        return found
-
-    def _check_func(self, time: Tensor, y0: Tensor) -> None:
-        """Raise the errors that func and its values may have in an eager solve, too."""
-        with torch.no_grad():
-            self.vector_field(time, y0.detach())
 
     def _wanted(self, dependencies: Dependencies) -> set[int]:
         """The tensors and stacks whose gradients are wanted, by id."""

@@ -4,7 +4,12 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
-from .func_capture import FuncCapture
+import torch
+from torch import Tensor
+
+from torchdiffeq_lmm.forward.vector_field import HostedFunction, VectorField
+
+from .func_capture import Dependencies, FuncCapture
 
 ByName = dict[str | None, FuncCapture]
 """The captures of an object, by the method that is solved with; None for the object itself."""
@@ -41,6 +46,37 @@ def capture_of(call: Any) -> FuncCapture:
     if name not in of_owner:
         of_owner[name] = FuncCapture()
     return of_owner[name]
+
+
+def dependencies_of(
+    hosted: HostedFunction, vector_field: VectorField, time: Tensor, y0: Tensor, dynamic: bool
+) -> Dependencies:
+    """What func depends on now: see `FuncCapture`.
+
+    Args:
+        hosted: the user's function.
+        vector_field: the same with its checks: what is wrong with func in an eager solve is said in the same words.
+        time, y0, dynamic: see there.
+
+    Raises:
+        RuntimeError: func cannot be captured.
+    """
+    capture = capture_of(hosted.call)
+    captures = capture.captures
+    try:
+        found = capture.dependencies(hosted, time, y0, dynamic)
+    except RuntimeError:
+        _check_func(vector_field, time, y0)
+        raise
+    if capture.captures > captures:
+        _check_func(vector_field, time, y0)
+    return found
+
+
+def _check_func(vector_field: VectorField, time: Tensor, y0: Tensor) -> None:
+    """Raise the errors that func and its values may have in an eager solve, too."""
+    with torch.no_grad():
+        vector_field(time, y0.detach())
 
 
 def _hand_on(of_class: type, of_owner: ByName) -> None:

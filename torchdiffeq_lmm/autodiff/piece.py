@@ -193,7 +193,7 @@ class Slopes:
         self._wanted = wanted
         self._evaluate = _evaluation_of(field, recorder, wanted or {})
         self.again = partial(StepEvaluator, field, solver.implicit, solver.method.name, source.user_time)
-        self.steps = self.again(self._evaluate)
+        self.steps = self.again(self._evaluate, records=recorder is not None)
 
     def __call__(self, state: int, x: Tensor) -> Tensor:
         """F at a state."""

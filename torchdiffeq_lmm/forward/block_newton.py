@@ -34,6 +34,8 @@ class BlockNewton:
         jacobian: makes the Jacobians.
         max_iterations: of substitution, and of Newton's method from one starting point.
         on_jacobian: called at every Jacobian, of all samples or some.
+        full: tried first: from the equations, a first iterate and samples that are left as they are to solutions and
+            for which samples they are.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class BlockNewton:
         jacobian: BlockJacobian,
         max_iterations: int,
         on_jacobian: Callable[[], object],
+        full: Callable[[Equations, Rows, Flags], tuple[Rows, Flags]] | None = None,
     ) -> None:
         self.tolerances = tolerances
         self._jacobian = jacobian
         self.max_iterations = max_iterations
         self._on_jacobian = on_jacobian
+        self._full = full
         self.uses_newton: Flags = np.zeros(count, bool)
         self.slow: Numbers = np.zeros(count)
         self.lipschitz: Numbers = np.full(count, np.inf)
@@ -70,24 +74,41 @@ class BlockNewton:
             CoupledError: f does not act on the samples independently.
         """
         with torch.no_grad():
-            self._reweigh(equations.weight)
-            self._steps += 1
-            solving = NewtonIteration(self, equations, starts, skipped)
+            if self._full is None:
+                return self._solve(equations, starts, skipped, persists)
+            d, solved = self._full(equations, starts[0], skipped)
+            slopes = (d - equations.c).div_(equations.weight)
+            if all_of(solved | skipped):
+                if equations.records:
+                    equations.iterate(equations.x + d)
+                nobody = np.zeros_like(skipped)
+                return Outcome(d, slopes, nobody, nobody, d, d)
+            # So that f is evaluated at their solutions, too.
+            mask = self._mask(solved, d)
+            starts = [torch.where(mask, d, start) for start in starts]
+            found = self._solve(equations, starts, skipped | solved, persists)
+            return found._replace(d=torch.where(mask, d, found.d), f=torch.where(mask, slopes, found.f))
+
+    def _solve(self, equations: Equations, starts: list[Rows], skipped: Flags, persists: bool) -> Outcome:
+        """The same, by Jacobians that are kept."""
+        self._reweigh(equations.weight)
+        self._steps += 1
+        solving = NewtonIteration(self, equations, starts, skipped)
+        solving.run()
+        if persists and len(starts) > 1 and any_of(solving.failed):
+            solving.begin_again(solving.other, solving.failed)
             solving.run()
-            if persists and len(starts) > 1 and any_of(solving.failed):
-                solving.begin_again(solving.other, solving.failed)
-                solving.run()
-            if persists and self._jacobian.is_exact and any_of(solving.failed):
-                # What auto-differentiation does not see of func, differences do.
-                unsolved = solving.failed
-                exact, self._jacobian = self._jacobian, self._jacobian.by_differences()
-                for start in (solving.first, solving.other)[: len(starts)]:
-                    if any_of(solving.failed):
-                        solving.begin_again(start, solving.failed)
-                        solving.run()
-                if (solving.failed == unsolved).all():
-                    self._jacobian = exact
-            return solving.outcome()
+        if persists and self._jacobian.is_exact and any_of(solving.failed):
+            # What auto-differentiation does not see of func, differences do.
+            unsolved = solving.failed
+            exact, self._jacobian = self._jacobian, self._jacobian.by_differences()
+            for start in (solving.first, solving.other)[: len(starts)]:
+                if any_of(solving.failed):
+                    solving.begin_again(start, solving.failed)
+                    solving.run()
+            if (solving.failed == unsolved).all():
+                self._jacobian = exact
+        return solving.outcome()
 
     @property
     def is_exact(self) -> bool:

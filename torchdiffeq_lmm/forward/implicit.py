@@ -14,6 +14,7 @@ entry. All else is an error.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -28,7 +29,7 @@ from .jacobian import Jacobian
 from .known_jacobian import Known, KnownPreconditioner
 from .krylov_newton import Failure, KrylovNewton
 from .linear import to_real
-from .newton_memory import Outcome
+from .newton_memory import FullNewton, Outcome
 from .newton_options import DEFAULT_NEWTON, Newton
 from .samples import Samples
 
@@ -68,6 +69,7 @@ class ImplicitSolver:
         known: what the user knows of the Jacobian of the whole state, which is one sample then.
         is_retried: whether a step that is not solved is tried anew, so that only samples that are NaN stay so.
         on_jacobian: called whenever a matrix is made for the Jacobian, of all samples or some.
+        full: Newton's method for all samples at once, tried first; None for none.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class ImplicitSolver:
         known: Known | None = None,
         is_retried: bool = False,
         on_jacobian: Callable[[], object] = lambda: None,
+        full: FullNewton | None = None,
     ) -> None:
         self._rtol = rtol
         self._atol = atol
@@ -95,6 +98,7 @@ class ImplicitSolver:
         self._known = known
         self._is_retried = is_retried
         self._on_jacobian = on_jacobian
+        self._full = full
         self._blocks: BlockNewton | None = None
         self._krylov: KrylovNewton | None = None
         self._uses_matrix = False
@@ -156,8 +160,9 @@ class ImplicitSolver:
             )
             tolerances = Tolerances(rtol, atol, self._options.tolerance, self._precision)
             jacobian = BlockJacobian(self._differentiable, self._precision)
+            full = None if self._full is None else partial(self._full.solve, samples, tolerances)
             self._blocks = BlockNewton(
-                samples.count, tolerances, jacobian, self._options.max_iterations, self._on_jacobian
+                samples.count, tolerances, jacobian, self._options.max_iterations, self._on_jacobian, full
             )
         lost = np.zeros(samples.count, bool)
         if self._on_failure == "nan" and samples.count > 1:
@@ -173,6 +178,8 @@ class ImplicitSolver:
             equation.weight,
             lambda of: samples.split(equation.slope(samples.join(of))),
             lambda of: samples.split(equation.iterate(samples.join(of))),
+            equation.time,
+            equation.records,
         )
         found = self._blocks.solve(equations, rows[2:], lost, persists)
         if any_of(found.failed) and (self._on_failure == "raise" or self._is_retried or samples.count == 1):

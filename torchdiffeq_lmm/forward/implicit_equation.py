@@ -71,12 +71,14 @@ class Equation(_Given):
         weight: b*.
         slope: f.
         iterate: f again, called once at every iterate; the last one is the solution, up to the tolerance.
-        time: what func is given for it; needed where something is known of the Jacobian.
+        time: what func is given for it; needed where something is known of the Jacobian, or func is compiled.
+        records: whether `iterate` does more than to return f.
     """
 
     slope: Slope
     iterate: Slope
     time: Tensor | None = None
+    records: bool = True
 
     def residual(self, d: Tensor, f: Tensor) -> Tensor:
         """By how much d misses the equation."""
@@ -98,10 +100,13 @@ class Equations(_Given):
         weight: b*.
         slope: f.
         iterate: f again, called at every iterate; the last call is at the solution, up to the tolerance.
+        time, records: as those of `Equation`.
     """
 
     slope: RowsFunction
     iterate: RowsFunction
+    time: Tensor | None = None
+    records: bool = True
 
 
 class Tolerances:
@@ -114,12 +119,13 @@ class Tolerances:
 
     Attributes:
         precision: as given.
+        part_of_rtol, part_of_atol: the fractions of the tolerances.
         rounding: how much of a tolerance is rounding, at most.
     """
 
     def __init__(self, rtol: float | Tensor, atol: float | Tensor, fraction: float, precision: float) -> None:
         self._rtol, self._atol = rtol, atol
-        self._part_of_rtol, self._part_of_atol = fraction * rtol, fraction * atol
+        self.part_of_rtol, self.part_of_atol = fraction * rtol, fraction * atol
         self.precision = precision
         part = fraction * float(rtol.min() if isinstance(rtol, Tensor) else rtol)
         self.rounding = min(1.0, ROUNDING * precision / part) if part > 0 else 1.0
@@ -132,9 +138,7 @@ class Tolerances:
             change: |d - c|.
             dtype: of the state.
         """
-        rounding = (ROUNDING * torch.finfo(dtype).eps) * level
-        rounding.add_((ROUNDING * self.precision) * change).add_(ROUNDING * least(dtype))
-        return torch.maximum(self._part_of_rtol * level + self._part_of_atol, rounding)
+        return tolerance_of(self.part_of_rtol, self.part_of_atol, self.precision, level, change, dtype)
 
     def scale(self, level: Tensor, d: Rows, c: Rows) -> Tensor:
         """Sizes by which corrections of one sample are compared, nowhere 0; `level` as above."""
@@ -143,6 +147,20 @@ class Tolerances:
         scale = torch.maximum(self._atol + self._rtol * level, rounding)
         floor = eps * level.amax(1, keepdim=True)
         return torch.where(scale > 0, scale, torch.where(floor > 0, floor, 1.0))
+
+
+def tolerance_of(
+    part_of_rtol: float | Tensor,
+    part_of_atol: float | Tensor,
+    precision: float,
+    level: Tensor,
+    change: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `Tolerances.of`."""
+    rounding = (ROUNDING * torch.finfo(dtype).eps) * level
+    rounding.add_((ROUNDING * precision) * change).add_(ROUNDING * least(dtype))
+    return torch.maximum(part_of_rtol * level + part_of_atol, rounding)
 
 
 def size_of(x: Rows) -> Tensor:

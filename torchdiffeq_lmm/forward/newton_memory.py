@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from .implicit_equation import Equations, Flags, Numbers, Rows, Tolerances
+from .samples import Samples
 
 
 class Outcome(NamedTuple):
@@ -72,6 +73,15 @@ class Memory(Protocol):
 
     def has_block(self) -> Flags:
         """Return which samples have a Jacobian."""
+
+
+class FullNewton(Protocol):
+    """Newton's method for all samples at once, with Jacobians of every iterate."""
+
+    def solve(
+        self, samples: Samples, tolerances: Tolerances, equations: Equations, start: Rows, skipped: Flags
+    ) -> tuple[Rows, Flags]:
+        """Return the solutions d, and for which samples they are, those that are skipped aside."""
 
 
 class Iterate(NamedTuple):

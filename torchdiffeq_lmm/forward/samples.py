@@ -49,6 +49,11 @@ class Samples:
         """How many samples there are."""
         return prod(self.shapes[0][: self.dims])
 
+    @cached_property
+    def entries(self) -> int:
+        """How many entries a sample has."""
+        return sum(prod(shape[self.dims :]) for shape in self.shapes)
+
     def split(self, y: Tensor) -> Tensor:
         """The state with a row for each sample, of shape (S, D)."""
         if len(self.shapes) == 1:

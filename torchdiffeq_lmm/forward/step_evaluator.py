@@ -30,6 +30,7 @@ class StepEvaluator:
         name: the method's, for messages.
         user_time: from the number of a state to what func is given for its time.
         evaluate: f at a state of the recurrence.
+        records: whether that does more than to return f.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class StepEvaluator:
         name: str,
         user_time: Callable[[int], Tensor],
         evaluate: EvaluateAt,
+        records: bool = True,
     ) -> None:
         self._f = f
         self._make_implicit = implicit
@@ -46,6 +48,7 @@ class StepEvaluator:
         self._name = name
         self._user_time = user_time
         self._evaluate = evaluate
+        self._records = records
 
     def __call__(self, state: int, x: Tensor) -> Tensor:
         """F at a state."""
@@ -71,5 +74,6 @@ class StepEvaluator:
             slope=lambda y: self._f(user_time, y),
             iterate=lambda y: self._evaluate(state, user_time, y),
             time=user_time,
+            records=self._records,
         )
         return self._implicit.solve(equation, guess, lambda: f"of method {self._name!r} at t = {float(user_time):.6g}")

@@ -8,7 +8,11 @@ from torch import Tensor
 from torchdiffeq_lmm.autodiff.backward_modes import resolve_backward
 from torchdiffeq_lmm.autodiff.compiled_piece import CompiledBackward
 from torchdiffeq_lmm.autodiff.reversal import Reversible
+from torchdiffeq_lmm.autodiff.newton_iterate import MOST_ENTRIES
 from torchdiffeq_lmm.forward.autograd_state import refuse_tangents
+from torchdiffeq_lmm.forward.known_jacobian import Known
+from torchdiffeq_lmm.forward.newton_options import Newton
+from torchdiffeq_lmm.forward.samples import Samples
 from torchdiffeq_lmm.forward.vector_field import HostedFunction
 from torchdiffeq_lmm.schemes.methods import Method
 
@@ -21,15 +25,15 @@ _OLDEST = (2, 11)
 def refuse_compile(given: object, what: str) -> None:
     """Raise a ValueError if a solve that cannot be compiled is to be."""
     if given is not None and given is not False:
-        raise ValueError(f"compile is for ODEs and explicit methods with fixed steps, not for {what}, got {given!r}")
+        raise ValueError(f"compile is for ODEs and methods with fixed steps, not for {what}, got {given!r}")
 
 
-def check_compile(method: Method, hosted: HostedFunction, jump_t: object) -> None:
-    """Raise an error where a solve cannot be compiled.
+def check_compile(hosted: HostedFunction) -> None:
+    """Raise an error where nothing of a solve can be compiled.
 
     Raises:
         RuntimeError: PyTorch is too old, or a transform of torch.func is on.
-        ValueError: another option, or a sharded part of func, does not go with it.
+        ValueError: it is that of odeint_adjoint, or func has sharded parts.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _OLDEST:
@@ -39,11 +43,13 @@ def check_compile(method: Method, hosted: HostedFunction, jump_t: object) -> Non
         )
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError("compile does not support torch.func transforms of a solve; solve without compile")
-    if method.is_implicit:
-        raise ValueError(
-            f"compile is for explicit methods, got method {method.name!r}: how many iterations an implicit step takes "
-            f"depends on values. Compile func by itself, with torch.compile, or use an explicit method"
-        )
+    refuse_sharded(hosted.call, ["where compile is given, for PyTorch cannot trace what gathers it"])
+    if hosted.in_adjoint:
+        raise ValueError("compile must not be given to odeint_adjoint; use odeint, which needs as little memory then")
+
+
+def check_compiled_blocks(hosted: HostedFunction, jump_t: object) -> None:
+    """Raise a ValueError where another option does not go with compiled blocks."""
     if jump_t is not None:
         raise ValueError("jump_t must not be given where compile is; solve from jump to jump, or without compile")
     if hosted.callback_step is not None:
@@ -51,9 +57,31 @@ def check_compile(method: Method, hosted: HostedFunction, jump_t: object) -> Non
             "func must have no callback_step where compile is given: steps have no beginning in Python that could call "
             "it; leave one of both out"
         )
-    refuse_sharded(hosted.call, ["where compile is given, for PyTorch cannot trace what gathers it"])
-    if hosted.in_adjoint:
-        raise ValueError("compile must not be given to odeint_adjoint; use odeint, which needs as little memory then")
+
+
+def check_compiled_newton(y0: Tensor, samples: Samples, newton: Newton, known: Known | None) -> None:
+    """Raise an error where the equations of implicit steps cannot be solved by a compiled function.
+
+    Raises:
+        TypeError: the dtype of the state has no such functions.
+        ValueError: samples have too many entries, or another option does not go with it.
+    """
+    if y0.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"y0 must be float32 or float64 where compile is given and steps are implicit, got {y0.dtype}; solve "
+            f"without compile"
+        )
+    if known is not None:
+        raise ValueError(
+            "jac_sparsity, jac and preconditioner must not be given where compile is: a compiled function makes "
+            "Jacobians by itself; leave one of both out"
+        )
+    if samples.entries > MOST_ENTRIES or not newton.allows_blocks(samples.count, samples.entries):
+        raise ValueError(
+            f"compile is for samples of at most {MOST_ENTRIES} entries where steps are implicit, and for those that "
+            f"matrix_limit of Newton allows for, got {samples.entries}, y0 having {samples.dims} dimensions of samples; "
+            f"say by batch_dims if there are more, or solve without compile"
+        )
 
 
 def resolve_compiled_backward(method: Method, backward: object) -> CompiledBackward:

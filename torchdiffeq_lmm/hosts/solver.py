@@ -11,6 +11,7 @@ from torch import Tensor
 from torchdiffeq_lmm.autodiff.autograd_function import stack
 from torchdiffeq_lmm.autodiff.compilation import eager
 from torchdiffeq_lmm.autodiff.compile_settings import resolve_compile
+from torchdiffeq_lmm.autodiff.compiled_newton import CompiledNewton
 from torchdiffeq_lmm.autodiff.compiled_piece import CompiledPieceSolver
 from torchdiffeq_lmm.autodiff.goals import Outputs, Search, UntilEvent, smoothed
 from torchdiffeq_lmm.autodiff.piece import Piece, PieceSolver
@@ -49,7 +50,14 @@ from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 from torchdiffeq_lmm.schemes.unrolling import unroll
 
-from .compile_checks import check_compile, check_compiled_solve, resolve_compiled_backward, resolve_compiled_params
+from .compile_checks import (
+    check_compile,
+    check_compiled_blocks,
+    check_compiled_newton,
+    check_compiled_solve,
+    resolve_compiled_backward,
+    resolve_compiled_params,
+)
 from .compiled_grids import PLANNED_GRIDS, PlannedGrid, grid_key
 from .grid_checks import asks_for_nodes, checked_rows
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
@@ -143,8 +151,9 @@ class MultistepSolver(DifferentiableSolver):
         check_max_num_steps(max_num_steps)
         equations = ImplicitOptions(batch_dims, on_failure, newton, jac_sparsity, jac, preconditioner)
         settings = resolve_compile(compile)
+        in_blocks = settings is not None and not self.method.is_implicit
         # Blocks find out by themselves what func depends on, and have backward passes of their own.
-        own = (backward, adjoint_params) if settings is None else ("autograd", None)
+        own = ("autograd", None) if in_blocks else (backward, adjoint_params)
         gradients = GradientOptions(grad_filter, *own)
         super().__init__(func, y0, tolerances, perturb, jump_t, equations, gradients)
         self.step_size = step_size
@@ -154,10 +163,16 @@ class MultistepSolver(DifferentiableSolver):
         self.max_num_steps = max_num_steps
         self._max_event_steps = MAX_EVENT_STEPS if max_num_steps is None else max_num_steps
         self._sides = Sides(self._vector_field, perturb)
-        self._compile = settings
-        self._adjoint_params = resolve_compiled_params(adjoint_params) if settings is not None else None
+        # Of blocks, or of the equations of implicit steps.
+        self._compile = settings if in_blocks else None
+        self._compile_newton = None if in_blocks else settings
         if settings is not None:
-            check_compile(self.method, self._hosted, jump_t)
+            check_compile(self._hosted)
+        if self._compile_newton is not None:
+            check_compiled_newton(self.y0, self._samples, newton, self._known)
+        self._adjoint_params = resolve_compiled_params(adjoint_params) if in_blocks else None
+        if in_blocks:
+            check_compiled_blocks(self._hosted, jump_t)
             self._backward = resolve_compiled_backward(self.method, backward)
         self._is_smooth = isinstance(self.grad_filter, SmoothFilter)
         left_slopes = perturb and not self.method.is_implicit
@@ -300,7 +315,11 @@ class MultistepSolver(DifferentiableSolver):
         yield UnboundedSteps(last, h, beginning, sides)
 
     def _solver(self) -> PieceSolver:
-        return self._pieces(self._max_event_steps, self._hosted.callback_step)
+        full_newton = None
+        if self._compile_newton is not None:
+            check_compiled_solve(self._hosted, self.y0)
+            full_newton = CompiledNewton(self._compile_newton, self._hosted, self._vector_field)
+        return self._pieces(self._max_event_steps, self._hosted.callback_step, full_newton=full_newton)
 
     def _grid_key(self, t: Tensor) -> Hashable | None:
         """What a compiled solve knows a grid by; None where it does not."""

@@ -14,6 +14,7 @@ from torchdiffeq_lmm.forward.autograd_state import savable
 from torchdiffeq_lmm.forward.implicit import ImplicitSolver, OnFailure, check_on_failure
 from torchdiffeq_lmm.forward.jumps import Jumps, jumps_of
 from torchdiffeq_lmm.forward.known_jacobian import known_jacobian
+from torchdiffeq_lmm.forward.newton_memory import FullNewton
 from torchdiffeq_lmm.forward.newton_options import Newton, check_newton
 from torchdiffeq_lmm.forward.quadrature import QuadratureSolver
 from torchdiffeq_lmm.forward.samples import BatchDims, Systems, samples_of, warn_of_failures
@@ -137,11 +138,13 @@ class DifferentiableSolver:
         max_steps: int,
         callback_step: Callable[[Tensor, Tensor, Tensor], object] | None,
         tolerance: Callable[[Tensor], Tensor] | None = None,
+        full_newton: FullNewton | None = None,
     ) -> PieceSolver:
         """What solves the pieces of one solve; it does not hold the solver, for the backward pass may hold it.
 
         Args:
             max_steps, callback_step, tolerance: see `PieceSolver`.
+            full_newton: see `ImplicitSolver`.
         """
         field, options = self._vector_field, self._equations
         # Once more, for the backward pass, steps are made without a graph, but by the same iterations.
@@ -162,6 +165,7 @@ class DifferentiableSolver:
             self._known,
             self.chooses_steps,
             field.count_jacobian,
+            full_newton,
         )
         return PieceSolver(
             vector_field=field,

@@ -1,0 +1,111 @@
+"""Newton's method of implicit steps by a compiled function: an iterate of all samples is one call.
+
+What it does not solve in a few iterations is left to the iterations of `block_newton`, which take more care and more
+time. So what becomes of a sample does not depend on the others here either.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchdiffeq_lmm.forward.implicit_equation import Equations, Flags, Rows, Tolerances
+from torchdiffeq_lmm.forward.linear import noise
+from torchdiffeq_lmm.forward.samples import Samples
+from torchdiffeq_lmm.forward.vector_field import HostedFunction, VectorField
+
+from .compile_settings import Compile, Traced
+from .compiled_functions import CompiledFunctions
+from .func_capture import Dependencies
+from .kept_captures import dependencies_of
+from .newton_iterate import Given, Iterates
+from .newton_tracing import trace_newton
+
+_MOST = 8
+"""Where Newton's method converges it takes no more iterations, as a rule."""
+
+
+class CompiledNewton:
+    """Solves the equations of the implicit steps of one solve.
+
+    Args:
+        settings: how to compile.
+        hosted: the user's function.
+        vector_field: the same with its checks.
+    """
+
+    def __init__(self, settings: Compile, hosted: HostedFunction, vector_field: VectorField) -> None:
+        self._settings = settings
+        self._hosted = hosted
+        self._vector_field = vector_field
+        self._known: tuple[Callable[..., Any], Dependencies, Tensor, Tensor, Tensor] | None = None
+
+    def solve(
+        self, samples: Samples, tolerances: Tolerances, equations: Equations, start: Rows, skipped: Flags
+    ) -> tuple[Rows, Flags]:
+        """See `forward.newton_memory.FullNewton`.
+
+        Raises:
+            RuntimeError: func cannot be compiled, or does not act on the samples independently.
+        """
+        assert equations.time is not None
+        x, c, d = (samples.join(rows) for rows in (equations.x, equations.c, start))
+        if self._known is None:
+            self._known = self._made(samples, tolerances, x, equations.time)
+        run, dependencies, rtol, atol, numbers = self._known
+        weight = torch.full((), equations.weight, dtype=torch.float64, device=x.device)
+        given = Given(x, c, weight, rtol, atol, numbers)
+        done = torch.from_numpy(skipped).to(x.device)[:, None]
+        iterates = Iterates(d, torch.zeros_like(d), torch.full_like(d, torch.inf), done)
+        rest = (equations.time, *dependencies.tensors, *_looked_up(dependencies, equations.time))
+        left = len(skipped)
+        for _ in range(_MOST):
+            *found, counts = run(*given, *iterates, *rest)
+            iterates = Iterates(*found)
+            left, coupled = counts.tolist()
+            if coupled:
+                raise RuntimeError(
+                    f"compile needs a func that acts on samples independently where steps are implicit, got one in "
+                    f"which others have a part in f of {coupled} of {len(skipped)} samples. options={{'batch_dims': n}} "
+                    f"says how many leading dimensions count samples; or solve without compile"
+                )
+            if not left:
+                break
+        solved = iterates.done[:, 0].cpu().numpy() & ~skipped if left else ~skipped
+        return samples.split(iterates.d), solved
+
+    def _made(
+        self, samples: Samples, tolerances: Tolerances, x: Tensor, time: Tensor
+    ) -> tuple[Traced, Dependencies, Tensor, Tensor, Tensor]:
+        # Derivatives are taken whether the solve itself is differentiated or not.
+        with torch.inference_mode(False), torch.enable_grad():
+            dependencies = dependencies_of(self._hosted, self._vector_field, time, x, self._settings.dynamic)
+            function = _CompiledIterate(dependencies, self._settings, x, time)
+            rtol, atol = (
+                samples.join(part) if isinstance(part, Tensor) else torch.full((), part, dtype=x.dtype, device=x.device)
+                for part in (tolerances.part_of_rtol, tolerances.part_of_atol)
+            )
+            run = function.of(samples, tolerances.precision, (rtol.ndim > 0, atol.ndim > 0))
+        return run, dependencies, rtol, atol, samples.join(noise(samples.split(x), 1))
+
+
+class _CompiledIterate(CompiledFunctions):
+    def of(self, samples: Samples, precision: float, of_entries: tuple[bool, bool]) -> Traced:
+        key = "newton", samples.entries, len(samples.shapes), precision, of_entries
+        return self._for_any_size(
+            lambda: self._made(key, lambda: trace_newton(self._func, samples, precision, of_entries, self._like))[0]
+        )
+
+
+def _looked_up(dependencies: Dependencies, time: Tensor) -> list[Tensor]:
+    """What func looks up by the time."""
+    lookups = dependencies.func.lookups
+    if lookups is None:
+        return []
+    rows = lookups.rows_at(time.reshape(1), dependencies.of_lookups)
+    return [
+        stack.detach().index_select(0, of_stack.reshape(-1)).reshape(shape)
+        for stack, of_stack, shape in zip(dependencies.stacks, rows, lookups.shapes, strict=True)
+    ]
