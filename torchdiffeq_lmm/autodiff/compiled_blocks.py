@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchdiffeq_lmm.schemes.block_rows import Pattern
 
-from .block_tracing import axis_apart, parts_of, trace_adjoint, trace_backwards, trace_forward
+from .block_tracing import parts_of, trace_adjoint, trace_backwards, trace_forward
 from .block_values import AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
 from .compile_settings import Compile, Traced
 from .compiled_functions import CompiledFunctions
@@ -34,12 +34,7 @@ class CompiledBlocks(CompiledFunctions):
     def __init__(self, dependencies: Dependencies, settings: Compile, x: Tensor, time: Tensor, keeps: bool) -> None:
         super().__init__(dependencies, settings, x, time)
         self._keeps = keeps
-        key = self._key, "axis"
-        if key not in self._func.made:
-            with torch.no_grad():
-                self._func.made[key] = axis_apart(self._func, self._like)
-        self.axis: int = self._func.made[key]
-        self._like = self._like._replace(axis=self.axis)
+        self.axis = self._take_apart()
 
     def forward(self, pattern: Pattern) -> Forward:
         """`forward_block`, without the func and the pattern."""

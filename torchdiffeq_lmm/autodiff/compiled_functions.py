@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .block_tracing import Shapes, TracedBlock
+from .block_tracing import Shapes, TracedBlock, axis_apart
 from .compile_settings import Compile, Traced
 from .func_capture import Dependencies
 
@@ -35,6 +35,16 @@ class CompiledFunctions:
         self._of_one_size: set[int] = self._func.made.setdefault((self._key, "of one size"), set())
         if self._func.is_dynamic and len(x) in self._of_one_size:
             self._like = self._like._replace(is_dynamic=False)
+
+    def _take_apart(self) -> int:
+        """From now on the components of states lie apart, where func gains by it; the dimension, as `laid_out` has it."""
+        key = self._key, "axis"
+        if key not in self._func.made:
+            with torch.no_grad():
+                self._func.made[key] = axis_apart(self._func, self._like)
+        axis: int = self._func.made[key]
+        self._like = self._like._replace(axis=axis)
+        return axis
 
     @property
     def _key(self) -> object:

@@ -4,10 +4,8 @@ What it does not solve in a few iterations is left to the iterations of `block_n
 time. So what becomes of a sample does not depend on the others here either.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +20,21 @@ from .func_capture import Dependencies
 from .kept_captures import dependencies_of
 from .newton_iterate import Given, Iterates
 from .newton_tracing import trace_newton
+from .state_layout import few_components, laid_out
 
 _MOST = 8
 """Where Newton's method converges it takes no more iterations, as a rule."""
+
+
+class _Known(NamedTuple):
+    """What is the same for all steps: the compiled iterate, what func depends on, and parts of `Given`."""
+
+    run: Traced
+    dependencies: Dependencies
+    axis: int
+    rtol: Tensor
+    atol: Tensor
+    noise: Tensor
 
 
 class CompiledNewton:
@@ -40,7 +50,7 @@ class CompiledNewton:
         self._settings = settings
         self._hosted = hosted
         self._vector_field = vector_field
-        self._known: tuple[Callable[..., Any], Dependencies, Tensor, Tensor, Tensor] | None = None
+        self._known: _Known | None = None
 
     def solve(
         self, samples: Samples, tolerances: Tolerances, equations: Equations, start: Rows, skipped: Flags
@@ -51,16 +61,19 @@ class CompiledNewton:
             RuntimeError: func cannot be compiled, or does not act on the samples independently.
         """
         assert equations.time is not None
-        x, c, d = (samples.join(rows) for rows in (equations.x, equations.c, start))
         if self._known is None:
-            self._known = self._made(samples, tolerances, x, equations.time)
-        run, dependencies, rtol, atol, numbers = self._known
+            self._known = self._made(samples, tolerances, samples.join(equations.x), equations.time)
+        run, dependencies, axis, rtol, atol, numbers = self._known
+        states = map(samples.join, (equations.x, equations.c, start))
+        x, c, d = (laid_out(state, state.ndim, axis) for state in states)
         weight = torch.full((), equations.weight, dtype=torch.float64, device=x.device)
         given = Given(x, c, weight, rtol, atol, numbers)
-        done = torch.from_numpy(skipped).to(x.device)[:, None]
-        iterates = Iterates(d, torch.zeros_like(d), torch.full_like(d, torch.inf), done)
+        done = torch.from_numpy(skipped).to(x.device)
+        nothing = torch.full_like(d, torch.nan)
+        iterates = Iterates(
+            d, torch.zeros_like(d), nothing, torch.full_like(d, torch.inf), done, torch.zeros_like(done)
+        )
         rest = (equations.time, *dependencies.tensors, *_looked_up(dependencies, equations.time))
-        left = len(skipped)
         for _ in range(_MOST):
             *found, counts = run(*given, *iterates, *rest)
             iterates = Iterates(*found)
@@ -73,25 +86,32 @@ class CompiledNewton:
                 )
             if not left:
                 break
-        solved = iterates.done[:, 0].cpu().numpy() & ~skipped if left else ~skipped
-        return samples.split(iterates.d), solved
+        return samples.split(iterates.d), iterates.done.cpu().numpy() & ~skipped
 
     def _made(
         self, samples: Samples, tolerances: Tolerances, x: Tensor, time: Tensor
-    ) -> tuple[Traced, Dependencies, Tensor, Tensor, Tensor]:
+    ) -> _Known:
         # Derivatives are taken whether the solve itself is differentiated or not.
         with torch.inference_mode(False), torch.enable_grad():
             dependencies = dependencies_of(self._hosted, self._vector_field, time, x, self._settings.dynamic)
-            function = _CompiledIterate(dependencies, self._settings, x, time)
-            rtol, atol = (
-                samples.join(part) if isinstance(part, Tensor) else torch.full((), part, dtype=x.dtype, device=x.device)
-                for part in (tolerances.part_of_rtol, tolerances.part_of_atol)
+            function = _CompiledIterate(dependencies, self._settings, samples, x, time)
+            rtol, atol, numbers = (
+                laid_out(samples.join(given), x.ndim, function.axis)
+                if isinstance(given, Tensor)
+                else torch.full((), given, dtype=x.dtype, device=x.device)
+                for given in (tolerances.part_of_rtol, tolerances.part_of_atol, noise(samples.split(x), 1))
             )
             run = function.of(samples, tolerances.precision, (rtol.ndim > 0, atol.ndim > 0))
-        return run, dependencies, rtol, atol, samples.join(noise(samples.split(x), 1))
+        return _Known(run, dependencies, function.axis, rtol, atol, numbers)
 
 
 class _CompiledIterate(CompiledFunctions):
+    def __init__(self, dependencies: Dependencies, settings: Compile, samples: Samples, x: Tensor, time: Tensor) -> None:
+        super().__init__(dependencies, settings, x, time)
+        # Where components of a state are entries of its samples.
+        is_matrix = len(samples.shapes) == 1 and samples.dims == 1 and x.ndim == 2
+        self.axis = self._take_apart() if is_matrix and few_components(x) == 1 else 0
+
     def of(self, samples: Samples, precision: float, of_entries: tuple[bool, bool]) -> Traced:
         key = "newton", samples.entries, len(samples.shapes), precision, of_entries
         return self._for_any_size(

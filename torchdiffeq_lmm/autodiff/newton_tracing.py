@@ -10,6 +10,7 @@ from torchdiffeq_lmm.forward.samples import Samples
 from .block_tracing import Fakes, Shapes, TracedBlock, parts_of
 from .func_capture import CapturedFunc
 from .newton_iterate import Given, Iterates, next_iterate
+from .state_layout import laid_out
 
 _GIVEN, _ITERATES = len(Given._fields), len(Iterates._fields)
 
@@ -29,17 +30,21 @@ def trace_newton(
     Raises:
         RuntimeError: func cannot be traced.
     """
-    size = samples.entries
+    is_tuple = len(samples.shapes) > 1
 
-    def split(state: Tensor) -> Tensor:
+    def split(state: Tensor) -> list[Tensor]:
         # Of a batch of any size the numbers of `samples` are not those.
-        return state.reshape(-1, size) if len(samples.shapes) == 1 else samples.split(state)
+        rows = samples.split(state) if is_tuple else state
+        return list((rows if rows.ndim == 2 else rows.reshape(-1, samples.entries)).unbind(1))
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
         given, iterates, (time,), tensors = parts_of(flat, (_GIVEN, _ITERATES, 1))
 
-        def join(rows: Tensor) -> Tensor:
-            return rows.reshape(given[0].shape) if len(samples.shapes) == 1 else samples.join(rows)
+        def join(entries: list[Tensor]) -> Tensor:
+            rows = laid_out(torch.stack(entries, 1), 2, like.axis)
+            if is_tuple:
+                return samples.join(rows)
+            return rows if given[0].ndim == 2 else rows.reshape(given[0].shape)
 
         latest, left = next_iterate(
             lambda y: func(time, y, tensors), split, join, precision, Given(*given), Iterates(*iterates)
@@ -52,10 +57,10 @@ def trace_newton(
         fakes.state() if is_of_entries else fakes.empty(dtype=like.x.dtype) for is_of_entries in of_entries
     ]
     with fakes.mode:
-        done = torch.empty_like(split(fakes.state())[:, :1], dtype=torch.bool)
+        masks = [torch.empty_like(split(fakes.state())[0], dtype=torch.bool) for _ in range(2)]
     inputs: list[Any] = [
         *(fakes.state(), fakes.state(), numbers, *tolerances, fakes.state()),
-        *(fakes.state(), fakes.state(), fakes.state(), done),
+        *(fakes.state(), fakes.state(), fakes.state(), fakes.state(), *masks),
         fakes.empty(*like.time.shape, dtype=like.time.dtype),
         *fakes.tensors,
         *(fakes.empty(*rows.shape, dtype=rows.dtype) for rows in like.looked_up),

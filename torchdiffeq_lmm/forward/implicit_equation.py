@@ -198,11 +198,10 @@ def is_rounding(
     y = x + d
     level = torch.maximum(x.abs(), y.abs())
     precision = tolerances.precision
-    own = torch.finfo(x.dtype).eps * (level + d.abs() + c.abs()) + precision * abs(weight) * f.abs()
-    own = ROUNDING * (own + least(x.dtype))
+    own = own_rounding(level, d, c, abs(weight) * f.abs(), precision)
     sizes = residual.abs() if but_for is None else residual.abs().where(~but_for, 0.0)
-    places = ((d - other).abs() / (precision * level)).nan_to_num_(nan=0.0).amax(1, keepdim=True).clamp_(min=1.0)
-    largest = (ROUNDING / places * (f_there - f).abs()).nan_to_num_(nan=0.0, posinf=0.0)
+    places = places_of(d - other, precision * level).amax(1, keepdim=True).clamp_(min=1.0)
+    largest = rounding_of(f_there - f, places)
     if seen is not None:
         largest = torch.maximum(largest, seen)
 
@@ -224,6 +223,36 @@ def is_rounding(
         # Entries where it has cancelled get fewer with every draw; others stay.
         pending &= (left > 0) & ((2 * left <= before) if seed else True)
     return found, largest
+
+
+def own_rounding(level: Tensor, d: Rows, c: Rows, part: Tensor, precision: float) -> Tensor:
+    """The rounding of d = c + b* f(x + d) itself.
+
+    Args:
+        level: max(|x|, |x + d|).
+        d, c: see `Equations`.
+        part: |b* f|.
+        precision: of f, relative.
+    """
+    own = torch.finfo(level.dtype).eps * (level + d.abs() + c.abs()) + precision * part
+    return ROUNDING * (own + least(d.dtype))
+
+
+def places_of(change: Tensor, place: Tensor) -> Tensor:
+    """A change of the state in units of the last place."""
+    places = change.abs() / place
+    return torch.where(places > 0, places, 0.0)
+
+
+def rounding_of(change: Tensor, places: Tensor) -> Tensor:
+    """What a change of the last place of the state makes of f, as seen by a change of f.
+
+    Args:
+        change: of f; where it is not finite nothing is seen.
+        places: by so many of them the state was changed, 1 at least.
+    """
+    seen = ROUNDING / places * change.abs()
+    return torch.where(seen < torch.inf, seen, 0.0)
 
 
 def is_substituted(size: Numbers | float, previous: Numbers | float, rate: Numbers | float) -> Flags:
