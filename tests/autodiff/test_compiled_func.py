@@ -389,7 +389,6 @@ def _transform() -> None:
 
 
 REFUSALS: dict[str, Callable[[], None]] = {
-    "implicit": lambda: refused("compile is for explicit methods, got method 'bdf2'", method="bdf2"),
     "adaptive": lambda: refused("not for method 'adams'", method="adams", options={"step_size": None}),
     "torchdiffeq's": lambda: refused("compile is for the methods of torchdiffeq_lmm", method="rk4"),
     "backward": lambda: refused(

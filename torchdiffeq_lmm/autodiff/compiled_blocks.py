@@ -3,16 +3,16 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.schemes.block_rows import Pattern
 
-from .block_tracing import parts_of, trace_adjoint, trace_backwards, trace_forward
+from .block_tracing import trace_adjoint, trace_backwards, trace_forward
 from .block_values import AdjointKind, AdjointValues, BlockNumbers, Cotangents, FilterNumbers
 from .compile_settings import Compile, Traced
 from .compiled_functions import CompiledFunctions
 from .func_capture import Dependencies
+from .tracing import parts_of
 
 Forward = Callable[..., tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]]
 """From the window, the numbers and the tensors to what `forward_block` returns, and what is kept for the adjoint."""

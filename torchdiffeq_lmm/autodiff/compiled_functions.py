@@ -6,9 +6,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .block_tracing import Shapes, TracedBlock, axis_apart
 from .compile_settings import Compile, Traced
 from .func_capture import Dependencies
+from .tracing import Shapes, TracedBlock, axis_apart
 
 Function = TypeVar("Function")
 
@@ -37,7 +37,7 @@ class CompiledFunctions:
             self._like = self._like._replace(is_dynamic=False)
 
     def _take_apart(self) -> int:
-        """From now on the components of states lie apart, where func gains by it; the dimension, as `laid_out` has it."""
+        """Have the components of states apart from now on, where func gains by it: their axis, as of `laid_out`."""
         key = self._key, "axis"
         if key not in self._func.made:
             with torch.no_grad():

@@ -77,20 +77,20 @@ class CompiledNewton:
         for _ in range(_MOST):
             *found, counts = run(*given, *iterates, *rest)
             iterates = Iterates(*found)
+            self._vector_field.count_evaluation()
+            self._vector_field.count_jacobian()
             left, coupled = counts.tolist()
             if coupled:
                 raise RuntimeError(
                     f"compile needs a func that acts on samples independently where steps are implicit, got one in "
-                    f"which others have a part in f of {coupled} of {len(skipped)} samples. options={{'batch_dims': n}} "
-                    f"says how many leading dimensions count samples; or solve without compile"
+                    f"which others have a part in f of {coupled} of {len(skipped)} samples. Say by batch_dims in "
+                    f"options how many leading dimensions count samples; or solve without compile"
                 )
             if not left:
                 break
         return samples.split(iterates.d), iterates.done.cpu().numpy() & ~skipped
 
-    def _made(
-        self, samples: Samples, tolerances: Tolerances, x: Tensor, time: Tensor
-    ) -> _Known:
+    def _made(self, samples: Samples, tolerances: Tolerances, x: Tensor, time: Tensor) -> _Known:
         # Derivatives are taken whether the solve itself is differentiated or not.
         with torch.inference_mode(False), torch.enable_grad():
             dependencies = dependencies_of(self._hosted, self._vector_field, time, x, self._settings.dynamic)
@@ -106,7 +106,9 @@ class CompiledNewton:
 
 
 class _CompiledIterate(CompiledFunctions):
-    def __init__(self, dependencies: Dependencies, settings: Compile, samples: Samples, x: Tensor, time: Tensor) -> None:
+    def __init__(
+        self, dependencies: Dependencies, settings: Compile, samples: Samples, x: Tensor, time: Tensor
+    ) -> None:
         super().__init__(dependencies, settings, x, time)
         # Where components of a state are entries of its samples.
         is_matrix = len(samples.shapes) == 1 and samples.dims == 1 and x.ndim == 2

@@ -22,7 +22,6 @@ from torchdiffeq_lmm.forward.implicit_equation import (
     tolerance_of,
 )
 
-
 MOST_ENTRIES = 8
 """Of samples with more entries, what is written out entry by entry takes long to compile."""
 
@@ -99,7 +98,8 @@ def next_iterate(
     rtol, atol = ([of] * len(x) if of.ndim == 0 else split(of) for of in (given.rtol, given.atol))
     y = [x_i + d_i for x_i, d_i in zip(x, d, strict=True)]
     level = [torch.maximum(x_i.abs(), y_i.abs()) for x_i, y_i in zip(x, y, strict=True)]
-    places = _largest(places_of(e, precision * l) for e, l in zip(correction, level, strict=True)).clamp(min=1.0)
+    places = _largest(places_of(of_d, precision * size) for of_d, size in zip(correction, level, strict=True))
+    places = places.clamp(min=1.0)
     floor = torch.finfo(dtype).eps * _largest(level)
     near, solved, sizes, least = [], [], [], []
     for i, (size, level_i) in enumerate(zip(map(torch.abs, value), level, strict=True)):
@@ -122,18 +122,13 @@ def next_iterate(
     lost = iterates.lost | ~(done | is_near | converges)
 
     left = torch.stack([(~(done | lost)).sum(), _are_coupled(rows, noise, products, precision).sum()])
-    latest = [
-        torch.where(iterates.done, old, new)
-        for olds, news in (
-            (d, [d_i + value_i for d_i, value_i in zip(d, value, strict=True)]),
-            (correction, value),
-            (before, f),
-            (rate, least),
-        )
-        for old, new in zip(olds, news, strict=True)
-    ]
-    parts = [latest[i : i + len(x)] for i in range(0, len(latest), len(x))]
-    return Iterates(*map(join, parts), done, lost), left
+
+    def latest(old: Entries, new: Entries) -> Tensor:
+        return join([torch.where(iterates.done, *of_entry) for of_entry in zip(old, new, strict=True)])
+
+    moved = [d_i + value_i for d_i, value_i in zip(d, value, strict=True)]
+    found = latest(d, moved), latest(correction, value), latest(before, f), latest(rate, least)
+    return Iterates(*found, done, lost), left
 
 
 def _less(a: Tensor, b: Tensor) -> Tensor:
@@ -154,9 +149,9 @@ def _are_coupled(rows: Sequence[Entries], noise: Entries, products: Entries, pre
     missed, terms = [], []
     for column, product in zip(zip(*rows, strict=True), products, strict=True):
         parts = [number * entry for number, entry in zip(noise, column, strict=True)]
-        missed.append((product - sum(parts[1:], parts[0])).abs())
-        terms.append(sum((part.abs() for part in parts[1:]), parts[0].abs()))
-    tolerance = precision**0.5 * _largest(terms)
+        missed.append((product - reduce(torch.add, parts)).abs())
+        terms.append(reduce(torch.add, map(torch.abs, parts)))
+    tolerance: Tensor = precision**0.5 * _largest(terms)
     return (_largest(missed) > tolerance) & (tolerance < torch.inf)
 
 

@@ -1,16 +1,14 @@
 """Traces an iterate of Newton's method for implicit steps: see `newton_iterate`."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.forward.samples import Samples
 
-from .block_tracing import Fakes, Shapes, TracedBlock, parts_of
 from .func_capture import CapturedFunc
 from .newton_iterate import Given, Iterates, next_iterate
 from .state_layout import laid_out
+from .tracing import Fakes, Shapes, TracedBlock, parts_of
 
 _GIVEN, _ITERATES = len(Given._fields), len(Iterates._fields)
 
@@ -52,17 +50,10 @@ def trace_newton(
         return (*latest, left)
 
     fakes = Fakes(like)
-    numbers = fakes.empty(dtype=torch.float64)
-    tolerances = [
-        fakes.state() if is_of_entries else fakes.empty(dtype=like.x.dtype) for is_of_entries in of_entries
-    ]
+    weight = fakes.empty(dtype=torch.float64)
+    rtol, atol = (fakes.states() if of_each else fakes.empty(dtype=like.x.dtype) for of_each in of_entries)
     with fakes.mode:
-        masks = [torch.empty_like(split(fakes.state())[0], dtype=torch.bool) for _ in range(2)]
-    inputs: list[Any] = [
-        *(fakes.state(), fakes.state(), numbers, *tolerances, fakes.state()),
-        *(fakes.state(), fakes.state(), fakes.state(), fakes.state(), *masks),
-        fakes.empty(*like.time.shape, dtype=like.time.dtype),
-        *fakes.tensors,
-        *(fakes.empty(*rows.shape, dtype=rows.dtype) for rows in like.looked_up),
-    ]
-    return fakes.traced(run, inputs)
+        done, lost = (torch.empty_like(split(fakes.states())[0], dtype=torch.bool) for _ in range(2))
+    given = Given(fakes.states(), fakes.states(), weight, rtol, atol, fakes.states())
+    iterates = Iterates(fakes.states(), fakes.states(), fakes.states(), fakes.states(), done, lost)
+    return fakes.traced(run, [*given, *iterates, fakes.times(), *fakes.tensors, *fakes.looked_up()])

@@ -130,6 +130,10 @@ class VectorField:
         """Note that a matrix was made for the Jacobian."""
         self.jacobians += 1
 
+    def count_evaluation(self) -> None:
+        """Note that func was evaluated by a compiled function."""
+        self.evaluations += 1
+
     @property
     def part(self) -> slice | None:
         """The entries of the flattened state that f depends on, and the time; None for all of them.

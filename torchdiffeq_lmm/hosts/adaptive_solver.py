@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchdiffeq_lmm.autodiff.autograd_function import stack
 from torchdiffeq_lmm.autodiff.compilation import eager
+from torchdiffeq_lmm.autodiff.compile_settings import resolve_compile
 from torchdiffeq_lmm.autodiff.dense_goals import DenseOutputs, DenseUntilEvent, state_at
 from torchdiffeq_lmm.autodiff.piece import PieceSolver
 from torchdiffeq_lmm.filters.grad_filter import SmoothFilter
@@ -119,10 +120,12 @@ class AdaptiveSolver(DifferentiableSolver):
         grad_filter: object = None,
         backward: object = "autograd",
         adjoint_params: Iterable[Tensor] | None = None,
+        compile: object = None,  # noqa: A002
         **unused: Any,
     ) -> None:
         self._refuse_fixed(unused)
-        refuse_compile(unused.pop("compile", None), f"method {self.method.name!r}, whose steps depend on values")
+        if not self.method.is_implicit:
+            refuse_compile(compile, f"method {self.method.name!r}, whose steps depend on values")
         warn_of_unused_options(self, unused)
         if not callable(norm):
             raise TypeError(f"norm must be a callable that takes a state, got {norm!r}")
@@ -139,6 +142,9 @@ class AdaptiveSolver(DifferentiableSolver):
         equations = ImplicitOptions(batch_dims, on_failure, newton, jac_sparsity, jac, preconditioner)
         gradients = GradientOptions(grad_filter, backward, adjoint_params)
         super().__init__(func, y0, (rtol, atol), False, jump_t, equations, gradients)
+        settings = resolve_compile(compile)
+        if settings is not None:
+            self._compile_equations(settings)
         if isinstance(self.grad_filter, SmoothFilter):
             raise ValueError("grad_filter 'smooth' is for leapfrog")
         self._control = StepControl(

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from torchdiffeq_lmm.autodiff.backward_modes import resolve_backward
 from torchdiffeq_lmm.autodiff.compiled_piece import CompiledBackward
-from torchdiffeq_lmm.autodiff.reversal import Reversible
 from torchdiffeq_lmm.autodiff.newton_iterate import MOST_ENTRIES
+from torchdiffeq_lmm.autodiff.reversal import Reversible
 from torchdiffeq_lmm.forward.autograd_state import refuse_tangents
 from torchdiffeq_lmm.forward.known_jacobian import Known
 from torchdiffeq_lmm.forward.newton_options import Newton
@@ -25,7 +25,7 @@ _OLDEST = (2, 11)
 def refuse_compile(given: object, what: str) -> None:
     """Raise a ValueError if a solve that cannot be compiled is to be."""
     if given is not None and given is not False:
-        raise ValueError(f"compile is for ODEs and methods with fixed steps, not for {what}, got {given!r}")
+        raise ValueError(f"compile is for ODEs by the methods of this package but adams, not for {what}, got {given!r}")
 
 
 def check_compile(hosted: HostedFunction) -> None:
@@ -48,17 +48,6 @@ def check_compile(hosted: HostedFunction) -> None:
         raise ValueError("compile must not be given to odeint_adjoint; use odeint, which needs as little memory then")
 
 
-def check_compiled_blocks(hosted: HostedFunction, jump_t: object) -> None:
-    """Raise a ValueError where another option does not go with compiled blocks."""
-    if jump_t is not None:
-        raise ValueError("jump_t must not be given where compile is; solve from jump to jump, or without compile")
-    if hosted.callback_step is not None:
-        raise ValueError(
-            "func must have no callback_step where compile is given: steps have no beginning in Python that could call "
-            "it; leave one of both out"
-        )
-
-
 def check_compiled_newton(y0: Tensor, samples: Samples, newton: Newton, known: Known | None) -> None:
     """Raise an error where the equations of implicit steps cannot be solved by a compiled function.
 
@@ -79,17 +68,29 @@ def check_compiled_newton(y0: Tensor, samples: Samples, newton: Newton, known: K
     if samples.entries > MOST_ENTRIES or not newton.allows_blocks(samples.count, samples.entries):
         raise ValueError(
             f"compile is for samples of at most {MOST_ENTRIES} entries where steps are implicit, and for those that "
-            f"matrix_limit of Newton allows for, got {samples.entries}, y0 having {samples.dims} dimensions of samples; "
-            f"say by batch_dims if there are more, or solve without compile"
+            f"matrix_limit of Newton allows for, got {samples.entries}, where {samples.dims} dimensions of y0 count "
+            f"samples; say by batch_dims if more do, or solve without compile"
         )
 
 
-def resolve_compiled_backward(method: Method, backward: object) -> CompiledBackward:
-    """The backward pass that the user asks for.
+def resolve_compiled_blocks(
+    method: Method, hosted: HostedFunction, jump_t: object, backward: object
+) -> CompiledBackward:
+    """The backward pass that the user asks for, where a solve runs in compiled blocks.
 
     Raises:
-        TypeError, ValueError: it is no backward mode, or none of those that go with compiled blocks.
+        TypeError: `backward` is no backward mode.
+        ValueError: it is none of those that go with compiled blocks, or another option is not.
+        RuntimeError: see `check_compile`.
     """
+    check_compile(hosted)
+    if jump_t is not None:
+        raise ValueError("jump_t must not be given where compile is; solve from jump to jump, or without compile")
+    if hosted.callback_step is not None:
+        raise ValueError(
+            "func must have no callback_step where compile is given: steps have no beginning in Python that could call "
+            "it; leave one of both out"
+        )
     mode = resolve_backward(backward)
     mode.check(method, backward)
     if isinstance(mode, Reversible):

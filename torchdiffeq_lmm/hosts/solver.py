@@ -11,7 +11,6 @@ from torch import Tensor
 from torchdiffeq_lmm.autodiff.autograd_function import stack
 from torchdiffeq_lmm.autodiff.compilation import eager
 from torchdiffeq_lmm.autodiff.compile_settings import resolve_compile
-from torchdiffeq_lmm.autodiff.compiled_newton import CompiledNewton
 from torchdiffeq_lmm.autodiff.compiled_piece import CompiledPieceSolver
 from torchdiffeq_lmm.autodiff.goals import Outputs, Search, UntilEvent, smoothed
 from torchdiffeq_lmm.autodiff.piece import Piece, PieceSolver
@@ -50,14 +49,7 @@ from torchdiffeq_lmm.schemes.recurrence import Recurrence
 from torchdiffeq_lmm.schemes.runge_kutta import TwoStageMethod
 from torchdiffeq_lmm.schemes.unrolling import unroll
 
-from .compile_checks import (
-    check_compile,
-    check_compiled_blocks,
-    check_compiled_newton,
-    check_compiled_solve,
-    resolve_compiled_backward,
-    resolve_compiled_params,
-)
+from .compile_checks import check_compiled_solve, resolve_compiled_blocks, resolve_compiled_params
 from .compiled_grids import PLANNED_GRIDS, PlannedGrid, grid_key
 from .grid_checks import asks_for_nodes, checked_rows
 from .solver_base import DifferentiableSolver, GradientOptions, ImplicitOptions
@@ -151,6 +143,7 @@ class MultistepSolver(DifferentiableSolver):
         check_max_num_steps(max_num_steps)
         equations = ImplicitOptions(batch_dims, on_failure, newton, jac_sparsity, jac, preconditioner)
         settings = resolve_compile(compile)
+        # The steps of implicit methods are made one by one, their equations are solved by a compiled function.
         in_blocks = settings is not None and not self.method.is_implicit
         # Blocks find out by themselves what func depends on, and have backward passes of their own.
         own = ("autograd", None) if in_blocks else (backward, adjoint_params)
@@ -163,17 +156,12 @@ class MultistepSolver(DifferentiableSolver):
         self.max_num_steps = max_num_steps
         self._max_event_steps = MAX_EVENT_STEPS if max_num_steps is None else max_num_steps
         self._sides = Sides(self._vector_field, perturb)
-        # Of blocks, or of the equations of implicit steps.
         self._compile = settings if in_blocks else None
-        self._compile_newton = None if in_blocks else settings
-        if settings is not None:
-            check_compile(self._hosted)
-        if self._compile_newton is not None:
-            check_compiled_newton(self.y0, self._samples, newton, self._known)
         self._adjoint_params = resolve_compiled_params(adjoint_params) if in_blocks else None
         if in_blocks:
-            check_compiled_blocks(self._hosted, jump_t)
-            self._backward = resolve_compiled_backward(self.method, backward)
+            self._backward = resolve_compiled_blocks(self.method, self._hosted, jump_t, backward)
+        elif settings is not None:
+            self._compile_equations(settings)
         self._is_smooth = isinstance(self.grad_filter, SmoothFilter)
         left_slopes = perturb and not self.method.is_implicit
         self._rule = OutputRule(interp, left_slopes, has_straight_gradient=self._is_smooth)
@@ -315,11 +303,7 @@ class MultistepSolver(DifferentiableSolver):
         yield UnboundedSteps(last, h, beginning, sides)
 
     def _solver(self) -> PieceSolver:
-        full_newton = None
-        if self._compile_newton is not None:
-            check_compiled_solve(self._hosted, self.y0)
-            full_newton = CompiledNewton(self._compile_newton, self._hosted, self._vector_field)
-        return self._pieces(self._max_event_steps, self._hosted.callback_step, full_newton=full_newton)
+        return self._pieces(self._max_event_steps, self._hosted.callback_step)
 
     def _grid_key(self, t: Tensor) -> Hashable | None:
         """What a compiled solve knows a grid by; None where it does not."""

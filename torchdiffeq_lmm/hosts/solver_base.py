@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_lmm.autodiff.backward_modes import resolve_backward
+from torchdiffeq_lmm.autodiff.compile_settings import Compile
+from torchdiffeq_lmm.autodiff.compiled_newton import CompiledNewton
 from torchdiffeq_lmm.autodiff.piece import PieceSolver
 from torchdiffeq_lmm.filters.grad_filter import CostateFilter, resolve_grad_filter
 from torchdiffeq_lmm.forward.autograd_state import savable
 from torchdiffeq_lmm.forward.implicit import ImplicitSolver, OnFailure, check_on_failure
 from torchdiffeq_lmm.forward.jumps import Jumps, jumps_of
 from torchdiffeq_lmm.forward.known_jacobian import known_jacobian
-from torchdiffeq_lmm.forward.newton_memory import FullNewton
 from torchdiffeq_lmm.forward.newton_options import Newton, check_newton
 from torchdiffeq_lmm.forward.quadrature import QuadratureSolver
 from torchdiffeq_lmm.forward.samples import BatchDims, Systems, samples_of, warn_of_failures
@@ -23,6 +24,7 @@ from torchdiffeq_lmm.forward.vector_field import VectorField
 from torchdiffeq_lmm.schemes.methods import Method
 
 from .adjoint_params import resolve_adjoint_params
+from .compile_checks import check_compile, check_compiled_newton, check_compiled_solve
 from .sharding_checks import refuse_sharded
 from .torchdiffeq_host import unwrap
 
@@ -113,6 +115,13 @@ class DifferentiableSolver:
         )
         self._parameters = resolve_adjoint_params(hosted.call, adjoint_params, self.backward)
         self._jumps = self._times_of(jump_t, "jump_t")
+        self._compiled_equations: Compile | None = None
+
+    def _compile_equations(self, settings: Compile) -> None:
+        """Solve the equations of implicit steps by a compiled function, if that can be."""
+        check_compile(self._hosted)
+        check_compiled_newton(self.y0, self._samples, self._equations.newton, self._known)
+        self._compiled_equations = settings
 
     def _unsharded_reasons(self) -> list[str]:
         """Why no part of func may be sharded: see `refuse_sharded`."""
@@ -138,15 +147,17 @@ class DifferentiableSolver:
         max_steps: int,
         callback_step: Callable[[Tensor, Tensor, Tensor], object] | None,
         tolerance: Callable[[Tensor], Tensor] | None = None,
-        full_newton: FullNewton | None = None,
     ) -> PieceSolver:
         """What solves the pieces of one solve; it does not hold the solver, for the backward pass may hold it.
 
         Args:
             max_steps, callback_step, tolerance: see `PieceSolver`.
-            full_newton: see `ImplicitSolver`.
         """
-        field, options = self._vector_field, self._equations
+        field, options, settings = self._vector_field, self._equations, self._compiled_equations
+        full: CompiledNewton | None = None
+        if settings is not None:
+            check_compiled_solve(self._hosted, self.y0)
+            full = CompiledNewton(settings, self._hosted, field)
         # Once more, for the backward pass, steps are made without a graph, but by the same iterations.
         differentiable = torch.is_grad_enabled()
         part = field.part
@@ -165,7 +176,7 @@ class DifferentiableSolver:
             self._known,
             self.chooses_steps,
             field.count_jacobian,
-            full_newton,
+            full,
         )
         return PieceSolver(
             vector_field=field,
