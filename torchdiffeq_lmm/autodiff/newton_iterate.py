@@ -113,12 +113,13 @@ def next_iterate(
         near.append(excess <= NEAR)
         solved.append((small <= 1) & ((known <= 1) | (residual[i].abs() <= rounding)))
         scale = torch.maximum(tolerance, floor)
-        sizes.append((size / scale, correction[i].abs() / scale))
+        sizes.append((size / scale, correction[i].abs() / scale, (d[i] - c[i]).abs() / scale))
     is_near = _all(near)
     done = iterates.done | is_near & _all(solved)
-    # Within its domain of convergence Newton's method halves corrections at least: Deuflhard, 2.1.
-    largest, before_it = map(_largest, zip(*sizes, strict=True))
-    converges = (largest <= before_it / 2) | (before_it == 0) & (largest < torch.inf)
+    # Within its domain of convergence Newton's method halves corrections at least: Deuflhard, 2.1. A first one of more
+    # than the step itself, as by the slope before a stiff step, may lead to another solution.
+    largest, before_it, step = map(_largest, zip(*sizes, strict=True))
+    converges = largest <= torch.where(before_it == 0, SLOW * step, before_it / 2)
     lost = iterates.lost | ~(done | is_near | converges)
 
     left = torch.stack([(~(done | lost)).sum(), _are_coupled(rows, noise, products, precision).sum()])
