@@ -79,7 +79,9 @@ class ByState(nn.Module):
     ids=["filtered", "reversible", "order", "several evaluations"],
 )
 @pytest.mark.filterwarnings("ignore:a GridParameter of kind")
-def test_values_and_gradients_are_those_of_an_eager_solve(made: Callable[[], nn.Module], keywords: dict[str, Any]) -> None:
+def test_values_and_gradients_are_those_of_an_eager_solve(
+    made: Callable[[], nn.Module], keywords: dict[str, Any]
+) -> None:
     func = made()
     t = (INSIDE if "options" in keywords else UNEQUAL).clone().requires_grad_(keywords["method"] == "abm2")
     compiled = solved(func, start(), t, compile=TRACED, **keywords)

@@ -46,8 +46,8 @@ def test_optimal_control_is_found_with_a_filter_and_missed_without(tmp_path: Pat
 def test_a_control_is_trained_more_accurately_with_every_order_of_the_filter_and_not_at_all_without(
     tmp_path: Path,
 ) -> None:
-    # The errors are more than 1e-4.
-    found, printed = figures_of("control", tmp_path, changed=lambda of: {"TOLERANCE": 1e-7})
+    # The errors are more than 1e-4, and change by 4 % at most.
+    found, printed = figures_of("control", tmp_path, changed=lambda of: {"TOLERANCE": 1e-5})
     learned = found["learned"]["growing"]
     first, second, third, fourth = (
         learned[name][-1]["error"]
@@ -70,8 +70,8 @@ def test_a_control_trained_by_ab4_converges_to_the_optimal_one_at_the_order_of_t
     monkeypatch.syspath_prepend(EXAMPLES)
     control = runpy.run_path(str(EXAMPLES / "control.py"))
     optimum, grids = control["optimal_control"](), (24, 34, 48) if wanted < 3 else (40, 56, 80)
-    # The errors are more than 4e-3 and 8e-6.
-    tolerance = control["learn"].__globals__["TOLERANCE"] = 1e-7 if wanted < 3 else 1e-8
+    # The errors are hundreds of times as large, or 80 times by the method's order.
+    tolerance = control["learn"].__globals__["TOLERANCE"] = {1: 1e-5, 2: 1e-5, 3: 1e-6, 4: 1e-7}[wanted]
     learned = []
     for nodes in (control["grid"](n, 3.0) for n in grids):
         # Training begins near to where it ends, as it takes less time.
