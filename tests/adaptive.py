@@ -45,8 +45,10 @@ class Problem:
 
 
 def robertson(t: Tensor, y: Tensor, rates: Any = (0.04, 1e4, 3e7)) -> Tensor:
-    a, b, c = rates[0] * y[..., 0], rates[1] * y[..., 1] * y[..., 2], rates[2] * y[..., 1] ** 2
-    return torch.stack([b - a, a - b - c, c], -1)
+    a, b, c = y.unbind(-1)
+    first, back, second = rates[0] * a, rates[1] * b * c, rates[2] * b * b
+    net = first - back
+    return torch.stack([-net, net - second, second], -1)
 
 
 def robertson_numbers(t: float, y: Sequence[float], rates: Rates = (0.04, 1e4, 3e7)) -> list[float]:
@@ -69,17 +71,30 @@ def hires(t: Any, y: Any, k: Any = 280) -> list[Any]:
     ]
 
 
+HIRES_SOURCE = f64(*hires(0, 8 * [0]))
+HIRES_MATRIX = torch.stack([f64(*hires(0, unit, 0)) - HIRES_SOURCE for unit in torch.eye(8).tolist()])
+HIRES_PRODUCT = f64(*5 * (0,), -280, 280, -280)
+
+
+def hires_by_matrix(t: Tensor, y: Tensor) -> Tensor:
+    """The same in a fraction of the operations."""
+    return torch.addcmul(y @ HIRES_MATRIX + HIRES_SOURCE, HIRES_PRODUCT, y[5] * y[7])
+
+
 def van_der_pol(t: Any, y: Any) -> list[Any]:
-    return [y[1], 100 * (1 - y[0] ** 2) * y[1] - y[0]]
+    x, v = y
+    return [v, 100 * (1 - x * x) * v - x]
 
 
 def pendulum(t: Tensor, y: Tensor) -> Tensor:
-    return torch.stack([y[1], -torch.sin(y[0]) - 0.1 * y[1] + torch.cos(1.5 * t)])
+    angle, speed = y.unbind()
+    return torch.stack([speed, torch.cos(1.5 * t) - angle.sin() - 0.1 * speed])
 
 
 def kepler(t: Any, y: Any) -> list[Any]:
-    cube = (y[0] ** 2 + y[1] ** 2) ** 1.5
-    return [y[2], y[3], -y[0] / cube, -y[1] / cube]
+    a, b, of_a, of_b = y
+    pull = -((a * a + b * b) ** -1.5)
+    return [of_a, of_b, a * pull, b * pull]
 
 
 def stacked(numbers: Callable[[Any, Any], list[Any]]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -88,7 +103,7 @@ def stacked(numbers: Callable[[Any, Any], list[Any]]) -> Callable[[Tensor, Tenso
 
 PROBLEMS = {
     "Robertson": Problem(robertson, robertson_numbers, (1.0, 0.0, 0.0), (0.0, 1.0, 30.0, 1000.0), 1e-4, True),
-    "HIRES": Problem(stacked(hires), hires, (1.0, *6 * (0.0,), 0.0057), (0.0, 5.0, 100.0, 321.8122), 1e-4, True),
+    "HIRES": Problem(hires_by_matrix, hires, (1.0, *6 * (0.0,), 0.0057), (0.0, 5.0, 100.0, 321.8122), 1e-4, True),
     # A jump of the solution, near 81, lies between the outputs.
     "van der Pol": Problem(stacked(van_der_pol), van_der_pol, (2.0, 0.0), (0.0, 20.0, 60.0, 120.0), 1e-2, True),
     "pendulum": Problem(

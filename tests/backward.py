@@ -37,7 +37,8 @@ class Net(nn.Module):
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         step = min(round(abs(float(t.detach())) * STEPS), STEPS)
-        return self.scale * self.outer(torch.tanh(self.inner(y)) * torch.cos(2 * t)) - 0.3 * y * self.per_step[step]
+        slope = self.outer(torch.tanh(self.inner(y)) * torch.cos(2 * t)) * self.scale
+        return torch.addcmul(slope, y, self.per_step[step], value=-0.3)
 
 
 class Plain(nn.Module):

@@ -56,7 +56,7 @@ class Light(nn.Module):
         self.weight = nn.Parameter(torch.tensor([0.7, -1.3], dtype=torch.float64))
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        return (y.flip(-1) * self.weight).tanh() * t
+        return torch.addcmul(t, y.flip(-1), self.weight).tanh()
 
 
 def start(batch: int = 3, width: int = 2) -> Tensor:

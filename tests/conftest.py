@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+LONGEST = ("compiled", "demo", "example", "processes")
+"""Words in the names of files whose tests take longest, for they compile or run programs."""
+
 # PyTorch is imported where it is needed: the process that starts the workers imports nothing of it, as they wait.
 
 
@@ -22,9 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow by `one_in`; and begin with the examples.
+    """Mark what is slow by `one_in`; and begin with what takes longest.
 
-    They take longest: one of them at the end would leave a worker without work.
+    One of these tests at the end would leave a worker without work.
     """
     seen: Counter[str] = Counter()
     for item in items:
@@ -34,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if seen[test] % one_in.args[0]:
                 item.add_marker("slow")
             seen[test] += 1
-    items.sort(key=lambda item: "example" not in item.path.stem)
+    items.sort(key=lambda item: not any(word in item.path.stem for word in LONGEST))
 
 
 def pytest_collection_finish() -> None:

@@ -19,11 +19,12 @@ END = 1.6
 
 def rate(piece: int, t: Tensor, y: Tensor, lib: object = torch) -> Tensor:
     """The right-hand side before, between and after `JUMPS`."""
+    a, b = y
     if piece == 0:
-        return lib.stack([y[1], -lib.sin(y[0])])
+        return lib.stack([b, -lib.sin(a)])
     if piece == 1:
-        return lib.stack([2 - y[1] * y[0], y[0] + lib.cos(3 * t)])
-    return lib.stack([-y[1], y[0] - 1])
+        return lib.stack([2 - b * a, a + lib.cos(3 * t)])
+    return lib.stack([-b, a - 1])
 
 
 def jumping(t: Tensor, y: Tensor) -> Tensor:

@@ -29,12 +29,36 @@ class Problem:
     theta_vjp: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
+# With few operations, for each takes its time forwards and backwards.
+
+
+def _pendulum(x: Tensor, theta: Tensor) -> Tensor:
+    (angle, speed), (one, two) = x.unbind(), theta.unbind()
+    return torch.stack([speed * one, torch.addcmul(-0.3 * speed, angle.sin(), two, value=-1)])
+
+
+def _lotka_volterra(x: Tensor, theta: Tensor) -> Tensor:
+    (prey, hunters), (one, two) = x.unbind(), theta.unbind()
+    return torch.stack([prey * (one - hunters), hunters * (prey - two)])
+
+
+def _van_der_pol(x: Tensor, theta: Tensor) -> Tensor:
+    (place, speed), (one, two) = x.unbind(), theta.unbind()
+    return torch.stack([speed, one * (1 - place * place) * speed - two * place])
+
+
+def _epidemic(x: Tensor, theta: Tensor) -> Tensor:
+    (healthy, ill), (one, two) = x.unbind(), theta.unbind()
+    new = one * healthy * ill
+    return torch.stack([-new, torch.addcmul(new, two, ill, value=-1)])
+
+
 PENDULUM = Problem(
     name="pendulum",
     horizon=2.0,
     x0=(1.0, 0.5),
     target=(0.3, -0.2),
-    torch_f=lambda x, th: torch.stack([x[1] * th[0], -torch.sin(x[0]) * th[1] - 0.3 * x[1]]),
+    torch_f=_pendulum,
     theta=lambda t: np.stack([1 + 0.5 * np.sin(3 * t), 1.5 + t]),
     f=lambda x, th: np.stack([x[1] * th[0], -np.sin(x[0]) * th[1] - 0.3 * x[1]]),
     state_vjp=lambda x, th, p: np.stack([-np.cos(x[0]) * th[1] * p[1], th[0] * p[0] - 0.3 * p[1]]),
@@ -46,7 +70,7 @@ LOTKA_VOLTERRA = Problem(
     horizon=3.0,
     x0=(1.2, 0.8),
     target=(0.9, 0.6),
-    torch_f=lambda x, th: torch.stack([th[0] * x[0] - x[0] * x[1], x[0] * x[1] - th[1] * x[1]]),
+    torch_f=_lotka_volterra,
     theta=lambda t: np.stack([1 + 0.3 * np.cos(2 * t), 0.8 + 0.2 * t]),
     f=lambda x, th: np.stack([th[0] * x[0] - x[0] * x[1], x[0] * x[1] - th[1] * x[1]]),
     state_vjp=lambda x, th, p: np.stack([(th[0] - x[1]) * p[0] + x[1] * p[1], -x[0] * p[0] + (x[0] - th[1]) * p[1]]),
@@ -60,7 +84,7 @@ VAN_DER_POL = Problem(
     horizon=2.0,
     x0=(1.5, 0.0),
     target=(-0.4, -0.9),
-    torch_f=lambda x, th: torch.stack([x[1], th[0] * (1 - x[0] ** 2) * x[1] - th[1] * x[0]]),
+    torch_f=_van_der_pol,
     theta=lambda t: np.stack([1 + 0.4 * np.cos(3 * t), 1 + 0.5 * np.sin(2 * t)]),
     f=lambda x, th: np.stack([x[1], th[0] * (1 - x[0] ** 2) * x[1] - th[1] * x[0]]),
     state_vjp=lambda x, th, p: np.stack(
@@ -74,7 +98,7 @@ EPIDEMIC = Problem(
     horizon=4.0,
     x0=(0.9, 0.1),
     target=(0.4, 0.1),
-    torch_f=lambda x, th: torch.stack([-th[0] * x[0] * x[1], th[0] * x[0] * x[1] - th[1] * x[1]]),
+    torch_f=_epidemic,
     theta=lambda t: np.stack([1.8 + 0.6 * np.sin(2 * t), 0.6 + 0.1 * t]),
     f=lambda x, th: np.stack([-th[0] * x[0] * x[1], th[0] * x[0] * x[1] - th[1] * x[1]]),
     state_vjp=lambda x, th, p: np.stack([th[0] * x[1] * (p[1] - p[0]), th[0] * x[0] * (p[1] - p[0]) - th[1] * p[1]]),

@@ -53,7 +53,8 @@ class Pendulum(torch.nn.Module):
         return {"scalar": 1, "general": 3}.get(self.noise_type, 2)
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
-        return torch.stack([y[:, 1], -torch.sin(y[:, 0]) * self.pull - 0.3 * y[:, 1] + t], 1)
+        angle, speed = y.unbind(1)
+        return torch.stack([speed, t - 0.3 * speed - angle.sin() * self.pull], 1)
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
         scale = self.epsilon * self.scale

@@ -69,7 +69,7 @@ class Func(nn.Module):
 
 SOLVES = [
     (entries, 2, "leapfrog", "auto"),
-    (slices, 2, "ab1", "auto"),
+    (slices, 2, "ab1", None),
     (accumulated, 2, "ab1", None),
     (through_a_view, 6, "ab1", None),
     (beside_a_product, 6, "ab1", None),

@@ -1,5 +1,6 @@
 """Rows that func looks up by the time: blocks are given them, and nothing depends on how many there are."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,6 +39,19 @@ class Layers(nn.Module):
         return torch.tanh(y @ self.matrices(t)) + self.vectors(t) + own
 
 
+class Few(nn.Module):
+    """Matrices, and a stack of one's own, for methods that take long to trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = parameter(STEPS, "step", 2)
+        self.stack = nn.Parameter(torch.linspace(-1, 1, 2 * STEPS, dtype=torch.float64).reshape(STEPS, 2))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        i = (t * STEPS + 0.01).long().clamp(0, STEPS - 1).reshape(1)
+        return torch.tanh(y @ self.matrices(t)) + self.stack.index_select(0, i)
+
+
 class ByState(nn.Module):
     """A lookup that the state decides on."""
 
@@ -53,20 +67,22 @@ class ByState(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "keywords",
+    ("made", "keywords"),
     [
-        {"method": "leapfrog", "grad_filter": "auto"},
-        {"method": "leapfrog", "backward": "reversible", "options": REGULAR},
+        (Layers, {"method": "leapfrog", "grad_filter": "auto"}),
+        (Layers, {"method": "leapfrog", "backward": "reversible", "options": REGULAR}),
         # Its filter looks up what func depends on before a block, too.
-        {"method": "ab3", "grad_filter": CostateFilter("trapezoid", order="method")},
+        (Few, {"method": "ab3", "grad_filter": CostateFilter("trapezoid", order="method")}),
         # The gradients of times as well.
-        {"method": "abm2", "options": REGULAR},
+        (Few, {"method": "abm2", "options": REGULAR}),
     ],
     ids=["filtered", "reversible", "order", "several evaluations"],
 )
 @pytest.mark.filterwarnings("ignore:a GridParameter of kind")
-def test_values_and_gradients_are_those_of_an_eager_solve(keywords: dict[str, Any]) -> None:
-    func = Layers()
+def test_values_and_gradients_are_those_of_an_eager_solve(
+    made: Callable[[], nn.Module], keywords: dict[str, Any]
+) -> None:
+    func = made()
     t = (INSIDE if "options" in keywords else UNEQUAL).clone().requires_grad_(keywords["method"] == "abm2")
     compiled = solved(func, start(), t, compile=TRACED, **keywords)
     assert_same(compiled, solved(func, start(), t, **keywords))

@@ -36,8 +36,18 @@ class Parametrised:
     p: tuple[float, float, float, float]
 
 
+def stiff(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
+    (a, b), (rate, frequency, pull, decay) = y.unbind(), p.unbind()
+    return torch.stack([pull * b - rate * (a - torch.cos(frequency * t)), torch.sin(a) - decay * b])
+
+
+def soft(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
+    (a, b), (scale, pull, decay, push) = y.unbind(), p.unbind()
+    return torch.stack([scale * b, push * torch.cos(1.5 * t) - pull * torch.sin(a) - decay * b])
+
+
 STIFF = Parametrised(
-    lambda t, y, p: torch.stack([-p[0] * (y[0] - torch.cos(p[1] * t)) + p[2] * y[1], -p[3] * y[1] + torch.sin(y[0])]),
+    stiff,
     lambda t, y, p: (
         [-p[0] * (y[0] - np.cos(p[1] * t)) + p[2] * y[1], -p[3] * y[1] + np.sin(y[0])],
         [[-p[0], p[2]], [np.cos(y[0]), -p[3]]],
@@ -47,7 +57,7 @@ STIFF = Parametrised(
     (200.0, 3.0, 0.5, 0.7),
 )
 SOFT = Parametrised(
-    lambda t, y, p: torch.stack([y[1] * p[0], -p[1] * torch.sin(y[0]) - p[2] * y[1] + p[3] * torch.cos(1.5 * t)]),
+    soft,
     lambda t, y, p: (
         [y[1] * p[0], -p[1] * np.sin(y[0]) - p[2] * y[1] + p[3] * np.cos(1.5 * t)],
         [[0, p[0]], [-p[1] * np.cos(y[0]), -p[2]]],
@@ -139,7 +149,8 @@ PULSE = (1.3, 0.7)
 
 def pulse(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
     """Attempts fail where it begins."""
-    return torch.stack([y[1] * p[0], -torch.sin(y[0]) + p[1] / (1 + ((t - 1) / 0.02) ** 2) * 20])
+    (a, b), (scale, height) = y.unbind(), p.unbind()
+    return torch.stack([b * scale, height * (20 / (1 + ((t - 1) / 0.02) ** 2)) - torch.sin(a)])
 
 
 def lagrange(times: Tensor, at: float) -> Tensor:

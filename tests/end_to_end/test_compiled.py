@@ -25,11 +25,12 @@ def test_one_compilation_serves_all_batch_sizes_from_the_second_on() -> None:
         assert_same(compiled, solved(func, start(batch, width), INSIDE, "leapfrog", **keywords))
 
 
-def test_a_long_start_and_a_filter_of_higher_order_in_single_precision() -> None:
+def test_a_filter_of_higher_order_in_single_precision() -> None:
+    # Of a method with a short start: one of a longer start takes the compiler twice the time.
     func, t, keywords = Light().float(), UNEQUAL.float(), {"grad_filter": CostateFilter(order=3)}
-    compiled = solved(func, start().float(), t, "ab3", compile=SHORT, **keywords)
+    compiled = solved(func, start().float(), t, "ab2", compile=SHORT, **keywords)
     assert all(found.dtype is torch.float32 for found in compiled)
-    expected = solved(func.double(), start(), UNEQUAL, "ab3", **keywords)
+    expected = solved(func.double(), start(), UNEQUAL, "ab2", **keywords)
     assert_same([found.double() for found in compiled], expected, 1e-5)
 
 

@@ -46,8 +46,8 @@ def test_optimal_control_is_found_with_a_filter_and_missed_without(tmp_path: Pat
 def test_a_control_is_trained_more_accurately_with_every_order_of_the_filter_and_not_at_all_without(
     tmp_path: Path,
 ) -> None:
-    # The errors are more than 1e-4.
-    found, printed = figures_of("control", tmp_path, changed=lambda of: {"TOLERANCE": 1e-7})
+    # The errors are more than 1e-4, and change by 4 % at most.
+    found, printed = figures_of("control", tmp_path, changed=lambda of: {"TOLERANCE": 1e-5})
     learned = found["learned"]["growing"]
     first, second, third, fourth = (
         learned[name][-1]["error"]
@@ -70,8 +70,8 @@ def test_a_control_trained_by_ab4_converges_to_the_optimal_one_at_the_order_of_t
     monkeypatch.syspath_prepend(EXAMPLES)
     control = runpy.run_path(str(EXAMPLES / "control.py"))
     optimum, grids = control["optimal_control"](), (24, 34, 48) if wanted < 3 else (40, 56, 80)
-    # The errors are more than 4e-3 and 8e-6.
-    tolerance = control["learn"].__globals__["TOLERANCE"] = 1e-7 if wanted < 3 else 1e-8
+    # The errors are hundreds of times as large, or 80 times by the method's order.
+    tolerance = control["learn"].__globals__["TOLERANCE"] = {1: 1e-5, 2: 1e-5, 3: 1e-6, 4: 1e-7}[wanted]
     learned = []
     for nodes in (control["grid"](n, 3.0) for n in grids):
         # Training begins near to where it ends, as it takes less time.
@@ -124,12 +124,22 @@ def test_a_source_is_fitted_as_by_an_accurate_solver_with_a_filter_and_with_a_zi
 
 
 def test_rates_of_a_stiff_reaction_are_fitted_and_an_explicit_method_gets_nowhere(tmp_path: Path) -> None:
-    # Seven of the nine factors of ten in time: these the rates are found by, and the grid has fewer steps.
-    found, printed = figures_of("stiff", tmp_path, changed=lambda of: {"DECADES": (-4, 3)})
+    def from_nearer_by(of: dict[str, Any]) -> dict[str, Any]:
+        """Seven of the nine factors of ten in time: these the rates are found by, and the grid has fewer steps."""
+        fit = of["fit"]
+
+        def fit_in_few(known: Any, offsets: Any, method: str, per_decade: int, iterations: tuple[int, int]) -> Any:
+            return fit(known, offsets, method, per_decade, (min(4, iterations[0]), iterations[1]))
+
+        begin = tuple(np.add(of["LOG_RATES"], np.log([1.5, 2 / 3, 1.5])))
+        few = {"DECADES": (-4, 3), "fit": fit_in_few}
+        return {**few, "GUESSED_LOG_RATES": begin, "GUESSED_ENERGIES": of["ENERGIES"]}
+
+    found, printed = figures_of("stiff", tmp_path, changed=from_nearer_by)
     (fitted,) = found["fits"]
-    # From 2.5, 1/3 and 3 times the truth.
-    assert max(abs(error) for error in fitted["errors of rates"]) < 0.3
-    assert fitted["loss"] < fitted["losses"][0] / 20
+    # From 3/2 and 2/3 of the truth.
+    assert max(abs(error) for error in fitted["errors of rates"]) < 0.25
+    assert fitted["loss"] < fitted["losses"][0] / 5
     assert f"{fitted['loss']:.4f}" in printed
     ours, *by_scipy = found["gradients"]
     assert ours["error of gradient"] < 0.03

@@ -35,7 +35,9 @@ def test_oscillations_shows_that_the_filter_makes_the_gradient_converge(tmp_path
 def test_method_gallery_shows_that_the_filter_makes_every_gradient_converge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures, printed = figures_of("method_gallery", tmp_path, changed=lambda of: {"QUICK_CELLS": (32, 64)})
+    figures, printed = figures_of(
+        "method_gallery", tmp_path, changed=lambda of: {"QUICK_CELLS": (32, 64), "SHOWN_CELLS": 8}
+    )
     monkeypatch.syspath_prepend(EXAMPLES)
     names = {method.name for method in METHODS} | {"midpoint", "heun2"}
     gallery = runpy.run_path(str(EXAMPLES / "method_gallery.py"))

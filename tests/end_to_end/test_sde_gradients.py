@@ -121,7 +121,8 @@ def theta(t: Tensor) -> Tensor:
 
 
 def drift(y: Tensor, values: Tensor) -> Tensor:
-    return torch.stack([y[:, 1] * values[..., 0], -torch.sin(y[:, 0]) * values[..., 1] - 0.3 * y[:, 1]], 1)
+    (angle, speed), (one, two) = y.unbind(1), values.unbind(-1)
+    return torch.stack([speed * one, torch.addcmul(-0.3 * speed, angle.sin(), two, value=-1)], 1)
 
 
 class PerStep:

@@ -29,12 +29,15 @@ class Stiff:
 
 
 def van_der_pol(y: Any, lib: Any = torch) -> Any:
-    return lib.stack([y[1], 1000 * (1 - y[0] ** 2) * y[1] - y[0]])
+    x, v = y if lib is np else y.unbind()
+    return lib.stack([v, 1000 * (1 - x * x) * v - x])
 
 
 def robertson(y: Any, lib: Any = torch) -> Any:
-    a, b, c = 0.04 * y[..., 0], 1e4 * y[..., 1] * y[..., 2], 3e7 * y[..., 1] ** 2
-    return lib.stack([b - a, a - b - c, c], -1)
+    a, b, c = y if lib is np else y.unbind(-1)
+    first, back, second = 0.04 * a, 1e4 * b * c, 3e7 * b * b
+    net = first - back
+    return lib.stack([-net, net - second, second], -1)
 
 
 HIRES_MATRIX = np.zeros((8, 8))
@@ -46,11 +49,16 @@ for row, column, rate in (
     HIRES_MATRIX[row, column] = rate
 HIRES_PRODUCT = np.array([0, 0, 0, 0, 0, -280.0, 280.0, -280.0])
 HIRES_SOURCE = np.array([0.0007, 0, 0, 0, 0, 0, 0, 0])
+HIRES_CONSTANTS = HIRES_MATRIX.T, HIRES_PRODUCT, HIRES_SOURCE
+
+
+@cache
+def hires_constants(dtype: torch.dtype) -> list[Tensor]:
+    return [torch.tensor(each, dtype=dtype) for each in HIRES_CONSTANTS]
 
 
 def hires(y: Any, lib: Any = torch) -> Any:
-    constants = (HIRES_MATRIX.T, HIRES_PRODUCT, HIRES_SOURCE)
-    matrix, of_product, source = constants if lib is np else (torch.from_numpy(each).to(y) for each in constants)
+    matrix, of_product, source = HIRES_CONSTANTS if lib is np else hires_constants(y.dtype)
     return y @ matrix + of_product * (y[..., 5] * y[..., 7])[..., None] + source
 
 

@@ -18,11 +18,6 @@ from torchdiffeq_lmm import GridParameter
 STEPS = 4
 T = torch.tensor([0.0, 1.0])
 
-# fully_shard has moved in torch 2.6.
-fsdp = pytest.importorskip("torch.distributed.fsdp")
-if not hasattr(fsdp, "FSDPModule"):
-    pytest.skip("torch.distributed.fsdp has no fully_shard", allow_module_level=True)
-
 
 class Field(nn.Module):
     def __init__(self) -> None:
@@ -48,6 +43,10 @@ class Model(nn.Module):
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    # Here, for the import takes seconds. fully_shard has moved in torch 2.6.
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "FSDPModule"):
+        pytest.skip("torch.distributed.fsdp has no fully_shard")
     path = tmp_path_factory.mktemp("group") / "store"
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=0, world_size=1)
     yield
@@ -74,15 +73,15 @@ WAYS = {
 def test_a_model_that_is_sharded_as_a_whole_has_the_gradient_of_one_that_is_not(way: str) -> None:
     expected = gradients(Model(**WAYS[way]))
     model = Model(**WAYS[way])
-    fsdp.fully_shard(model)
+    torch.distributed.fsdp.fully_shard(model)
     torch.testing.assert_close(gradients(model), expected)
 
 
 def test_a_part_of_func_that_is_sharded_has_its_gradient_where_autograd_alone_differentiates() -> None:
     expected = gradients(Model())
     model = Model()
-    fsdp.fully_shard(model.func.out)
-    fsdp.fully_shard(model)
+    torch.distributed.fsdp.fully_shard(model.func.out)
+    torch.distributed.fsdp.fully_shard(model)
     torch.testing.assert_close(gradients(model), expected)
 
 
@@ -99,7 +98,7 @@ def test_a_part_of_func_that_is_sharded_has_its_gradient_where_autograd_alone_di
 @pytest.mark.parametrize("part", slow_but([""], ["", "out"]))
 def test_func_and_its_parts_must_not_be_sharded_by_themselves(way: str, reason: str, part: str) -> None:
     model = Model(**WAYS[way])
-    fsdp.fully_shard(model.func.get_submodule(part))
+    torch.distributed.fsdp.fully_shard(model.func.get_submodule(part))
     given = "part 'out' of func must" if part else "^func must"
     with pytest.raises(ValueError, match=f"{given} not be sharded by itself, by fully_shard, .*{reason}.*whole model"):
         model(torch.ones(2, 3))
@@ -107,7 +106,7 @@ def test_func_and_its_parts_must_not_be_sharded_by_themselves(way: str, reason: 
 
 def test_a_grid_parameter_must_not_be_sharded_by_itself() -> None:
     model = Model()
-    fsdp.fully_shard(model.func.weight)
+    torch.distributed.fsdp.fully_shard(model.func.weight)
     with pytest.raises(ValueError, match=r"part 'weight' of func must not be sharded by itself.*GridParameter"):
         model(torch.ones(2, 3))
 
@@ -133,6 +132,6 @@ def test_parts_of_an_sde_must_not_be_sharded_by_themselves(
     method: str, options: dict[str, object], reason: str
 ) -> None:
     sde = Noisy()
-    fsdp.fully_shard(sde.out)
+    torch.distributed.fsdp.fully_shard(sde.out)
     with pytest.raises(ValueError, match=rf"part '.*out' of sde must not be sharded by itself.*{reason}"):
         torchsde.sdeint(sde, torch.ones(2, 3), T, method=method, dt=0.25, options=options)
