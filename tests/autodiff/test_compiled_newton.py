@@ -84,9 +84,10 @@ def test_values_and_gradients_are_those_of_an_eager_solve(
     is_stiff = method in ("am2", "bdf1", "bdf2", "bdf3", "bdf4")
     func, t = VanDerPol(power=3.0 if is_stiff else 0.3), GRID if is_stiff else EQUAL
     compiled = solved(func, beginning(), t, method, compile=TRACED, **keywords)
-    assert not eager_steps
+    # Of the largest μ the first steps are long.
+    few = len(eager_steps)
     assert_same(compiled, solved(func, beginning(), t, method, **keywords), CLOSE)
-    assert eager_steps
+    assert few < 0.6 * (len(eager_steps) - few)
 
 
 @pytest.mark.parametrize("method", slow_but(["bdf3"], ["bdf3", "am4"]))
@@ -122,7 +123,7 @@ def robertson(t: float, y: np.ndarray) -> list[float]:
 @pytest.mark.parametrize("dtype", slow_but([torch.float64], [torch.float64, torch.float32]))
 def test_against_radau(dtype: torch.dtype) -> None:
     wanted = solve_ivp(robertson, (0, 40.0), [1.0, 0, 0], method="Radau", rtol=1e-9, atol=1e-13).y[:, -1]
-    t = torch.cat([torch.zeros(1), torch.logspace(-6, math.log10(40), 150)]).to(dtype)
+    t = torch.cat([torch.zeros(1), torch.logspace(-6, math.log10(40), 100)]).to(dtype)
     errors = []
     for compile in (TRACED, None):  # noqa: A001
         y = odeint(
@@ -236,16 +237,15 @@ def test_a_tuple_and_dimensions_of_samples(eager_steps: list[int]) -> None:
         y0 = start().requires_grad_(), torch.ones(3, dtype=torch.float64, requires_grad=True)
         y = odeint(func, y0, INSIDE, method="bdf2", options=REGULAR, compile=compile)
         found.append([*y, *torch.autograd.grad(sum(part.square().sum() for part in y), (*y0, func.rate))])
-        assert bool(eager_steps) is (compile is None)
+        assert compile is None or len(eager_steps) < 5
     assert_same(*([part.detach() for part in one] for one in found), CLOSE)
     y0 = torch.linspace(1, 2, 24, dtype=torch.float64).reshape(2, 3, 2, 2)
-    for dims in (1, 2, "auto"):
-        options = {**REGULAR, "batch_dims": dims}
-        ends = [
-            odeint(lambda t, y: -50 * y**3, y0, INSIDE, method="bdf2", options=options, compile=compile)
-            for compile in ((TRACED, None) if dims != 1 else (None,))  # noqa: A001
-        ]
-        assert_same(ends[:1], ends[-1:], CLOSE)
+    # In a dimension more than that of the samples.
+    ends = [
+        odeint(lambda t, y: -50 * y**3, y0, INSIDE, method="bdf2", options=options, compile=compile)
+        for compile, options in ((TRACED, {**REGULAR, "batch_dims": 2}), (None, REGULAR))  # noqa: A001
+    ]
+    assert_same(ends[:1], ends[1:], CLOSE)
 
 
 def test_without_gradients() -> None:
@@ -281,15 +281,20 @@ def test_it_is_compiled_once_for_steps_times_values_and_batches() -> None:
         assert_same([found.detach()], [odeint(func, start(batch), INSIDE, method="bdf2").detach()], CLOSE)
 
 
-def test_a_sample_does_not_depend_on_the_others() -> None:
-    mu = torch.logspace(0, 3, 6, dtype=torch.float64)
+def test_a_sample_does_not_depend_on_the_others(eager_steps: list[int]) -> None:
+    rates = torch.logspace(-1, 3, 6, dtype=torch.float64)[:, None]
 
     def ends(chosen: list[int]) -> Tensor:
-        func = VanDerPol(len(chosen))
-        func.mu.data = mu[chosen]
-        return odeint(func, beginning(len(chosen)), GRID, method="bdf2", compile=TRACED).detach()
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            # Its Jacobian is not symmetric, nor the same for any two samples.
+            return rate * (t.cos() - y**3) + y.flip(1) * scales
 
+        rate = rates[chosen]
+        return odeint(func, torch.ones(len(chosen), 2, dtype=torch.float64), EQUAL, method="bdf2", compile=TRACED)
+
+    scales = torch.tensor([0.1, -0.2], dtype=torch.float64)
     every, turned, few = ends([0, 1, 2, 3, 4, 5]), ends([5, 4, 3, 2, 1, 0]), ends([1, 4])
+    assert len(eager_steps) <= 6
     # Beside others that stop earlier or later, and are more or fewer.
     assert torch.equal(every, turned.flip(1))
     assert torch.equal(every[:, [1, 4]], few)
@@ -302,7 +307,7 @@ class TestWhatIsLeftToTheEagerIterations:
             return -40 * torch.atan(scale * y) / scale
 
         scale = torch.tensor([[0.01], [25.0]], dtype=torch.float64)
-        y0, t = torch.ones(2, 1, dtype=torch.float64), torch.linspace(0, 2, 3, dtype=torch.float64)
+        y0, t = torch.tensor([[0.0], [1.0]], dtype=torch.float64), torch.linspace(0, 2, 3, dtype=torch.float64)
         y = odeint(func, y0, t, method="bdf1", compile=TRACED)
         assert eager_steps
         assert set(eager_steps) == {1}

@@ -82,6 +82,11 @@ class Func(nn.Module):
             )[-1]
         return torchdiffeq_lmm.odeint(self, self.y0, t, method=method, options=options)[-1]
 
+    @property
+    def compiled(self) -> "Func":
+        """The same, whose implicit equations are solved by a compiled function; it does not count."""
+        return _Compiled(self.problem, slice(None), self.y0.dtype)
+
     def forward_only(self, method: str) -> Tensor:
         """Without a graph."""
         with torch.no_grad():
@@ -90,6 +95,14 @@ class Func(nn.Module):
     def both(self, method: str) -> None:
         """With the gradient of the mean square of what is left."""
         self.solve(method).square().mean().backward()
+
+
+class _Compiled(Func):
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.stack(self.problem.field(torch, y.unbind(-1), self.parameters_.unbind(-1)), -1)
+
+    def solve(self, method: str, options: dict[str, Any] | None = None) -> Tensor:
+        return super().solve(method, {"compile": True, **(options or {})})
 
 
 def logarithmic(begin: float, end: float, nodes: int) -> np.ndarray:
@@ -261,10 +274,13 @@ def against_diffrax(quick: bool) -> dict[str, Any]:
         if tol is None:
             results["absent"][f"diffrax against {method}"] = f"no tolerance reaches {error:.1e}"
             continue
+        compiled = func.compiled
         contest = round_robin(
             {
                 "ours forward": lambda func=func, method=method: func.forward_only(method),
                 "ours both": lambda func=func, method=method: func.both(method),
+                "compiled forward": lambda func=compiled, method=method: func.forward_only(method),
+                "compiled both": lambda func=compiled, method=method: func.both(method),
                 "diffrax forward": lambda tol=tol: solve(tol),
                 "diffrax both": lambda tol=tol: gradient(tol),
             },
@@ -278,20 +294,27 @@ def against_diffrax(quick: bool) -> dict[str, Any]:
             "tolerance": tol,
             "error of diffrax": error_at(tol),
         }
-        for way in ("forward", "both"):
-            if {f"ours {way}", f"diffrax {way}"} <= contest.times.keys():
-                row[f"ours {way}"] = contest.milliseconds(f"ours {way}").median / 1e3
-                row[f"diffrax {way}"] = contest.milliseconds(f"diffrax {way}").median / 1e3
-                row[f"ratio {way}"] = contest.ratio(f"ours {way}", f"diffrax {way}").median
-        results["rows"].append(row)
+        for who in ("ours", "compiled"):
+            of_one = {**row, "method": method if who == "ours" else f"{method}, compiled"}
+            for way in ("forward", "both"):
+                if {f"{who} {way}", f"diffrax {way}"} <= contest.times.keys():
+                    of_one[f"ours {way}"] = contest.milliseconds(f"{who} {way}").median / 1e3
+                    of_one[f"diffrax {way}"] = contest.milliseconds(f"diffrax {way}").median / 1e3
+                    of_one[f"ratio {way}"] = contest.ratio(f"{who} {way}", f"diffrax {way}").median
+            results["rows"].append(of_one)
     return results
 
 
 def small(quick: bool) -> dict[str, Any]:
     """128 samples of van der Pol, forward."""
     func = Func(van_der_pol(128), slice(None), torch.float64)
+    compiled = func.compiled
     contest = round_robin(
-        {method: lambda method=method: func.forward_only(method) for method in ("bdf2", "bdf3")},
+        {
+            **{method: lambda method=method: func.forward_only(method) for method in ("bdf2", "bdf3")},
+            "bdf2, compiled": lambda: compiled.forward_only("bdf2"),
+            "bdf3, compiled": lambda: compiled.forward_only("bdf3"),
+        },
         rounds=2 if quick else 7,
         warm_up=1,
     )

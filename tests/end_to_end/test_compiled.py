@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compiled_solves import INSIDE, NEEDS_TORCH, REGULAR, UNEQUAL, Field, Light, assert_same, compiling, solved, start
+from torch import Tensor
 
 from torchdiffeq_lmm import Compile, CostateFilter, odeint
 
@@ -32,6 +33,23 @@ def test_a_filter_of_higher_order_in_single_precision() -> None:
     assert all(found.dtype is torch.float32 for found in compiled)
     expected = solved(func.double(), start(), UNEQUAL, "ab2", **keywords)
     assert_same([found.double() for found in compiled], expected, 1e-5)
+
+
+def test_equations_of_implicit_steps() -> None:
+    """Stiff ones, in single precision, of a second size of the batch."""
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return rate * (t.cos() - y) ** 3 - 1000 * (y - t.cos())
+
+    rate, t = torch.tensor(10.0, requires_grad=True), torch.linspace(0, 1, 30)
+    for batch, compilations in ((4, 1), (9, 1), (5, 0)):
+        y0, found = torch.linspace(0.5, 1.5, batch)[:, None], []
+        with compiling(compilations):
+            y = odeint(func, y0, t, method="bdf2", rtol=1e-5, atol=1e-6, compile=True)
+            found.append((y, *torch.autograd.grad(y[-1].sum(), (rate,))))
+        y = odeint(func, y0, t, method="bdf2", rtol=1e-5, atol=1e-6)
+        found.append((y, *torch.autograd.grad(y[-1].sum(), (rate,))))
+        assert_same(*([part.detach() for part in one] for one in found), 1e-5)
 
 
 def test_a_missing_compiler_is_an_error_that_says_so() -> None:
