@@ -18,7 +18,7 @@ class Compile:
 
     Args:
         block: of how many steps the compiled function is. A longer one has less overhead and keeps fewer states; the
-            time to compile it is proportional to its length.
+            time to compile it is proportional to its length. Of no meaning for implicit methods.
         dynamic: whether it is compiled for all batch sizes, the sizes of the state's first dimension, once there is a
             second one. A tuple state, a batch of 1, and a `func` with a tensor that has a value for each sample are
             compiled for every size by themselves.

@@ -140,8 +140,11 @@ def odeint(
             beginning of every block is kept and the others are made again, as by ``backward="checkpoint"``. All tensors
             that func depends on get their gradients; `adjoint_params` may name some of them instead. func must be
             traceable by `torch.compile` without a break, draw no random numbers and change no buffers: otherwise an
-            error says so, before the first step. Implicit and adaptive methods, events, `jump_t`, other backward modes,
-            callbacks, autocast around the solve, second derivatives and transforms of torch.func are refused.
+            error says so, before the first step. Events, `jump_t`, other backward modes, callbacks, autocast around the
+            solve, second derivatives and transforms of torch.func are refused. With an implicit method, "bdf" among
+            them, the steps are made one by one and have all their options; the iterates of Newton's method for the
+            equations of all samples are compiled. That is for samples of at most 8 entries, in float32 or float64, that
+            func treats independently; the values are the same to the tolerance of the equations.
 
     Returns:
         As `torchdiffeq.odeint`: the states at `t`, of shape (n, *y0.shape), or a tuple of such; with `event_fn` the
