@@ -195,6 +195,24 @@ def test_callbacks_are_called() -> None:
         assert len(func.seen) >= 3
 
 
+def test_what_a_callback_changes_of_func_is_seen() -> None:
+    class Switched(Nodes):
+        limit = 1.0
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return self.rate * (self.limit * t.cos() - y)
+
+        def callback_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+            self.limit = 1.0 if t0 < 0.5 else 2.0
+
+    func, found = Switched(), []
+    for compile in (TRACED, None):  # noqa: A001
+        y = odeint(func, torch.ones(2, 1, dtype=torch.float64), EQUAL, method="bdf2", compile=compile)
+        found.append([y.detach(), *torch.autograd.grad(y[-1].sum(), (func.rate,))])
+    assert_same(*found, CLOSE)
+    assert float(found[0][0][-1, 0]) > 1.0
+
+
 @pytest.mark.parametrize("method", slow_but(["bdf2"], ["bdf2", "bdf"]))
 def test_the_time_of_an_event_and_its_gradient(method: str) -> None:
     rate = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)

@@ -51,6 +51,9 @@ class CompiledNewton:
         self._hosted = hosted
         self._vector_field = vector_field
         self._known: _Known | None = None
+        # What callbacks change of func between steps is to be seen.
+        callbacks = hosted.callback_step, hosted.callback_accept_step, hosted.callback_reject_step
+        self._asks_again = any(callback is not None for callback in callbacks)
 
     def solve(
         self, samples: Samples, tolerances: Tolerances, equations: Equations, start: Rows, skipped: Flags
@@ -61,7 +64,7 @@ class CompiledNewton:
             RuntimeError: func cannot be compiled, or does not act on the samples independently.
         """
         assert equations.time is not None
-        if self._known is None:
+        if self._known is None or self._asks_again:
             self._known = self._made(samples, tolerances, samples.join(equations.x), equations.time)
         run, dependencies, axis, rtol, atol, numbers = self._known
         states = map(samples.join, (equations.x, equations.c, start))
