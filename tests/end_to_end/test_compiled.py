@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from compiled_solves import INSIDE, NEEDS_TORCH, REGULAR, UNEQUAL, Field, Light, assert_same, compiling, solved, start
+from compiled_solves import (
+    INSIDE,
+    NEEDS_TORCH,
+    REGULAR,
+    TRACED,
+    UNEQUAL,
+    Field,
+    Light,
+    assert_same,
+    compiling,
+    solved,
+    start,
+)
 from torch import Tensor
 
 from torchdiffeq_lmm import Compile, CostateFilter, odeint
@@ -15,10 +27,11 @@ SHORT = Compile(block=5)
 def test_one_compilation_serves_all_batch_sizes_from_the_second_on() -> None:
     """Of a filtered solve with outputs inside steps, a layer for every step, and matrix products that are kept."""
     width = 10
-    # Of a batch of 3 the products are small enough to be sums; of one whose size is not known they are kept.
+    # Of a batch of 3 the products are small enough to be sums; of one whose size is not known they are kept. What the
+    # first size takes is compiled in other tests.
     func, keywords = Field(width), {"options": REGULAR, "grad_filter": "leapfrog"}
     with compiling(1), torch.no_grad():
-        of_one_size = odeint(func, start(3, width), INSIDE, method="leapfrog", compile=SHORT, **keywords)
+        of_one_size = odeint(func, start(3, width), INSIDE, method="leapfrog", compile=TRACED, **keywords)
         assert_same([of_one_size], [odeint(func, start(3, width), INSIDE, method="leapfrog", **keywords)])
     for batch, compilations in ((40, 2), (64, 0), (3, 0)):
         with compiling(compilations):

@@ -118,7 +118,7 @@ class _CompiledIterate(CompiledFunctions):
         self.axis = self._take_apart() if is_matrix and few_components(x) == 1 else 0
 
     def of(self, samples: Samples, precision: float, of_entries: tuple[bool, bool]) -> Traced:
-        key = "newton", samples.entries, len(samples.shapes), precision, of_entries
+        key = "newton", samples.shapes[1:], samples.dims, self.axis, precision, of_entries
         return self._for_any_size(
             lambda: self._made(key, lambda: trace_newton(self._func, samples, precision, of_entries, self._like))[0]
         )
