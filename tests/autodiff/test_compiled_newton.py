@@ -278,6 +278,20 @@ def test_without_gradients() -> None:
             assert_same([odeint(func, beginning(), GRID.clone(), method="bdf2", compile=TRACED)], [expected], CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dims"), slow_but([((2, 2), 0)], [((), "auto"), ((2, 2), 0), ((2, 3), 2), ((2, 3, 2), 1)])
+)
+def test_shapes_and_dimensions_of_samples(shape: tuple[int, ...], dims: object, eager_steps: list[int]) -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        # In one system all entries have a part in each other.
+        return -0.5 * y**3 + 0.2 * (y.sum() if dims == 0 else y)
+
+    y0, options = torch.linspace(1, 2, math.prod(shape), dtype=torch.float64).reshape(shape), {"batch_dims": dims}
+    found = odeint(func, y0, EQUAL, method="bdf2", compile=TRACED, options=options)
+    assert len(eager_steps) < 10
+    assert_same([found], [odeint(func, y0, EQUAL, method="bdf2")], CLOSE)
+
+
 @pytest.mark.slow
 def test_it_is_compiled_once_for_steps_times_values_and_batches() -> None:
     def func(t: Tensor, y: Tensor) -> Tensor:
