@@ -19,7 +19,7 @@ def trace_forward(func: CapturedFunc, pattern: Pattern, like: Shapes) -> TracedB
     """`forward_block`; all three raise a RuntimeError where func cannot be traced."""
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        window, numbers, tensors = parts_of(flat, (1 + sum(pattern.begins), 3 + len(like.looked_up)))
+        window, numbers, tensors = parts_of(flat, (1 + sum(pattern.begins), _count(like)))
         end, nodes = forward_block(func, pattern, window, BlockNumbers.of(*numbers), tensors, like.axis)
         return (*end, nodes)
 
@@ -31,7 +31,7 @@ def trace_backwards(func: CapturedFunc, pattern: Pattern, like: Shapes) -> Trace
     """`reversed_block`."""
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        window, numbers, tensors = parts_of(flat, (1 + sum(pattern.ends), 3 + len(like.looked_up)))
+        window, numbers, tensors = parts_of(flat, (1 + sum(pattern.ends), _count(like)))
         return reversed_block(func, pattern, window, BlockNumbers.of(*numbers), tensors, like.axis)
 
     fakes = Fakes(like)
@@ -42,7 +42,7 @@ def trace_adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like:
     """`block_and_adjoint`, without what the block itself returns; see `kept_products` for `keeps`."""
     sizes = (
         1 + sum(pattern.begins),
-        3 + len(like.looked_up),
+        _count(like),
         len(like.tensors),
         1 + sum(pattern.ends),
         1,
@@ -105,3 +105,8 @@ def _numbers(fakes: Fakes, pattern: Pattern) -> BlockNumbers:
         fakes.empty(rows, dtype=torch.bool),
         fakes.looked_up(rows),
     )
+
+
+def _count(like: Shapes) -> int:
+    """Of how many tensors `BlockNumbers` are."""
+    return 3 + len(like.looked_up)

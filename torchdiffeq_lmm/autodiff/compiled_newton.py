@@ -76,7 +76,9 @@ class CompiledNewton:
         iterates = Iterates(
             d, torch.zeros_like(d), nothing, torch.full_like(d, torch.inf), done, torch.zeros_like(done)
         )
-        rest = (equations.time, *dependencies.tensors, *_looked_up(dependencies, equations.time))
+        at = equations.time.reshape(1)
+        looked_up = (rows[0] for rows in dependencies.looked_up(dependencies.stacks, at, at.new_zeros(1).long()))
+        rest = (equations.time, *dependencies.tensors, *looked_up)
         for _ in range(_MOST):
             *found, counts = run(*given, *iterates, *rest)
             iterates = Iterates(*found)
@@ -114,23 +116,10 @@ class _CompiledIterate(CompiledFunctions):
     ) -> None:
         super().__init__(dependencies, settings, x, time)
         # Where components of a state are entries of its samples.
-        is_matrix = len(samples.shapes) == 1 and samples.dims == 1 and x.ndim == 2
-        self.axis = self._take_apart() if is_matrix and few_components(x) == 1 else 0
+        self.axis = self._take_apart() if samples.is_matrix and few_components(x) == 1 else 0
 
     def of(self, samples: Samples, precision: float, of_entries: tuple[bool, bool]) -> Traced:
         key = "newton", samples.shapes[1:], samples.dims, self.axis, precision, of_entries
         return self._for_any_size(
             lambda: self._made(key, lambda: trace_newton(self._func, samples, precision, of_entries, self._like))[0]
         )
-
-
-def _looked_up(dependencies: Dependencies, time: Tensor) -> list[Tensor]:
-    """What func looks up by the time."""
-    lookups = dependencies.func.lookups
-    if lookups is None:
-        return []
-    rows = lookups.rows_at(time.reshape(1), dependencies.of_lookups)
-    return [
-        stack.detach().index_select(0, of_stack.reshape(-1)).reshape(shape)
-        for stack, of_stack, shape in zip(dependencies.stacks, rows, lookups.shapes, strict=True)
-    ]

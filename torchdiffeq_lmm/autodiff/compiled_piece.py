@@ -116,7 +116,10 @@ class CompiledPieceSolver:
             tuple(i for i, stack in enumerate(stacks) if stack.requires_grad),
             self.backward if isinstance(self.backward, Reversible) else None,
         )
-        looked_up = _looked_up(dependencies, stacks, planned)
+        looked_up: list[Tensor] = []
+        if stacks:
+            numbers = torch.cat([block.times for block in planned.blocks])
+            looked_up = dependencies.looked_up(stacks, planned.times, numbers)
         found = solve_compiled(solve, y0, weights, times, dependencies.tensors, looked_up)
         states, again = ({0: y0, **dict(zip(planned.observed, part.unbind(), strict=True))} for part in found)
         return {**states, 0: y0}, again
@@ -149,19 +152,6 @@ class CompiledPieceSolver:
                 )
         listed = known if self.adjoint_params is None else {id(parameter) for parameter in self.adjoint_params}
         return {id(tensor) for tensor in taken if tensor.requires_grad and id(tensor) in listed}
-
-
-def _looked_up(dependencies: Dependencies, stacks: Sequence[Tensor], planned: Schedule) -> list[Tensor]:
-    """What func looks up in its stacks by the time, for all rows of all blocks."""
-    lookups = dependencies.func.lookups
-    if lookups is None:
-        return []
-    states = torch.cat([block.times for block in planned.blocks])
-    of_states = lookups.rows_at(planned.times, dependencies.of_lookups)
-    return [
-        stack.index_select(0, rows[states].reshape(-1)).reshape(len(states), *shape)
-        for stack, rows, shape in zip(stacks, of_states, lookups.shapes, strict=True)
-    ]
 
 
 class _SlopesAtNodes:

@@ -56,6 +56,22 @@ class Dependencies(NamedTuple):
     stacks: tuple[Tensor, ...]
     of_lookups: tuple[Tensor, ...]
 
+    def looked_up(self, stacks: Sequence[Tensor], times: Tensor, numbers: Tensor) -> list[Tensor]:
+        """What func looks up, for each lookup of shape (rows, ...).
+
+        Args:
+            stacks: as above, or without a graph.
+            times: what func is given for times, of shape (times,).
+            numbers: of these, for every row.
+        """
+        if self.func.lookups is None:
+            return []
+        rows_of_stacks = self.func.lookups.rows_at(times, self.of_lookups)
+        return [
+            stack.index_select(0, rows[numbers].reshape(-1)).reshape(len(numbers), *shape)
+            for stack, rows, shape in zip(stacks, rows_of_stacks, self.func.lookups.shapes, strict=True)
+        ]
+
 
 class CapturedFunc:
     """A graph of func.

@@ -29,13 +29,11 @@ def trace_newton(
         RuntimeError: func cannot be traced.
     """
     is_tuple = len(samples.shapes) > 1
-    # What is split already is left as it is, for components that lie apart.
-    is_split = not is_tuple and samples.dims == 1 and len(samples.shapes[0]) == 2
 
     def split(state: Tensor) -> list[Tensor]:
-        # Of a batch of any size the numbers of `samples` are not those.
+        # Of a batch of any size the numbers of `samples` are not those; and a matrix stays one, for components apart.
         rows = samples.split(state) if is_tuple else state
-        return list((rows if is_split else rows.reshape(-1, samples.entries)).unbind(1))
+        return list((rows if samples.is_matrix else rows.reshape(-1, samples.entries)).unbind(1))
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
         given, iterates, (time,), tensors = parts_of(flat, (_GIVEN, _ITERATES, 1))
@@ -44,7 +42,7 @@ def trace_newton(
             rows = laid_out(torch.stack(entries, 1), 2, like.axis)
             if is_tuple:
                 return samples.join(rows)
-            return rows if is_split else rows.reshape(given[0].shape)
+            return rows if samples.is_matrix else rows.reshape(given[0].shape)
 
         latest, left = next_iterate(
             lambda y: func(time, y, tensors), split, join, precision, Given(*given), Iterates(*iterates)

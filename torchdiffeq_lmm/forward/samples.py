@@ -54,6 +54,11 @@ class Samples:
         """How many entries a sample has."""
         return sum(prod(shape[self.dims :]) for shape in self.shapes)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the state is the matrix of its samples as it is."""
+        return len(self.shapes) == 1 and self.dims == 1 and len(self.shapes[0]) == 2
+
     def split(self, y: Tensor) -> Tensor:
         """The state with a row for each sample, of shape (S, D)."""
         if len(self.shapes) == 1:
