@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchdiffeq_lmm
+from torchdiffeq_lmm import Compile
+from torchdiffeq_lmm.autodiff import block_schedule
+from torchdiffeq_lmm.schemes.block_rows import Block, blocks_of
 
 pytestmark = NEEDS_TORCH
 
 
 @pytest.mark.slow
 def test_it_is_compiled_once_for_all_steps_times_values_and_batches() -> None:
-    func = Field()
+    class Own(Field):
+        """Of no other test, which would have left compiled functions."""
+
+    func = Own()
 
     def check(batch: int, t: Tensor, step_size: float) -> None:
         keywords = {"options": {"step_size": step_size}}
@@ -43,6 +49,25 @@ def test_it_is_compiled_once_for_all_steps_times_values_and_batches() -> None:
         check(3, INSIDE, 0.05)
         with torch.no_grad():
             torchdiffeq_lmm.odeint(func, start(9), INSIDE, method="ab2", options=REGULAR, compile=TRACED)
+
+
+@pytest.mark.parametrize(("width", "steps"), [(2, 5), (40, 10)])
+def test_blocks_are_long_where_there_are_matrix_products(
+    width: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+
+    def blocks(*given: Any) -> list[Block]:
+        lengths.append(given[-1])
+        return blocks_of(*given)
+
+    monkeypatch.setattr(block_schedule, "blocks_of", blocks)
+    net = nn.Linear(width, width).double()
+    with torch.no_grad():
+        torchdiffeq_lmm.odeint(
+            lambda t, y: net(y), start(64, width), INSIDE, method="ab1", compile=Compile(backend="eager")
+        )
+    assert set(lengths) == {steps}
 
 
 class Conditioned(nn.Module):

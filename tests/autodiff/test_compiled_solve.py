@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import torchdiffeq_lmm
 from torchdiffeq_lmm import Compile, CostateFilter, DriftError, Reversible
+from torchdiffeq_lmm.autodiff import compiled_solve
 
 # Grids on which rows are not those of steps are meant: what is compared is the same with each.
 pytestmark = [NEEDS_TORCH, pytest.mark.filterwarnings("ignore:a GridParameter of kind")]
@@ -51,6 +52,31 @@ def test_values_and_gradients_are_those_of_an_eager_solve(method: str, grad_filt
     keywords = {"options": options, "grad_filter": grad_filter}
     compiled = solved(func, start(), t, method, compile=TRACED, **keywords)
     assert_same(compiled, solved(func, start(), t, method, **keywords))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "keywords"),
+    [
+        ("leapfrog", {"grad_filter": "auto", "backward": Reversible(anchors=2)}),
+        ("ab2", {"grad_filter": CostateFilter(order=3)}),
+    ],
+)
+def test_how_many_blocks_are_run_at_once_makes_no_difference(
+    method: str, keywords: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    func, found = Light(), []
+    # All at once, three, and each by itself; outputs in some of them, then in all.
+    for t in (torch.tensor([0.0, 0.11, 1.0], dtype=torch.float64), torch.linspace(0, 1, 41, dtype=torch.float64)):
+        for size in (2**20, 3 * 5 * start().nbytes, 1):
+            monkeypatch.setattr(compiled_solve, "_RUN_BYTES", size)
+            options = {"step_size": 0.025}
+            found.append(solved(func, start(), t, method, compile=TRACED, options=options, **keywords))
+        first, *others = found[-3:]
+        for other in others:
+            assert_same(other, first, 1e-13)
+        eager = {name: given for name, given in keywords.items() if name != "backward"}
+        assert_same(first, solved(func, start(), t, method, options=options, **eager))
 
 
 def test_every_explicit_method_is_compared() -> None:
@@ -263,7 +289,7 @@ class TestReversible:
             with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
                 t, options = torch.tensor([0.0, 1.0], dtype=torch.float64), {"step_size": 1 / steps}
                 torchdiffeq_lmm.odeint(func, y0, t, method="leapfrog", options=options, compile=TRACED, **keywords)
-            return len(saved)
+            return sum(tensor.numel() for tensor in saved)
 
         def func(t: Tensor, y: Tensor) -> Tensor:
             return -y.sin()
@@ -273,7 +299,8 @@ class TestReversible:
         first = [kept(400), kept(400, backward="reversible")]
         assert all(first)
         # Two tensors of the past before each block, with 8 states on the way, the first three and the last one.
-        assert max(kept(steps, backward="reversible") for steps in (400, 800)) <= 2 * 12 < kept(400) < kept(800)
+        most = 2 * 12 * y0.numel()
+        assert max(kept(steps, backward="reversible") for steps in (400, 800)) <= most < kept(400) < kept(800)
 
     @pytest.mark.slow
     def test_drift_is_an_error_or_begins_again(self) -> None:

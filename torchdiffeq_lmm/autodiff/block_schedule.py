@@ -1,7 +1,8 @@
 """What is known of a compiled solve before any state: its blocks, their numbers, where outputs are, the filter."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,50 +12,99 @@ from torchdiffeq_lmm.filters.filter_coefficients import FilteredCotangent, filte
 from torchdiffeq_lmm.filters.filter_plan import FilterPlan
 from torchdiffeq_lmm.filters.shifted_past import product_places
 from torchdiffeq_lmm.forward.step_source import FixedSteps
-from torchdiffeq_lmm.schemes.block_rows import Block, ExplicitMethod, all_weights, blocks_of, weight_indices
+from torchdiffeq_lmm.schemes.block_rows import (
+    Block,
+    ExplicitMethod,
+    Pattern,
+    all_weights,
+    blocks_of,
+    weight_indices,
+)
 
 from .block_values import AROUND, BlockNumbers
 
 
 class FilteredBlock(NamedTuple):
-    """What the filter needs in a block; see `FilterNumbers`.
+    """What the filter needs in a block; see `FilterNumbers`. Of a run, these of all of its blocks.
 
     Attributes:
         value, products: see there.
         observed_value, observed_slope: weights of g at the observed nodes, of shape (rows, nodes); None for none.
         earlier: the states whose times are `earlier_times` there.
+        earlier_rows: which of the rows of all blocks they are the arguments of.
     """
 
     value: Tensor
-    products: Tensor | None
-    observed_value: Tensor | None
-    observed_slope: Tensor | None
-    earlier: Tensor | None
+    products: Tensor | None = None
+    observed_value: Tensor | None = None
+    observed_slope: Tensor | None = None
+    earlier: Tensor | None = None
+    earlier_rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ScheduledBlock:
-    """A block of a solve.
+    """A block of a solve; all tensors are on the CPU.
 
     Attributes:
         block: its rows.
-        weights, times: which weights and times of all are its rows', on the device of the state.
+        first_row: the number of its first one among the rows of all blocks.
+        weights, times: which weights and times of all are its rows'.
         active: which of its rows are rows of the solve.
         seen: the steps at whose beginnings there are outputs.
-        sees_end: whether there is one at its end.
         filtered: what the filter needs; None without.
         order, earlier: see `AdjointKind`.
     """
 
     block: Block
+    first_row: int
     weights: Tensor
     times: Tensor
     active: Tensor
-    seen: Tensor | None
-    sees_end: bool
+    seen: list[int]
     filtered: FilteredBlock | None
     order: int
     earlier: int
+
+    def is_like(self, other: "ScheduledBlock") -> bool:
+        """Whether one compiled function serves both, with numbers of the same kinds."""
+        given, others = (tuple(part is None for part in block.filtered or ()) for block in (self, other))
+        is_same = self.block.pattern is other.block.pattern and given == others
+        return is_same and (self.order, self.earlier) == (other.order, other.earlier)
+
+
+@dataclass(frozen=True)
+class ScheduledRun:
+    """Blocks on end that are alike; its tensors are on the device of the state, of shape (blocks, ...).
+
+    Attributes:
+        pattern, order, earlier: of each block.
+        blocks: how many.
+        first: the number of the first one.
+        first_row: the number of its first row among the rows of all blocks.
+        weights, times, active, filtered: see `ScheduledBlock`.
+        seen: which of the steps of all of them have outputs at their beginnings.
+        sees_end: whether there is one at its end.
+        numbers: None where they have a gradient.
+    """
+
+    pattern: Pattern
+    order: int
+    earlier: int
+    blocks: int
+    first: int
+    first_row: int
+    weights: Tensor
+    times: Tensor
+    active: Tensor
+    filtered: FilteredBlock | None
+    seen: Tensor | None
+    sees_end: bool
+    numbers: BlockNumbers | None = None
+
+    def numbers_of(self, weights: Tensor, times: Tensor) -> BlockNumbers:
+        """The numbers, by the weights and times of all rows."""
+        return BlockNumbers(weights[self.weights], times[self.times], self.active)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -62,7 +112,7 @@ class ScheduledBlock:
         given = (self.weights, self.times, self.active, self.seen, *(self.filtered or ()))
         return [tensor for tensor in given if tensor is not None]
 
-    def with_tensors(self, tensors: Iterator[Tensor]) -> "ScheduledBlock":
+    def with_tensors(self, tensors: Iterator[Tensor]) -> "ScheduledRun":
         """The same with other tensors, as many as it has."""
 
         def taken(tensor: Tensor | None) -> Tensor | None:
@@ -74,10 +124,6 @@ class ScheduledBlock:
             filtered = FilteredBlock(next(tensors), *map(taken, filtered[1:]))
         return replace(self, weights=weights, times=times, active=active, seen=seen, filtered=filtered)
 
-    def numbers(self, weights: Tensor, times: Tensor) -> BlockNumbers:
-        """Those of the block, of the weights and times of all rows."""
-        return BlockNumbers(weights[self.weights], times[self.times], self.active)
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -86,7 +132,8 @@ class Schedule:
     Attributes:
         blocks: from the first one on.
         observed: the nodes with outputs, in their order; the first one for its slope alone.
-        numbers: of all blocks; None where they have a gradient.
+        sees_end: whether there is an output at the end of the last block.
+        weights: of all rows, on the device of the state; None where they have a gradient.
         times: what func is given for the times of all states, without a gradient.
         later: how many D of later blocks the filter needs; 0 without.
         time: what func is given for the first time.
@@ -94,10 +141,77 @@ class Schedule:
 
     blocks: list[ScheduledBlock]
     observed: Sequence[int]
-    numbers: list[BlockNumbers] | None
+    sees_end: bool
+    weights: Tensor | None
     times: Tensor
     later: int
     time: Tensor
+    _runs: dict[int, list[ScheduledRun]] = field(default_factory=dict)
+
+    @cached_property
+    def unlike(self) -> list[ScheduledBlock]:
+        """One of all blocks for which one compiled function serves."""
+        return list({(id(one.block.pattern), one.order, one.earlier): one for one in self.blocks}.values())
+
+    @cached_property
+    def row_times(self) -> Tensor:
+        """Which of the times are those of all rows of all blocks, on the device of the state."""
+        return torch.cat([block.times for block in self.blocks]).to(self.times.device)
+
+    def runs(self, most: int) -> list[ScheduledRun]:
+        """The blocks in runs, each of so many at most."""
+        if most not in self._runs:
+            self._runs[most] = self._made(most)
+        return self._runs[most]
+
+    def _made(self, most: int) -> list[ScheduledRun]:
+        parts: list[list[ScheduledBlock]] = []
+        for block in self.blocks:
+            if parts and len(parts[-1]) < most and block.is_like(parts[-1][-1]):
+                parts[-1].append(block)
+            else:
+                parts.append([block])
+        first, runs = 0, []
+        for part in parts:
+            runs.append(_run_of(part, first, self.sees_end and first + len(part) == len(self.blocks)))
+            first += len(part)
+        moved = iter(_moved([tensor for run in runs for tensor in run.tensors], self.times.device))
+        runs = [run.with_tensors(moved) for run in runs]
+        if self.weights is None:
+            return runs
+        return [replace(run, numbers=run.numbers_of(self.weights, self.times)) for run in runs]
+
+
+def _run_of(blocks: Sequence[ScheduledBlock], first: int, sees_end: bool) -> ScheduledRun:
+    """Blocks that are alike.
+
+    Args:
+        blocks: on end.
+        first: the number of the first one.
+        sees_end: whether there is an output at their end.
+    """
+    one, steps = blocks[0], blocks[0].block.pattern.steps
+    seen = [step + i * steps for i, block in enumerate(blocks) for step in block.seen]
+    filtered = None
+    if one.filtered is not None:
+        value, *others = zip(*(block.filtered for block in blocks if block.filtered is not None), strict=True)
+        filtered = FilteredBlock(
+            torch.stack(value), *(None if given[0] is None else torch.stack(given) for given in others)
+        )
+    return ScheduledRun(
+        pattern=one.block.pattern,
+        order=one.order,
+        earlier=one.earlier,
+        blocks=len(blocks),
+        first=first,
+        first_row=one.first_row,
+        weights=torch.stack([block.weights for block in blocks]),
+        times=torch.stack([block.times for block in blocks]),
+        active=torch.stack([block.active for block in blocks]),
+        filtered=filtered,
+        seen=torch.tensor(seen, device="cpu") if seen else None,
+        sees_end=sees_end,
+    )
 
 
 def schedule(
@@ -121,15 +235,16 @@ def schedule(
     if not blocks:
         return None
     time = source.user_time(0).detach()
-    device = time.device
     forms = None if plan is None else filter_coefficients(plan, observed)
     later = 0 if plan is None else blocks[-1].pattern.reach
     made: list[ScheduledBlock] = []
+    first_row, sees_end = 0, False
     for block, weights in zip(blocks, weight_indices(recurrence, blocks), strict=True):
         pattern, count = block.pattern, len(block.pattern.rows)
         rows = torch.arange(count, device="cpu")
         is_last, made_steps = block is blocks[-1], sum(row.is_node for row in pattern.rows[: block.rows])
         ends_inside = is_last and made_steps < pattern.steps
+        sees_end = is_last and not ends_inside
         seen = [n - block.node for n in observed if block.node <= n < block.node + made_steps + ends_inside]
         order = earlier = 0
         filtered = None
@@ -137,27 +252,24 @@ def schedule(
             order = _order(block, forms, plan)
             earlier = min(max(0, order - 2), made[-1].block.pattern.steps if made else 0)
             nodes = recurrence.nodes[block.node - earlier : block.node]
-            filtered = _filtered(block, forms, len(observed), product_places(order), nodes)
+            before = made[-1].first_row - made[-1].block.first if made else 0
+            filtered = _filtered(block, forms, len(observed), product_places(order), nodes, before)
         made.append(
             ScheduledBlock(
                 block,
+                first_row,
                 torch.tensor(weights, device="cpu"),
                 torch.where(rows < block.rows, rows + block.first, block.first),
                 rows < block.rows,
-                torch.tensor(seen, device="cpu") if seen else None,
-                is_last and not ends_inside,
+                seen,
                 filtered,
                 order,
                 earlier,
             )
         )
-    moved = iter(_moved([tensor for scheduled in made for tensor in scheduled.tensors], device))
-    made = [scheduled.with_tensors(moved) for scheduled in made]
-    numbers, times = None, source.every_user_time().detach()
-    if not source.requires_grad:
-        of_rows = all_weights(recurrence).to(device)
-        numbers = [block.numbers(of_rows, times) for block in made]
-    return Schedule(made, observed, numbers, times, later, time)
+        first_row += count
+    of_rows = None if source.requires_grad else all_weights(recurrence).to(time.device)
+    return Schedule(made, observed, sees_end, of_rows, source.every_user_time().detach(), later, time)
 
 
 def _order(block: Block, forms: Mapping[int, FilteredCotangent], plan: FilterPlan) -> int:
@@ -189,6 +301,7 @@ def _filtered(
     observed: int,
     places: Sequence[int],
     earlier: Sequence[int],
+    before: int,
 ) -> FilteredBlock:
     """The numbers of a block.
 
@@ -198,6 +311,7 @@ def _filtered(
         observed: how many nodes are.
         places: of the products.
         earlier: the states of the nodes before the block at which there are Jacobians.
+        before: to be added to their numbers for those of their rows among the rows of all blocks.
     """
     rows, reach, count = len(block.pattern.rows), block.pattern.reach, len(places)
     value = torch.zeros(rows, AROUND + reach, dtype=torch.float64, device="cpu")
@@ -230,14 +344,16 @@ def _filtered(
                     observed_slope[i] = product.observed
         node += row.is_node
     if not places:
-        return FilteredBlock(value, None, None, None, None)
+        return FilteredBlock(value)
     has_observed = bool(observed_value.any() or observed_slope.any())
+    states = torch.tensor(earlier, device="cpu") if earlier else None
     return FilteredBlock(
         value,
         products,
         observed_value if has_observed else None,
         observed_slope if has_observed else None,
-        torch.tensor(earlier, device="cpu") if earlier else None,
+        states,
+        None if states is None else states + before,
     )
 
 

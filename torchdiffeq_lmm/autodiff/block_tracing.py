@@ -90,7 +90,7 @@ def trace_adjoint(func: CapturedFunc, pattern: Pattern, kind: AdjointKind, like:
     joint, known, outputs = fakes.traced(run, inputs), sum(sizes[:3]), 2 + sum(pattern.ends)
     parts = halves(joint.graph, known, outputs, keeps)
     forward = replace(joint, graph=parts.forward, inputs=inputs[:known])
-    return replace(joint, graph=parts.adjoint, inputs=[*inputs, *parts.kept], forward=forward, keeps=bool(parts.kept))
+    return replace(joint, graph=parts.adjoint, inputs=[*inputs, *parts.kept], forward=forward, keeps=len(parts.kept))
 
 
 def _window(fakes: Fakes, known: tuple[int, int]) -> list[Tensor]:

@@ -6,9 +6,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .compile_settings import Compile, Traced
+from .block_loop import BlockFunction
+from .compile_settings import Compile
 from .func_capture import Dependencies
-from .tracing import Shapes, TracedBlock, axis_apart
+from .tracing import Shapes, TracedBlock, axis_apart, has_light_slope
 
 Function = TypeVar("Function")
 
@@ -23,9 +24,16 @@ class CompiledFunctions:
         dependencies: func and what it depends on.
         settings: how to compile.
         x, time: a state and a time, whose values do not matter.
+
+    Attributes:
+        dependencies: as given.
     """
 
+    _in_loops = False
+    """Whether they are run in loops: see `block_loop`."""
+
     def __init__(self, dependencies: Dependencies, settings: Compile, x: Tensor, time: Tensor) -> None:
+        self.dependencies = dependencies
         self._func = dependencies.func
         self._settings = settings
         lookups = self._func.lookups
@@ -47,6 +55,16 @@ class CompiledFunctions:
         return axis
 
     @property
+    def _is_light(self) -> bool:
+        """Whether func is without matrix products, but small ones."""
+        key = self._key, "is light"
+        if key not in self._func.made:
+            with torch.no_grad():
+                self._func.made[key] = has_light_slope(self._func, self._like)
+        found: bool = self._func.made[key]
+        return found
+
+    @property
     def _key(self) -> object:
         x = self._like.x
         return self._settings.key, x.shape[1:] if self._like.is_dynamic else x.shape, x.dtype, x.device
@@ -62,15 +80,18 @@ class CompiledFunctions:
                 self._like = self._like._replace(is_dynamic=False)
         return make()
 
-    def _made(self, key: object, traced: Callable[[], TracedBlock]) -> tuple[Traced, TracedBlock]:
+    def _made(self, key: object, traced: Callable[[], TracedBlock]) -> tuple[BlockFunction, TracedBlock]:
         """A function, compiled where it has not been before, and what it was before."""
         global compilations
         made = self._func.made
         if (self._key, key) not in made:
             with torch.no_grad():
                 block = traced()
-                made[self._key, key] = self._settings.compiled(block.graph, block.inputs), block
+                made[self._key, key] = (
+                    self._settings.compiled(block.graph, block.inputs, in_loops=self._in_loops),
+                    block,
+                )
             compilations += 1
-        found: tuple[Traced, TracedBlock] = made[self._key, key]
+        found: tuple[BlockFunction, TracedBlock] = made[self._key, key]
         found[1].check(len(self._like.x) if self._like.is_dynamic else 0)
         return found

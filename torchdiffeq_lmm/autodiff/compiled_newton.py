@@ -14,7 +14,8 @@ from torchdiffeq_lmm.forward.linear import noise
 from torchdiffeq_lmm.forward.samples import Samples
 from torchdiffeq_lmm.forward.vector_field import HostedFunction, VectorField
 
-from .compile_settings import Compile, Traced
+from .block_loop import BlockFunction
+from .compile_settings import Compile
 from .compiled_functions import CompiledFunctions
 from .func_capture import Dependencies
 from .kept_captures import dependencies_of
@@ -29,7 +30,7 @@ _MOST = 8
 class _Known(NamedTuple):
     """What is the same for all steps: the compiled iterate, what func depends on, and parts of `Given`."""
 
-    run: Traced
+    run: BlockFunction
     dependencies: Dependencies
     axis: int
     rtol: Tensor
@@ -118,7 +119,7 @@ class _CompiledIterate(CompiledFunctions):
         # Where components of a state are entries of its samples.
         self.axis = self._take_apart() if samples.is_matrix and few_components(x) == 1 else 0
 
-    def of(self, samples: Samples, precision: float, of_entries: tuple[bool, bool]) -> Traced:
+    def of(self, samples: Samples, precision: float, of_entries: tuple[bool, bool]) -> BlockFunction:
         key = "newton", samples.shapes[1:], samples.dims, self.axis, precision, of_entries
         return self._for_any_size(
             lambda: self._made(key, lambda: trace_newton(self._func, samples, precision, of_entries, self._like))[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -16,8 +17,9 @@ from torchdiffeq_lmm.schemes.methods import MultistepMethod
 
 from .block_schedule import Schedule, schedule
 from .compile_settings import Compile
+from .compiled_autograd import solve_compiled
 from .compiled_blocks import CompiledBlocks
-from .compiled_solve import CompiledSolve, solve_compiled
+from .compiled_solve import CompiledSolve
 from .func_capture import Dependencies
 from .goals import Outputs
 from .kept_captures import dependencies_of
@@ -41,6 +43,7 @@ class CompiledPieceSolver:
         adjoint_params: the tensors whose gradients are wanted; None for all that func depends on.
         backward: how to run it backwards: see `CompiledBackward`.
         eager: solves pieces that are too short for a block.
+        time, y0: a time and a state as func is given them; the values do not matter.
     """
 
     settings: Compile
@@ -51,6 +54,8 @@ class CompiledPieceSolver:
     adjoint_params: Sequence[Tensor] | None
     backward: CompiledBackward
     eager: PieceSolver
+    time: Tensor
+    y0: Tensor
 
     def solve(
         self,
@@ -86,7 +91,17 @@ class CompiledPieceSolver:
         # As far as states are concerned the first one is y0.
         first = 0 if self._takes_slopes(goal) and 0 in goal.slope_nodes else 1
         observed = [node for node in goal.states if node >= first]
-        return schedule(self.method, source, observed, self._plan(source), self.settings.block)
+        return schedule(self.method, source, observed, self._plan(source), self.block)
+
+    @property
+    def block(self) -> int:
+        """Of how many steps a block is."""
+        return self._blocks.block
+
+    @cached_property
+    def _blocks(self) -> CompiledBlocks:
+        dependencies = dependencies_of(self.hosted, self.vector_field, self.time, self.y0, self.settings.dynamic)
+        return CompiledBlocks(dependencies, self.settings, self.y0, self.time, keeps=self.backward == "autograd")
 
     def states(self, planned: Schedule, y0: Tensor, weights: Tensor | None, times: Tensor | None) -> dict[int, Tensor]:
         """The states at the observed nodes, and the first one, with their graph.
@@ -102,8 +117,8 @@ class CompiledPieceSolver:
         self, planned: Schedule, y0: Tensor, weights: Tensor | None, times: Tensor | None, takes_slopes: bool
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """The same, and once more for slopes, what E sees of which a filter must be told from the rest."""
-        dependencies = dependencies_of(self.hosted, self.vector_field, planned.time, y0, self.settings.dynamic)
-        blocks = CompiledBlocks(dependencies, self.settings, y0, planned.time, keeps=self.backward == "autograd")
+        blocks = self._blocks
+        dependencies = blocks.dependencies
         records = torch.is_grad_enabled()
         wanted = self._wanted(dependencies) if records else set()
         stacks = [stack if id(stack) in wanted else stack.detach() for stack in dependencies.stacks]
@@ -118,7 +133,7 @@ class CompiledPieceSolver:
         )
         looked_up: list[Tensor] = []
         if stacks:
-            numbers = torch.cat([block.times for block in planned.blocks])
+            numbers = planned.row_times
             looked_up = dependencies.looked_up(stacks, planned.times, numbers)
         found = solve_compiled(solve, y0, weights, times, dependencies.tensors, looked_up)
         states, again = ({0: y0, **dict(zip(planned.observed, part.unbind(), strict=True))} for part in found)

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .graph_parts import part_of, reached
 
-_DEAR = {
+PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -55,7 +55,7 @@ def halves(joint: GraphModule, known: int, outputs: int, keeps: bool) -> Halves:
         keeps: whether anything is to be kept.
     """
     graph, kept = joint.graph, list[Node]()
-    if keeps and any(node.target in _DEAR for node in graph.nodes):
+    if keeps and any(node.target in PRODUCTS for node in graph.nodes):
         from torch._functorch.compile_utils import fx_graph_cse
 
         # The filter evaluates func once more, at the same states.
@@ -70,11 +70,16 @@ def halves(joint: GraphModule, known: int, outputs: int, keeps: bool) -> Halves:
     return Halves(GraphModule(joint, forward), GraphModule(joint, adjoint), values)
 
 
+def is_light(graph: GraphModule) -> bool:
+    """Whether a graph is without matrix products and convolutions."""
+    return all(node.target not in PRODUCTS for node in graph.graph.nodes)
+
+
 def _kept(graph: Graph, known: int, outputs: int) -> list[Node]:
     """What is dear of what the adjoint needs of the block; nothing where there is no product."""
     inputs, results = _ends(graph)
     later = reached(inputs[known:], lambda node: node.users)
-    products = {node for node in graph.nodes if node.target in _DEAR and node not in later}
+    products = {node for node in graph.nodes if node.target in PRODUCTS and node not in later}
     if not products:
         return []
     functions = {

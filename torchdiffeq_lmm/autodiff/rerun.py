@@ -96,11 +96,17 @@ class Rerun:
 
 def relative_difference(reached: Tensor, known: Tensor) -> float:
     """The largest difference of two states, relative to the entries; NaN where one is not a number."""
+    return relative_differences(reached.unsqueeze(0), known.unsqueeze(0))
+
+
+def relative_differences(reached: Tensor, known: Tensor) -> float:
+    """The same of pairs of states, of shape (n, *x.shape)."""
     if not known.numel():
         return 0.0
     sizes, of_dtype = known.abs(), torch.finfo(known.dtype)
     # An entry may pass through 0, or be so small beside others that their rounding is all that it has.
-    smallest = (of_dtype.eps**0.25 * sizes.max()).clamp_(min=of_dtype.tiny)
+    largest = sizes.amax(tuple(range(1, sizes.ndim)), keepdim=True) if sizes.ndim > 1 else sizes
+    smallest = (of_dtype.eps**0.25 * largest).clamp_(min=of_dtype.tiny)
     return float((reached - known).abs().div_(torch.maximum(sizes, smallest)).max())
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .components import gains_apart, taken_apart
 from .func_capture import CapturedFunc
+from .kept_products import is_light
 from .mutations import changed_by, functional
 from .small_products import SMALL_PRODUCTS
 from .state_layout import few_components, laid_out
@@ -51,7 +53,7 @@ class TracedBlock:
         shapes: what was taken for granted of symbols.
         batch: the symbol of the first dimension of a state; None where it is a number.
         forward: of an adjoint, the block itself.
-        keeps: whether that keeps anything for it.
+        keeps: how many tensors that keeps for it.
     """
 
     graph: torch.fx.GraphModule
@@ -59,7 +61,12 @@ class TracedBlock:
     shapes: "ShapeEnv"
     batch: Any
     forward: "TracedBlock | None" = None
-    keeps: bool = False
+    keeps: int = 0
+
+    @cached_property
+    def is_light(self) -> bool:
+        """Whether it is without matrix products."""
+        return is_light(self.graph)
 
     def check(self, size: int) -> None:
         """Raise a RuntimeError where it was not traced for a size of the batch."""
@@ -98,6 +105,23 @@ def axis_apart(func: CapturedFunc, like: Shapes) -> int:
     except Exception:
         # The block says what is wrong.
         return 0
+
+
+def has_light_slope(func: CapturedFunc, like: Shapes) -> bool:
+    """Whether a slope is made without matrix products, but small ones, on the CPU."""
+    if like.x.device.type != "cpu":
+        return False
+    fakes = Fakes(like)
+
+    def run(time: Tensor, x: Tensor, *tensors: Tensor) -> tuple[Tensor]:
+        return (func(time, x, tensors),)
+
+    inputs = [fakes.times(), fakes.states(), *fakes.tensors, *fakes.looked_up()]
+    try:
+        return fakes.traced(run, inputs).is_light
+    except Exception:
+        # The block says what is wrong.
+        return False
 
 
 class Fakes:

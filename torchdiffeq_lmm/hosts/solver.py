@@ -189,12 +189,12 @@ class MultistepSolver(DifferentiableSolver):
         check_times(t)
         if len(t) == 1:
             return torch.stack([self.y0])
-        key = self._grid_key(t)
+        solver = self._solver_of_grid(t)
+        key = self._grid_key(t, solver) if isinstance(solver, CompiledPieceSolver) else None
         known = None if key is None else PLANNED_GRIDS.find(key)
         if known is not None:
-            compiled = self._solver_of_grid()
-            assert isinstance(compiled, CompiledPieceSolver)
-            return known.outputs(compiled, self.y0, self._rule)
+            assert isinstance(solver, CompiledPieceSolver)
+            return known.outputs(solver, self.y0, self._rule)
         pieces, placements = self._grids(t)
         check_steps(sum(len(piece.steps) for piece in pieces), self.max_num_steps)
         if self._is_smooth:
@@ -208,8 +208,7 @@ class MultistepSolver(DifferentiableSolver):
         if len(pieces) == 1 and asks_for_nodes(self.grad_filter) and sources[0].recurrence.is_at_nodes:
             nodes.append((pieces[0].nodes, sources[0].recurrence.sees_end))
         del pieces
-        x, outputs, keepers = self.y0, [], []
-        around, solver = [None, *sources, None], self._solver_of_grid()
+        around, x, outputs, keepers = [None, *sources, None], self.y0, [], []
         with checked_rows(self.grad_filter, self.method.name, self._vector_field.direction, nodes):
             for source, placed, before, after in zip(sources, placements, around, around[2:], strict=False):
                 goal = Outputs(source, placed, self._rule, self._is_smooth)
@@ -305,15 +304,15 @@ class MultistepSolver(DifferentiableSolver):
     def _solver(self) -> PieceSolver:
         return self._pieces(self._max_event_steps, self._hosted.callback_step)
 
-    def _grid_key(self, t: Tensor) -> Hashable | None:
+    def _grid_key(self, t: Tensor, solver: CompiledPieceSolver) -> Hashable | None:
         """What a compiled solve knows a grid by; None where it does not."""
-        if self._compile is None or self.grid_constructor is not None or self._is_smooth:
+        if self.grid_constructor is not None or self._is_smooth:
             return None
         of_state = self.y0.device, self._vector_field.time_dtype, self._reverse, self.perturb, self.interp
         filtered = self.grad_filter if torch.is_grad_enabled() else None
-        return grid_key(t, self.step_size, self.method, self._compile.block, self.max_num_steps, filtered, *of_state)
+        return grid_key(t, self.step_size, self.method, solver.block, self.max_num_steps, filtered, *of_state)
 
-    def _solver_of_grid(self) -> PieceSolver | CompiledPieceSolver:
+    def _solver_of_grid(self, t: Tensor) -> PieceSolver | CompiledPieceSolver:
         if self._compile is None:
             return self._solver()
         costate_filter = self.grad_filter if isinstance(self.grad_filter, CostateFilter) else None
@@ -327,6 +326,8 @@ class MultistepSolver(DifferentiableSolver):
             adjoint_params=self._adjoint_params,
             backward=self._backward,
             eager=self._solver(),
+            time=t[0].detach().to(self.y0.device, self._vector_field.time_dtype),
+            y0=self.y0,
         )
 
     def _unroll(self, steps: Tensor) -> Recurrence:
