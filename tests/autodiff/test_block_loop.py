@@ -8,8 +8,10 @@ import torch
 from compiled_solves import NEEDS_TORCH
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from torchdiffeq_lmm import Compile
 from torchdiffeq_lmm.autodiff.block_loop import BlockFunction, Given, carried, fixed, shifted, stacks
 from torchdiffeq_lmm.autodiff.inductor import compiled
 from torchdiffeq_lmm.autodiff.kernel_loop import KernelFunction
@@ -53,12 +55,15 @@ def by_hand(
     return found
 
 
-def compiled_function(run: Run, given: Sequence[Given]) -> KernelFunction:
+def traced(run: Run, inputs: Sequence[Tensor]) -> tuple[GraphModule, list[Tensor]]:
     mode = FakeTensorMode()
-    values = [mode.from_tensor(one.one) for one in given]
+    values: list[Tensor] = [mode.from_tensor(given) for given in inputs]
     with mode:
-        graph = make_fx(run)(*values)
-    function, code, _ = compiled(graph, values, None, {}, in_loops=True)
+        return make_fx(run)(*values), values
+
+
+def compiled_function(run: Run, given: Sequence[Given]) -> KernelFunction:
+    function, code, _ = compiled(*traced(run, [one.one for one in given]), None, {}, in_loops=True)
     assert code is not None
     return KernelFunction(function, code)
 
@@ -145,6 +150,15 @@ class TestKernels:
         given = [*carried([weight.cos()]), *fixed([weight])]
         found = compiled_function(run, given).looped(3, given, [0])
         torch.testing.assert_close(found.kept[0], BlockFunction(run).looped(3, given, [0]).kept[0])
+
+    def test_a_mode_for_gpus_does_no_harm_on_a_cpu(self) -> None:
+        def run(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+            return (x @ weight,)
+
+        weight = torch.linspace(-1, 1, 1600, dtype=torch.float64).reshape(40, 40)
+        given = weight, weight.cos()
+        function = Compile(mode="reduce-overhead").compiled(*traced(run, given), in_loops=True)
+        torch.testing.assert_close(tuple(function(*given)), run(*given))
 
     def test_an_error_of_a_kernel_is_an_error(self) -> None:
         def run(x: Tensor, rows: Tensor) -> tuple[Tensor]:

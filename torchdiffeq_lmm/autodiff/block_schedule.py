@@ -159,7 +159,9 @@ class Schedule:
         return torch.cat([block.times for block in self.blocks]).to(self.times.device)
 
     def runs(self, most: int) -> list[ScheduledRun]:
-        """The blocks in runs, each of so many at most."""
+        """The blocks in runs, each of so many at most, but of one at least."""
+        # For all sizes of a batch there are few different ones.
+        most = 1 << max(0, min(most, len(self.blocks) * 2 - 1).bit_length() - 1)
         if most not in self._runs:
             self._runs[most] = self._made(most)
         return self._runs[most]

@@ -29,7 +29,7 @@ class Compile:
         mode: of `torch.compile`: "default", "reduce-overhead" (CUDA graphs), "max-autotune", ... On a GPU
             "reduce-overhead" is taken where none is given: all kernels of a block are launched at once then.
         options: of Inductor, as those of `torch.compile`. On the CPU ``{"cpp_wrapper": True}``, compiled in haste, is
-            the default.
+            the default for functions that Python calls.
         backend: "inductor"; "eager" runs the traced operations one by one, for finding faults.
 
     Raises:

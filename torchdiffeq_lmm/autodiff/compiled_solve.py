@@ -90,7 +90,7 @@ class CompiledSolve:
             block = self.blocks.recorded(pattern, self._kind(last.order, last.earlier)).forward
         most = 1
         if block.is_light and y0.device.type == "cpu":
-            most = max(1, _RUN_BYTES // max(1, pattern.steps * y0.numel() * y0.element_size()))
+            most = _RUN_BYTES // max(1, pattern.steps * y0.numel() * y0.element_size())
         return self.schedule.runs(most)
 
     def forward(

@@ -31,7 +31,7 @@ class Compiled(NamedTuple):
     Attributes:
         run: takes and returns tensors.
         code: what it calls, see `kernel_calls`; None where that is unknown.
-        wants_graphs: whether the user wants a CUDA graph of it.
+        wants_graphs: whether it is on a GPU, and the user wants a CUDA graph of it.
     """
 
     run: Callable[..., Sequence[Tensor]]
@@ -83,7 +83,7 @@ def compiled(
             f"g++ on the CPU, Triton on a GPU; see that one is installed, or solve without compile"
         ) from error
     code = getattr(found[0], "current_callable", None) if len(found) == 1 and in_loops else None
-    return Compiled(run, code, wants_graphs)
+    return Compiled(run, code, wants_graphs and is_on_gpu)
 
 
 def shared_library(source: str) -> ctypes.CDLL:

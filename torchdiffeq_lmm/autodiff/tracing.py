@@ -119,7 +119,7 @@ def has_light_slope(func: CapturedFunc, like: Shapes) -> bool:
     inputs = [fakes.times(), fakes.states(), *fakes.tensors, *fakes.looked_up()]
     try:
         return fakes.traced(run, inputs).is_light
-    except Exception:
+    except RuntimeError:
         # The block says what is wrong.
         return False
 
