@@ -136,7 +136,6 @@ class Schedule:
         weights: of all rows, on the device of the state; None where they have a gradient.
         times: what func is given for the times of all states, without a gradient.
         later: how many D of later blocks the filter needs; 0 without.
-        time: what func is given for the first time.
     """
 
     blocks: list[ScheduledBlock]
@@ -145,7 +144,6 @@ class Schedule:
     weights: Tensor | None
     times: Tensor
     later: int
-    time: Tensor
     _runs: dict[int, list[ScheduledRun]] = field(default_factory=dict)
 
     @cached_property
@@ -236,7 +234,6 @@ def schedule(
     blocks = blocks_of(method, recurrence, steps)
     if not blocks:
         return None
-    time = source.user_time(0).detach()
     forms = None if plan is None else filter_coefficients(plan, observed)
     later = 0 if plan is None else blocks[-1].pattern.reach
     made: list[ScheduledBlock] = []
@@ -270,8 +267,9 @@ def schedule(
             )
         )
         first_row += count
-    of_rows = None if source.requires_grad else all_weights(recurrence).to(time.device)
-    return Schedule(made, observed, sees_end, of_rows, source.every_user_time().detach(), later, time)
+    times = source.every_user_time().detach()
+    of_rows = None if source.requires_grad else all_weights(recurrence).to(times.device)
+    return Schedule(made, observed, sees_end, of_rows, times, later)
 
 
 def _order(block: Block, forms: Mapping[int, FilteredCotangent], plan: FilterPlan) -> int:

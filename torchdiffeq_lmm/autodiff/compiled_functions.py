@@ -8,10 +8,10 @@ from torch import Tensor
 
 from .block_loop import BlockFunction
 from .compile_settings import Compile
-from .func_capture import Dependencies
+from .func_capture import CapturedFunc, Dependencies
 from .tracing import Shapes, TracedBlock, axis_apart, has_light_slope
 
-Function = TypeVar("Function")
+Made = TypeVar("Made")
 
 compilations = 0
 """How many functions have been compiled by this process."""
@@ -46,22 +46,22 @@ class CompiledFunctions:
 
     def _take_apart(self) -> int:
         """Have the components of states apart from now on, where func gains by it: their axis, as of `laid_out`."""
-        key = self._key, "axis"
-        if key not in self._func.made:
-            with torch.no_grad():
-                self._func.made[key] = axis_apart(self._func, self._like)
-        axis: int = self._func.made[key]
+        axis = self._found("axis", axis_apart)
         self._like = self._like._replace(axis=axis)
         return axis
 
     @property
     def _is_light(self) -> bool:
         """Whether func is without matrix products, but small ones."""
-        key = self._key, "is light"
+        return self._found("is light", has_light_slope)
+
+    def _found(self, name: str, find: Callable[[CapturedFunc, Shapes], Made]) -> Made:
+        """What is found out of func once."""
+        key = self._key, name
         if key not in self._func.made:
             with torch.no_grad():
-                self._func.made[key] = has_light_slope(self._func, self._like)
-        found: bool = self._func.made[key]
+                self._func.made[key] = find(self._func, self._like)
+        found: Made = self._func.made[key]
         return found
 
     @property
@@ -69,7 +69,7 @@ class CompiledFunctions:
         x = self._like.x
         return self._settings.key, x.shape[1:] if self._like.is_dynamic else x.shape, x.dtype, x.device
 
-    def _for_any_size(self, make: Callable[[], Function]) -> Function:
+    def _for_any_size(self, make: Callable[[], Made]) -> Made:
         """What is made for a batch of any size or, where that cannot be, for this one."""
         if self._like.is_dynamic:
             try:

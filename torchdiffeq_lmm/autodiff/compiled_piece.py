@@ -131,10 +131,7 @@ class CompiledPieceSolver:
             tuple(i for i, stack in enumerate(stacks) if stack.requires_grad),
             self.backward if isinstance(self.backward, Reversible) else None,
         )
-        looked_up: list[Tensor] = []
-        if stacks:
-            numbers = planned.row_times
-            looked_up = dependencies.looked_up(stacks, planned.times, numbers)
+        looked_up = dependencies.looked_up(stacks, planned.times, planned.row_times) if stacks else []
         found = solve_compiled(solve, y0, weights, times, dependencies.tensors, looked_up)
         states, again = ({0: y0, **dict(zip(planned.observed, part.unbind(), strict=True))} for part in found)
         return {**states, 0: y0}, again

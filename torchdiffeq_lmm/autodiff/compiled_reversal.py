@@ -1,6 +1,5 @@
 """The past before each block of a compiled leapfrog solve, run backwards from the last block: see `reversal`."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -36,7 +35,7 @@ class CompiledReversal:
 
     def anchors(self, run: ScheduledRun) -> list[int]:
         """The blocks of a run the past before which is kept, and compared with what is come back to."""
-        every = math.ceil(self._last / (self._mode.anchors + 1)) if self._last else 1
+        every = max(1, self._mode.stride(self._last))
         numbers = enumerate(range(run.first, run.first + run.blocks))
         return [i for i, number in numbers if number in (0, self._last) or (number - 1) % every == 0]
 

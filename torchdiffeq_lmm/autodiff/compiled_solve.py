@@ -118,8 +118,9 @@ class CompiledSolve:
         kept, found = list[Kept](), list[Tensor]()
         nodes: Tensor | None = None
         block_of = self._block_of(records=keeps_anchors or keeps_all)
+        anchors_of = self._reversal().anchors if keeps_anchors else None
         for i, (run, given) in enumerate(zip(runs, numbers, strict=True)):
-            anchors = self._reversal().anchors(run) if keeps_anchors else ()
+            anchors = [] if anchors_of is None else anchors_of(run)
             of_latest = keeps_all and any(one.earlier for one in runs[i : i + 2])
             before, latest_nodes = window, nodes
             window, pasts, nodes, products = block_of(run).run(

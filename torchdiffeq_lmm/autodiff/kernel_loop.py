@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .block_loop import BlockFunction, Given, Looped, fixed
+from .block_loop import BlockFunction, Given, Looped
 from .kernel_calls import Argument, KernelCalls, is_laid_out, kernel_calls
 from .table_loop import TableLoop
 
@@ -35,10 +35,6 @@ class KernelFunction(BlockFunction):
         super().__init__(run)
         self._call = call
         self._plans: dict[object, _Plan | None] = {}
-
-    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        """See `BlockFunction`."""
-        return self.looped(1, fixed(inputs), ()).last
 
     def looped(self, count: int, inputs: Sequence[Given], kept: Sequence[int], *, backwards: bool = False) -> Looped:
         """See `BlockFunction`.
